@@ -1,0 +1,771 @@
+"""prepare.py: turn the raw data of ONE modality into binary shards of tokens. Nothing here ever sees two modalities.
+
+    python prepare.py sample_configs/shapes_text.py                  # a generated world: offline, seconds
+    python prepare.py sample_configs/cifar_text.py                   # real pictures and sentences, fetched once
+    python prepare.py sample_configs/cifar_text.py --image=folder:/my/images --text=file:/my/notes.txt
+
+A slot (image, text, audio, text2, ...) names a source; a source becomes data/MODALITY-SOURCE-HASH8/ with
+    meta.json                       what the shards hold, with a checksum of each; written last
+    {train,val,test}_000.bin        tokens: (n, T, D) uint8 patches, or (n, T) uint16 BPE ids padded on the right
+    {train,val,test}_labels_000.bin and _lengths, _latents where the source has them
+train.py calls prepare() for a source that is missing, so running this file by hand is optional.
+
+Sections: errors, config, shards, raw files, pictures, text, the shapes world, sources, prepare.
+"""
+import ast
+import base64
+import difflib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tarfile
+import urllib.request
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import rustbpe
+import tiktoken
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+FORMAT = 1  # version of the shard layout; readers refuse any other
+
+# ---------------------------------------------------------------------------------------------------------------------
+# errors: everything a user can get wrong ends in one clear sentence and exit code 2
+
+
+class UserError(Exception):
+    """What was found, where, and what to do about it, in one sentence."""
+
+
+def exit_on_user_error(main):
+    """Run main(); print a UserError as its sentence and exit with code 2."""
+    try:
+        main()
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config: `key = literal` lines, read with ast and never executed; any key can be overridden as --key=value
+
+# key: (default, one line of help). train.py adds its own keys to these.
+PREPARE_KEYS = dict(
+    image=("", "source of the image slot: shapes, cifar10, folder:PATH (empty: off)"),
+    text=("", "source of the text slot: shapes, cupl, pydoc, file:PATH (empty: off); text2 ... are further slots"),
+    audio=("", "source of the audio slot (empty: off)"),
+    raw_dir=("data/raw", "where raw files lie, one folder a source"),
+    data_dir=("data", "where shards are written"),
+    image_size=(32, "pictures are resized and centre-cropped to this many pixels a side"),
+    patch_size=(8, "side of the square patches that are an image's tokens"),
+    text_length=(32, "longest text item in tokens; longer documents are cut into windows"),
+    vocab_size=(4096, "upper bound on the BPE vocabulary, trained on the source's own training text"),
+    val_fraction=(0.1, "share of the training items that becomes the validation split"),
+    split_seed=(0, "seed of the draw of the validation split (and of the test split where a source has none)"),
+    skip_bad=(False, "skip (and count) unreadable files instead of stopping at the first"),
+    shard_mb=(256, "largest shard file in MiB"),
+)
+SLOT_NAME = re.compile(r"(image|text|audio)\d?")
+SLOT_SUFFIXES = ("", "_loss", "_weight", "_updates", "_batch", "_examples")  # what every slot, numbered or not, has
+
+
+def modality_of(slot):
+    """'text2' -> 'text'."""
+    return slot.rstrip("0123456789")
+
+
+def active_slots(cfg):
+    """The slots of cfg that hold a source, in the fixed order image, text, audio, then numbered ones."""
+    names = [key for key in cfg if SLOT_NAME.fullmatch(key) and cfg[key]]
+    return sorted(names, key=lambda name: (name[-1].isdigit(), ["image", "text", "audio"].index(modality_of(name)), name))
+
+
+def read_assignments(path):
+    """The `key = literal` lines of a config file -> [(key, value, where)]; parsed, never executed."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            tree = ast.parse(f.read(), path)
+    except OSError as problem:
+        raise UserError(f"cannot read config file {path} ({problem.strerror})") from None
+    except (SyntaxError, ValueError) as problem:
+        raise UserError(f"{path}: not a config file of `key = literal` lines ({problem})") from None
+    lines = []
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        where = f"{path} line {node.lineno}"
+        try:
+            (target,) = node.targets
+            lines.append((target.id, ast.literal_eval(node.value), where))
+        except (AttributeError, TypeError, ValueError):
+            raise UserError(f"{where}: only `key = literal` lines are allowed, config files are not executed") from None
+    return lines
+
+
+def checked(key, value, default, where):
+    """value as the type of default; an int is welcome where a float is wanted, nothing else is converted."""
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if default is None and value in (None, True, False):  # a switch whose third position is "decide by yourself"
+        return value
+    if type(value) is not type(default):
+        wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "a string", type(None): "True, False or None"}[type(default)]
+        raise UserError(f"{where}: {key} must be {wanted}, found {value!r}")
+    return value
+
+
+def read_config(argv, keys, strict=True):
+    """Read `[CONFIG.py] --key=value ...` into a flat dict that holds every key.
+
+    keys: {key: (default, help)}. A numbered slot (text2, text2_loss, ...) takes the defaults of its modality.
+    strict=False leaves unknown keys of the FILE to another script, unless they look like a typo of a known one.
+    Raises UserError for an unknown key, a wrong type, a missing file, or a line that is not `key = literal`.
+    """
+    files = [arg for arg in argv if not arg.startswith("--")]
+    if len(files) > 1:
+        raise UserError(f"expected one config file, found {len(files)}: {' '.join(files)}")
+    lines = [line for path in files for line in read_assignments(path)]
+    from_file = len(lines)
+    for arg in argv:
+        if arg.startswith("--"):
+            key, equals, value = arg[2:].partition("=")
+            if not isinstance(keys.get(key, [""])[0], str):  # --resume means --resume=True
+                try:
+                    value = ast.literal_eval(value) if equals else True
+                except (SyntaxError, ValueError):
+                    pass  # stays text, which checked() refuses
+            lines.append((key, value, "command line"))
+
+    cfg = {key: default for key, (default, _) in keys.items()}
+    for key, _, _ in lines:  # text2_loss brings text2 with all its keys
+        slot = key.split("_")[0]
+        if slot not in cfg and SLOT_NAME.fullmatch(slot):
+            cfg.update({slot + end: cfg[modality_of(slot) + end] for end in SLOT_SUFFIXES if modality_of(slot) + end in cfg})
+    defaults = dict(cfg)
+    for i, (key, value, where) in enumerate(lines):
+        if key in defaults:
+            cfg[key] = checked(key, value, defaults[key], where)
+            continue
+        near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.6 if strict or i >= from_file else 0.85)
+        if near or strict or i >= from_file:
+            raise UserError(f"{where}: unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else "; --help lists all"))
+    return cfg
+
+
+def print_help(doc, keys):
+    """What --help prints: the file's own docstring, then every key with its default and one line."""
+    print(doc)
+    print("Every key, for a config file or as --key=value:")
+    for key, (default, text) in keys.items():
+        print(f"  {key + ' = ' + repr(default):34} {text}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shards: flat arrays on disk, described and checksummed by meta.json
+
+
+def write_json(path, value):
+    """Write value as JSON under a temporary name, then move it into place."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def write_shards(folder, meta, splits, shard_mb):
+    """Write {split: {array name: array}} as shards of at most shard_mb MiB and meta.json; returns the finished meta."""
+    meta = dict(format=FORMAT, **meta, arrays={}, splits={})
+    for split, arrays in splits.items():
+        files = {}
+        rows = max(1, shard_mb * 2**20 // max(1, arrays["tokens"][:1].nbytes))
+        for name, array in arrays.items():
+            array = np.ascontiguousarray(array)
+            meta["arrays"][name] = dict(dtype=array.dtype.name, shape=list(array.shape[1:]))
+            files[name] = []
+            for i, start in enumerate(range(0, len(array), rows)):
+                part = array[start:start + rows]
+                file = f"{split}_{i:03d}.bin" if name == "tokens" else f"{split}_{name}_{i:03d}.bin"
+                part.tofile(os.path.join(folder, file))
+                files[name].append(dict(file=file, count=len(part), sha256=hashlib.sha256(part).hexdigest()))
+        meta["splits"][split] = dict(count=len(arrays["tokens"]), files=files)
+        if "labels" in arrays:
+            meta["splits"][split]["class_counts"] = np.bincount(arrays["labels"], minlength=len(meta["classes"])).tolist()
+    write_json(os.path.join(folder, "meta.json"), meta)
+    return meta
+
+
+def read_meta(folder):
+    """meta.json of a shard folder; UserError where it is missing, unreadable or of another format version."""
+    path = os.path.join(folder, "meta.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            meta = json.load(f)
+        if meta["format"] != FORMAT:
+            raise UserError(f"{path} is of format {meta['format']}, this code reads {FORMAT}: delete {folder} to prepare it again")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is missing or damaged: delete {folder} to prepare it again") from None
+    return meta
+
+
+class Shards:
+    """The rows of one array over all its shard files, e.g. tokens (n, T, D); the files stay on disk (np.memmap)."""
+
+    def __init__(self, folder, files, dtype, shape):
+        self.dtype, self.shape = np.dtype(dtype), tuple(shape)
+        row_bytes = self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        self.maps = []
+        for entry in files:
+            path = os.path.join(folder, entry["file"])
+            found, wanted = os.path.getsize(path) if os.path.exists(path) else 0, entry["count"] * row_bytes
+            if found != wanted:
+                raise UserError(f"{path} has {found} bytes where meta.json says {wanted}: delete {folder} to prepare it again")
+            self.maps.append(np.memmap(path, self.dtype, "r", shape=(entry["count"], *self.shape)))
+        self.starts = np.cumsum([0] + [len(m) for m in self.maps])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, rows):
+        """rows: (k,) integer array -> (k, *shape) array in memory; one read per shard touched."""
+        if len(self.maps) == 1:
+            return self.maps[0][rows]
+        out, which = np.empty((len(rows), *self.shape), self.dtype), np.searchsorted(self.starts, rows, side="right") - 1
+        for i in np.unique(which):
+            out[which == i] = self.maps[i][rows[which == i] - self.starts[i]]
+        return out
+
+
+def load_split(folder, split):
+    """One split of a shard folder: {"tokens": Shards, and where there are any "labels", "lengths", "latents": arrays}."""
+    meta = read_meta(folder)
+    arrays = {name: Shards(folder, files, **meta["arrays"][name]) for name, files in meta["splits"][split]["files"].items()}
+    return {name: a if name == "tokens" else a[np.arange(len(a))] for name, a in arrays.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# raw files: used where they lie in raw_dir with the right checksum, else downloaded once
+
+
+def raw_file(cfg, source, name, url, sha256, size=None):
+    """Path of RAW_DIR/SOURCE/NAME with the given sha256, downloaded if it is missing. Raises UserError with the way out."""
+    path = os.path.join(cfg["raw_dir"], source, name)
+    way_out = (f"put the file from {url} (sha256 {sha256}) at {path} by hand, "
+               "or run the offline config sample_configs/shapes_text.py")
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response, open(path + ".tmp", "wb") as out:
+                total = int(response.headers.get("Content-Length") or 0) or size
+                with tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {name}") as bar:
+                    while chunk := response.read(1 << 20):
+                        out.write(chunk)
+                        bar.update(len(chunk))
+            check_sha256(path + ".tmp", sha256, way_out)
+            os.replace(path + ".tmp", path)
+        except OSError as problem:  # urllib's URLError is one too
+            raise UserError(f"cannot fetch {name} ({problem}): {way_out}") from None
+        finally:
+            if os.path.exists(path + ".tmp"):
+                os.remove(path + ".tmp")
+    else:
+        check_sha256(path, sha256, way_out)
+    return path
+
+
+def check_sha256(path, sha256, way_out):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != sha256:
+        raise UserError(f"{path} has {os.path.getsize(path)} bytes and sha256 {digest.hexdigest()}, expected {sha256}: "
+                        f"remove it and {way_out}")
+
+
+def read_text(path):
+    """The text of a UTF-8 file, with or without a byte-order mark."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return f.read()
+    except UnicodeDecodeError as problem:
+        raise UserError(f"{path} is not UTF-8 (byte {problem.start}): convert it with `iconv -f latin1 -t utf-8`") from None
+    except OSError as problem:
+        raise UserError(f"cannot read {path} ({problem.strerror})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures: uint8 (n, S, S, 3) <-> tokens (n, T, patch*patch*3), patches in reading order
+
+
+def patchify(pictures, patch):
+    """(n, S, S, 3) -> (n, T, patch*patch*3) with T = (S/patch)**2."""
+    n, size, _, channels = pictures.shape
+    grid = size // patch
+    cut = pictures.reshape(n, grid, patch, grid, patch, channels).swapaxes(2, 3)
+    return cut.reshape(n, grid * grid, patch * patch * channels)
+
+
+def unpatchify(tokens, patch):
+    """The inverse of patchify: (n, T, patch*patch*3) -> (n, S, S, 3)."""
+    n, length, width = tokens.shape
+    grid = int(round(length**0.5))
+    cut = tokens.reshape(n, grid, grid, patch, patch, width // patch**2).swapaxes(2, 3)
+    return cut.reshape(n, grid * patch, grid * patch, width // patch**2)
+
+
+def read_picture(path, size):
+    """Any image file -> (size, size, 3) uint8: upright, transparency on white, resized and centre-cropped."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                picture.draft("RGB", (size, size))  # lets the JPEG decoder skip resolution nobody will see
+                picture = ImageOps.exif_transpose(picture)
+                if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit greys: keep the high byte
+                    picture = Image.fromarray((np.asarray(picture).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+                if "A" in picture.getbands() or "transparency" in picture.info:
+                    picture = picture.convert("RGBA")
+                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+                return np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
+        raise UserError(f"{path} is not a readable image ({problem})") from None
+
+
+def read_pictures(cfg, paths):
+    """Read image files in parallel -> (pictures (n, S, S, 3), kept (n,) bool); UserError at a bad one unless skip_bad."""
+    def read(path):
+        try:
+            return read_picture(path, cfg["image_size"])
+        except UserError as problem:
+            if not cfg["skip_bad"]:
+                raise UserError(f"{problem}: remove it, or pass --skip_bad=True") from None
+            return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pictures = list(tqdm(pool.map(read, paths), total=len(paths), desc="reading pictures", disable=None, leave=False))
+    kept = np.array([picture is not None for picture in pictures], bool)
+    if not kept.all():
+        print(f"skipped {(~kept).sum()} unreadable pictures")
+    if not kept.any():
+        raise UserError(f"none of the {len(paths)} pictures could be read")
+    return np.stack([picture for picture in pictures if picture is not None]), kept
+
+
+def encode_pictures(cfg, splits):
+    """{split: pictures} -> ({split: {"tokens"}}, what the model must know of the tokens)."""
+    size, patch = cfg["image_size"], cfg["patch_size"]
+    if size <= 0 or patch <= 0 or size % patch:
+        raise UserError(f"image_size={size} is not a multiple of patch_size={patch}")
+    for split, pictures in splits.items():
+        if pictures.shape[1] != size:
+            raise UserError(f"this source has pictures of {pictures.shape[1]} pixels a side, found image_size={size}")
+    flat = splits["train"].reshape(-1, 3)
+    info = dict(kind="continuous", patch=patch, mean=flat.mean(0).tolist(), std=(flat.std(0) + 1e-3).tolist())
+    return {split: {"tokens": patchify(pictures, patch)} for split, pictures in splits.items()}, info
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text: byte-pair encoding trained by rustbpe, run by tiktoken
+
+# Words with their leading space, digits in threes, punctuation, white space. No look-ahead, which halves the time.
+WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+
+
+def train_bpe(documents, vocab_size, path):
+    """Train at most vocab_size tokens on documents; save them as lines of `base64 rank`, the .tiktoken format."""
+    if vocab_size < 256 or vocab_size > 65536:
+        raise UserError(f"vocab_size={vocab_size}: must lie between 256 (the bytes) and 65536 (what uint16 holds)")
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator(iter(documents), vocab_size=vocab_size, pattern=WORDS)
+    with open(path, "w", encoding="ascii") as f:
+        f.writelines(f"{base64.b64encode(bytes(token)).decode()} {rank}\n" for token, rank in tokenizer.get_mergeable_ranks())
+
+
+def load_bpe(folder):
+    """The tiktoken.Encoding of a text folder. Parsed here: tiktoken's loader caches by path and would return a stale table."""
+    path = os.path.join(folder, "bpe.tiktoken")
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in read_text(path).splitlines())}
+    return tiktoken.Encoding(name=path, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
+
+
+def encode_text(cfg, splits, folder):
+    """{split: documents} -> ({split: {"tokens" (n, T) uint16, "lengths" (n,), "document" (n,)}}, info).
+
+    A document longer than text_length becomes several windows, all in its split. encode_ordinary has no special tokens,
+    so '<|endoftext|>' in a document is just these characters.
+    """
+    length = cfg["text_length"]
+    if length < 2:
+        raise UserError(f"text_length={length}: must be at least 2")
+    train_bpe(splits["train"], cfg["vocab_size"], os.path.join(folder, "bpe.tiktoken"))
+    bpe = load_bpe(folder)
+    arrays = {}
+    for split, documents in splits.items():
+        coded = [bpe.encode_ordinary(document) for document in documents]  # a plain loop beats encode_ordinary_batch
+        windows = [(i, ids[start:start + length]) for i, ids in enumerate(coded) for start in range(0, len(ids), length)]
+        tokens = np.zeros((len(windows), length), np.uint16)
+        for row, (_, ids) in zip(tokens, windows):
+            row[:len(ids)] = ids
+        arrays[split] = {"tokens": tokens, "lengths": np.array([len(ids) for _, ids in windows], np.int32),
+                         "document": np.array([i for i, _ in windows], np.int64)}
+    return arrays, dict(kind="discrete", vocab=bpe.n_vocab)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the shapes world: latent scenes, shown as noisy pictures or told in English, never the same scene in both
+#
+# A class is a composition (8 shapes x 8 colours = 64); size, place, angle, ground and clutter vary freely. Pictures show
+# what a scene looks like; sentences name its parts. That is the method's assumption (one reality, several projections)
+# made visible, and it was designed to show the effect.
+
+SHAPES = dict(circle="disc ball", square="box block", triangle="wedge pyramid", star="asterisk starlet",
+              cross="plus crucifix", ring="hoop loop", crescent="moon sickle", bar="stick rod")
+COLOURS = dict(red="scarlet crimson", orange="amber tangerine", yellow="golden lemon", green="emerald lime",
+               cyan="turquoise aqua", blue="navy azure", purple="violet plum", white="pale chalky")
+RGB = np.array([(214, 40, 40), (240, 135, 30), (235, 210, 50), (50, 165, 60),
+                (50, 200, 205), (45, 75, 215), (145, 55, 185), (232, 232, 232)], np.float32)
+SIZES, GROUNDS = ("small", "medium", "large"), ("dark", "grey", "stormy")
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+SHAPE_CLASSES = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]
+LATENTS = ("shape", "colour", "size", "row", "column", "ground", "angle", "clutter")
+
+
+def draw_scenes(modality, part, count):
+    """count scenes from the stream of this modality alone -> ((count, 8) latents as in LATENTS, (count,) labels).
+
+    Each modality and part has its own random stream, so no picture ever shares its scene with a sentence; classes are
+    as even as count allows.
+    """
+    rng = np.random.default_rng([zlib.crc32(f"shapes {modality} {part}".encode())])
+    labels = rng.permutation(np.arange(count) % len(SHAPE_CLASSES))
+    scenes = [labels // len(COLOURS), labels % len(COLOURS)] + [rng.integers(0, 3, count) for _ in range(4)]
+    return np.stack(scenes + [rng.uniform(-1, 1, count), rng.integers(0, 4, count)], 1).astype(np.float32), labels, rng
+
+
+def shape_outline(shape, angle):
+    """Corners in [-1, 1] of a shape (number in SHAPES), turned by angle * 30 degrees; (k, 2)."""
+    turn = 2 * np.pi * np.arange(60) / 60
+    circle = np.stack([np.cos(turn), np.sin(turn)], 1)
+    if shape in (0, 5):  # circle, ring (its hole is drawn later)
+        corners = circle
+    elif shape == 1:
+        corners = 0.85 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+    elif shape == 2:
+        corners = np.array([(0, -1), (0.95, 0.75), (-0.95, 0.75)])
+    elif shape == 3:
+        corners = circle[::6] * np.where(np.arange(10) % 2, 0.42, 1.05)[:, None]
+    elif shape == 4:
+        a = 0.33
+        corners = np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)])
+    elif shape == 6:  # crescent: the circle's left arc, and back along a shallower one
+        arc = circle[15:46]
+        corners = np.concatenate([arc, arc[::-1] * (0.35, 1)])
+    else:
+        corners = np.array([(-1, -0.32), (1, -0.32), (1, 0.32), (-1, 0.32)])
+    sin, cos = np.sin(angle * np.pi / 6), np.cos(angle * np.pi / 6)
+    return corners @ np.array([(cos, sin), (-sin, cos)])
+
+
+def paint_scenes(scenes, rng, size=32, zoom=4):
+    """Scenes (n, 8) -> noisy pictures (n, size, size, 3) uint8, drawn zoom times larger and averaged down."""
+    pictures = np.empty((len(scenes), size, size, 3), np.uint8)
+    for picture, (shape, colour, big, row, column, ground, angle, clutter) in zip(pictures, scenes):
+        side = size * zoom
+        base = np.array([(45, 45, 50), (120, 120, 120), (70, 80, 105)][int(ground)]) + rng.normal(0, 12, 3)
+        canvas = Image.new("RGB", (side, side), tuple(int(v) for v in base.clip(0, 255)))
+        pen = ImageDraw.Draw(canvas)
+        for _ in range(int(clutter)):  # grey strokes that mean nothing
+            grey, ends = int(rng.integers(60, 190)), rng.integers(0, side, 4)
+            pen.line([int(v) for v in ends], fill=(grey, grey, grey), width=int(rng.integers(2, 9)))
+        radius = side * (0.13, 0.19, 0.26)[int(big)] * rng.uniform(0.9, 1.1)
+        centre = side * (np.array([0.3, 0.5, 0.7])[[int(column), int(row)]] + rng.normal(0, 0.03, 2))
+        fill = tuple(int(v) for v in (RGB[int(colour)] * rng.uniform(0.75, 1.05) + rng.normal(0, 14, 3)).clip(0, 255))
+        pen.polygon([tuple(p) for p in centre + radius * shape_outline(int(shape), angle)], fill=fill)
+        if shape == 5:
+            hole = [tuple(p) for p in centre + 0.55 * radius * shape_outline(0, 0)]
+            pen.polygon(hole, fill=canvas.getpixel((1, 1)))
+        clean = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32)
+        picture[:] = (clean + rng.normal(0, 28, clean.shape)).clip(0, 255).astype(np.uint8)
+    return pictures
+
+
+def tell_scenes(scenes, rng):
+    """Scenes (n, 8) -> documents: several phrasings and lengths, synonyms, some of more than one sentence."""
+    shapes, colours = [[n, *s.split()] for n, s in SHAPES.items()], [[n, *s.split()] for n, s in COLOURS.items()]
+    documents = []
+    for shape, colour, big, row, column, ground, _, clutter in scenes.astype(int):
+        pick = lambda words: words[int(rng.choice(len(words), p=(0.6, 0.2, 0.2)))]
+        s, c, size = pick(shapes[shape]), pick(colours[colour]), SIZES[big]
+        place = f"{ROWS[row]} {COLUMNS[column]}"
+        first = [f"a {c} {s}", f"a {size} {c} {s}", f"the {s} is {c}", f"there is a {c} {s} at the {place}",
+                 f"a {size} {s}, {c} in colour, on a {GROUNDS[ground]} ground", f"at the {place} we see something {c}: a {s}",
+                 f"this {s} is {size} and {c}", f"look, a {s}! it is {c}"][int(rng.integers(8))]
+        more = [f"it lies at the {place}.", f"it is {size}.", f"the ground is {GROUNDS[ground]}.",
+                f"there are {clutter} grey lines." if clutter != 1 else "there is one grey line."]
+        rng.shuffle(more)
+        documents.append(". ".join([first] + [" ".join(more[:int(rng.integers(1, 4))])]) if rng.random() < 0.4 else first)
+    return documents
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sources: each returns dict(train=(items, labels or None), test=the same or None, classes=[names], and latents if known);
+# items are pictures (n, S, S, 3) uint8 or a list of documents. A new source is a function here and a line in SOURCES.
+
+
+def shapes_source(cfg, modality, _):
+    """The generated world: 8,000 pictures or 20,000 documents to train on, 2,560 to test."""
+    out = dict(classes=SHAPE_CLASSES)
+    for part, count in dict(train={"image": 8000, "text": 20000}[modality], test=2560).items():
+        scenes, labels, rng = draw_scenes(modality, part, count)
+        items = paint_scenes(scenes, rng) if modality == "image" else tell_scenes(scenes, rng)
+        out[part], out[f"{part}_latents"] = (items, labels), scenes
+    return out
+
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+CIFAR10_ROWS = 10000  # pictures in each of the six files
+
+
+def cifar10_source(cfg, modality, _):
+    """CIFAR-10 from the official binary archive: 50,000 + 10,000 pictures; named members are read, nothing is extracted."""
+    path = raw_file(cfg, "cifar10", "cifar-10-binary.tar.gz", CIFAR10_URL, CIFAR10_SHA256, 170_052_171)
+    row, wanted = 1 + 3072, [f"cifar-10-batches-bin/{n}" for n in
+                             [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin", "batches.meta.txt"]]
+    found = {}
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            for member in archive:
+                if member.name in wanted and member.isfile():
+                    if member.size > max(row * CIFAR10_ROWS, 4096):
+                        raise UserError(f"{path}: {member.name} claims {member.size} bytes, more than CIFAR-10 has")
+                    found[member.name] = archive.extractfile(member).read(member.size)
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
+        raise UserError(f"{path} is not a readable tar.gz archive ({problem}): remove it to fetch it again") from None
+    if missing := [name for name in wanted if name not in found]:
+        raise UserError(f"{path} lacks {missing[0]}: remove it to fetch it again")
+
+    def part(names):
+        records = np.frombuffer(b"".join(found[name] for name in names), np.uint8).reshape(-1, row)
+        return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0].astype(np.int64)
+
+    return dict(train=part(wanted[:5]), test=part(wanted[5:6]), classes=found[wanted[6]].decode().split())
+
+
+CUPL_URL = "https://raw.githubusercontent.com/sarahpratt/CuPL/719619c829792ff8f37298266e941b7f077c7f5c/all_prompts/full_prompts/"
+CUPL_SHA256 = dict(
+    airplane="d86833c2483c1d12907abeb6198412f1d0a020bd12999a3f170967a7f549e3b8",
+    bird="830d654a8ad729b7aa211dcf7d6a4dc33b6e0ff68bcb848115faf7c3d12d93b5",
+    cal="f0995df6482ae36ec969d7bbdc01fd37ec8724430d6d2369e0043eee1f542834",
+    cars="10c77fcbd845283b59148e9bf714ec521971a34f0c9e691d46f65c8371d9e52d",
+    cifar100="cbecac9d1d8a39341a27160d5760f360380e613bdf1317ca4662b495a021c2f2",
+    cifar10="c624136b3e25b016df3f8634e15472d415f85fc425e34471433c5c80a6e1a233",
+    flower="439e88a1ac5f7058da59d0bcdc4fa848283e4e8f29fc8711ebac4274137a2bbf",
+    food="67cb17f323b7f0726e4b152224365fda289658ff92b0d14ee264910a16af96dc",
+    kinetics="746f1f2c1f067baf0b8c163d74490f26982e9aba008da2c75d76c05910e4f2d0",
+    pets="b53cbe7f37e807c13a3f02e511c6058e6a50bafea3f8c4363cb85bf32920c6c6",
+    res45="c63269cd327f6c2c9015bdee1bcec1ad2a1a1da22bf596754b246a2f90c8351b",
+    sun="e6b1a95febe8e9420799fcf3be6647a73dc1aa9a6a9ac100d264c3ff78faf011",
+    texture="dabdcafded7babd67046d0f90abeb510b648bdaaf397b884f265f3460a7942a9",
+    ucf="8f2b130ee0c7573c3f0d4a6353c9bdda64ea63b771155207befa579f2a35c985",
+)
+
+
+def cupl_source(cfg, modality, _):
+    """CuPL (Pratt et al. 2022): 97,840 sentences that GPT-3 wrote to describe the classes of 14 image datasets."""
+    described = {}
+    for name, sha256 in CUPL_SHA256.items():
+        file = f"{name}_prompts_full.json"
+        with open(raw_file(cfg, "cupl", file, CUPL_URL + file, sha256), encoding="utf-8") as f:
+            for label, sentences in json.load(f).items():
+                described.setdefault(plain_name(label), (label, []))[1].extend(sentences)
+    return described_documents(dict(described.values()))
+
+
+def described_documents(described):
+    """{class: [document, ...]} -> a source's dict."""
+    classes = list(described)
+    labels = np.repeat(np.arange(len(classes)), [len(described[name]) for name in classes])
+    return dict(train=([document for name in classes for document in described[name]], labels), test=None, classes=classes)
+
+
+def plain_name(name):
+    """The form in which class names compare: 'Light_Video ' and 'light-video' are one class."""
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
+def pydoc_source(cfg, modality, _):
+    """The Python language reference that ships inside CPython: real prose, always there, unlabelled."""
+    from pydoc_data.topics import topics
+    paragraphs = [" ".join(p.split()) for _, text in sorted(topics.items()) for p in text.split("\n\n")]
+    return dict(train=([p for p in paragraphs if len(p) > 40], None), test=None, classes=[])
+
+
+def file_source(cfg, modality, path):
+    """Text from a file: .txt with one document a line (unlabelled), or .json {class: [document, ...]}."""
+    text = read_text(path)
+    if not path.endswith(".json"):
+        documents = [line.strip() for line in text.splitlines() if line.strip()]
+        if len(documents) < 10:
+            raise UserError(f"{path} holds {len(documents)} documents (one a line), at least 10 are needed")
+        return dict(train=(documents, None), test=None, classes=[])
+    try:
+        described = json.loads(text)
+    except ValueError as problem:
+        raise UserError(f"{path} is not JSON ({problem})") from None
+    if not (isinstance(described, dict) and described and all(isinstance(v, list) and v and all(isinstance(s, str) and s.strip()
+            for s in v) for v in described.values())):
+        raise UserError(f"{path} is not of the form {{class: [document, ...]}} with at least one document a class")
+    return described_documents(described)
+
+
+def folder_source(cfg, modality, path):
+    """Pictures from folders: PATH/{train,test}/CLASS/*, or PATH/CLASS/*, or a flat PATH/* without labels."""
+    def listing(folder, wanted):
+        names = sorted(entry.name for entry in os.scandir(folder) if wanted(entry) and not entry.name.startswith("."))
+        return [os.path.join(folder, name) for name in names]
+
+    def part(folder, classes):
+        files = [listing(os.path.join(folder, name), os.DirEntry.is_file) for name in classes]
+        for name, inside in zip(classes, files):
+            if not inside:
+                raise UserError(f"class folder {os.path.join(folder, name)} holds no files: fill or remove it")
+        pictures, kept = read_pictures(cfg, [file for inside in files for file in inside])
+        return pictures, np.repeat(np.arange(len(classes)), [len(inside) for inside in files])[kept]
+
+    if not os.path.isdir(path):
+        raise UserError(f"there is no folder {path}")
+    folders = [os.path.basename(f) for f in listing(path, os.DirEntry.is_dir)]
+    if not folders:
+        files = listing(path, os.DirEntry.is_file)
+        if not files:
+            raise UserError(f"folder {path} is empty: expected PATH/CLASS/* or PATH/* with pictures")
+        return dict(train=(read_pictures(cfg, files)[0], None), test=None, classes=[])
+    if "train" not in folders or "test" not in folders:
+        return dict(train=part(path, folders), test=None, classes=folders)
+    train, test = os.path.join(path, "train"), os.path.join(path, "test")
+    classes = [os.path.basename(f) for f in listing(train, os.DirEntry.is_dir)]
+    test_classes = [os.path.basename(f) for f in listing(test, os.DirEntry.is_dir)]
+    if classes != test_classes or not classes:
+        odd = sorted(set(classes) ^ set(test_classes)) or ["no class folder at all"]
+        raise UserError(f"{path}: train/ and test/ must hold the same class folders, they differ in {', '.join(odd[:5])}")
+    return dict(train=part(train, classes), test=part(test, classes), classes=classes)
+
+
+SOURCES = {  # source: (function, modalities it can fill)
+    "shapes": (shapes_source, ("image", "text")), "cifar10": (cifar10_source, ("image",)),
+    "cupl": (cupl_source, ("text",)), "pydoc": (pydoc_source, ("text",)),
+    "folder": (folder_source, ("image",)), "file": (file_source, ("text",)),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prepare: one slot's source -> its shard folder
+
+
+def draw_split(labels, count, fraction, seed):
+    """(count,) bool with about `fraction` of the items, the same share of every class (at least one where it has three)."""
+    rng, drawn = np.random.default_rng([seed]), np.zeros(count, bool)
+    for rows in [np.arange(count)] if labels is None else [np.flatnonzero(labels == c) for c in np.unique(labels)]:
+        take = int(round(fraction * len(rows)))
+        drawn[rng.permutation(rows)[:max(take, 1) if len(rows) >= 3 else 0]] = True
+    return drawn
+
+
+def shard_folder(cfg, slot):
+    """(folder, description) of a slot's shards; its name is a hash of all that decides the bytes."""
+    modality, source = modality_of(slot), cfg[slot]
+    name, _, path = source.partition(":")
+    if name not in SOURCES or modality not in SOURCES[name][1] or bool(path) != (name in ("folder", "file")):
+        fitting = [s + (":PATH" if s in ("folder", "file") else "") for s in SOURCES if modality in SOURCES[s][1]]
+        near = difflib.get_close_matches(name, fitting, n=1)
+        raise UserError(f"{slot}='{source}' is no source of {modality}" + (f", did you mean '{near[0]}'?" if near else "")
+                        + f" (there are {', '.join(fitting)})")
+    keys = dict(image=("image_size", "patch_size"), text=("text_length", "vocab_size"))[modality]
+    made_from = dict(format=FORMAT, modality=modality, source=source, skip_bad=cfg["skip_bad"], shard_mb=cfg["shard_mb"],
+                     **{key: cfg[key] for key in (*keys, "val_fraction", "split_seed")})
+    if path:  # files of the user's own: their names, sizes and times, so that a changed folder is prepared anew
+        files = sorted(os.path.join(d, f) for d, _, inside in os.walk(path) for f in inside) if os.path.isdir(path) else [path]
+        listing = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f)]
+        made_from["files"] = hashlib.sha256(repr(listing).encode()).hexdigest()
+    if name == "pydoc":
+        made_from["python"] = sys.version.split()[0]
+    hash8 = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
+    label = re.sub(r"\W+", "-", name + ("-" + os.path.basename(path.rstrip("/")) if path else "")).strip("-")
+    return os.path.join(cfg["data_dir"], f"{modality}-{label}-{hash8}"), made_from
+
+
+def prepare(cfg, slot, say=print):
+    """Make the shards of one slot unless they exist; returns their folder. Raises UserError, leaving nothing half-written."""
+    folder, made_from = shard_folder(cfg, slot)
+    if os.path.exists(os.path.join(folder, "meta.json")):
+        return folder
+    say(f"preparing {slot}={cfg[slot]} in {folder}")
+    name, _, path = cfg[slot].partition(":")
+    raw = SOURCES[name][0](cfg, modality_of(slot), path)
+    items, labels = raw["train"]
+    latents = raw.get("train_latents")
+    splits, count = {}, len(items)
+    take = lambda rows: (items[rows] if isinstance(items, np.ndarray) else [items[i] for i in np.flatnonzero(rows)],
+                         None if labels is None else labels[rows], None if latents is None else latents[rows])
+    in_test = np.zeros(count, bool)
+    if raw["test"] is None:
+        in_test = draw_split(labels, count, cfg["val_fraction"], cfg["split_seed"] + 1)
+        splits["test"] = take(in_test)
+    else:
+        splits["test"] = (*raw["test"], raw.get("test_latents"))
+    rest = np.flatnonzero(~in_test)
+    in_val = np.zeros(count, bool)
+    in_val[rest] = draw_split(None if labels is None else labels[rest], len(rest), cfg["val_fraction"], cfg["split_seed"])
+    splits["val"], splits["train"] = take(in_val), take(~in_test & ~in_val)
+    for split, (part, *_) in splits.items():
+        if not len(part):
+            raise UserError(f"{slot}={cfg[slot]}: too few items ({count}) to leave any for the {split} split")
+
+    os.makedirs(cfg["data_dir"], exist_ok=True)
+    making = folder + ".tmp"
+    shutil.rmtree(making, ignore_errors=True)
+    os.mkdir(making)
+    try:
+        parts = {split: splits[split][0] for split in ("train", "val", "test")}
+        arrays, info = encode_text(cfg, parts, making) if modality_of(slot) == "text" else encode_pictures(cfg, parts)
+        for split, (_, split_labels, split_latents) in splits.items():
+            rows = arrays[split].pop("document", slice(None))  # the document of each window
+            if split_labels is not None:
+                arrays[split]["labels"] = split_labels[rows].astype(np.int32)
+            if split_latents is not None:
+                arrays[split]["latents"] = split_latents[rows]
+        meta = write_shards(making, dict(modality=modality_of(slot), classes=raw["classes"], made_from=made_from, **info),
+                            arrays, cfg["shard_mb"])
+        os.replace(making, folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    say(describe(folder, meta))
+    return folder
+
+
+def describe(folder, meta):
+    """The one line of counts a reader should see after prepare."""
+    counts = ", ".join(f"{meta['splits'][split]['count']:,} {split}" for split in ("train", "val", "test"))
+    tokens = " x ".join(str(n) for n in meta["arrays"]["tokens"]["shape"])
+    words = f", {meta['vocab']:,} BPE tokens" if meta["kind"] == "discrete" else ""
+    return f"{folder}: {counts} items of {tokens} {meta['arrays']['tokens']['dtype']}, {len(meta['classes'])} classes{words}"
+
+
+def main():
+    if "--help" in sys.argv or "-h" in sys.argv or len(sys.argv) == 1:
+        return print_help(__doc__, PREPARE_KEYS)
+    cfg = read_config(sys.argv[1:], PREPARE_KEYS, strict=False)
+    if not active_slots(cfg):
+        raise UserError("no slot holds a source: name one, for example --image=shapes --text=shapes")
+    for slot in active_slots(cfg):
+        folder = prepare(cfg, slot, say=lambda line: print(line) if line.startswith("preparing") else None)
+        print(describe(folder, read_meta(folder)))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,564 @@
+"""train.py: the alternating loop. Each modality brings its own unpaired data; one trunk learns from all of them in turn.
+
+    python train.py sample_configs/shapes_text.py                    # offline, about 3 minutes on two CPU cores
+    python train.py sample_configs/cifar_text.py                     # on a GPU the same command runs bf16 and compiled
+    python train.py sample_configs/shapes_text.py --resume           # go on after an interruption, bit for bit
+
+Writes out/NAME/: last.pt (the newest checkpoint), best.pt (the best on validation), config.json, log.jsonl, result.json.
+
+Sections: config, slots and their examples, batches, optimisation, evaluation, checkpoints, the run.
+"""
+import functools
+import json
+import math
+import os
+import resource
+import sys
+import time
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model import UML, linear_probe
+from prepare import (PREPARE_KEYS, UserError, active_slots, exit_on_user_error, load_split, modality_of, patchify, plain_name,
+                     prepare, print_help, read_config, read_meta, unpatchify, write_json)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config: these keys and prepare.py's make a run; sample_configs/*.py set some, --key=value overrides any
+
+KEYS = dict(
+    **PREPARE_KEYS,
+    # slots: what each modality learns from. Numbered slots (text2_loss, ...) take the defaults of their modality.
+    target=("image", "the slot whose representation we want; all other slots are auxiliaries"),
+    image_loss=("label", "objectives joined by '+': next, reconstruct, label"),
+    text_loss=("next", "the same for text"),
+    audio_loss=("label", "the same for audio"),
+    **{f"{slot}_{key}": value for slot in ("image", "text", "audio") for key, value in dict(
+        weight=(1.0, f"factor on the {slot} loss"),
+        updates=(1, f"{slot} steps per target step under schedule='alternate' (of the target: always 1)"),
+        batch=(64, f"{slot} items in a step"),
+        examples=(-1, f"training items of the {slot} slot: nested, evenly over the classes (-1: all, 0: slot off)"),
+    ).items()},
+    unseen_classes=(0, "target classes that get no labelled target examples; accuracy on them is reported apart"),
+    image_shift=(4, "augmentation: pictures are shifted by up to this many pixels"),
+    image_flip=(False, "augmentation: pictures are mirrored at random (wrong for digits and for left against right)"),
+    # model
+    width=(128, "channels C of the trunk"),
+    layers=(4, "blocks of the trunk"),
+    heads=(4, "attention heads"),
+    image_embed=("linear", "linear: a matrix on each patch; conv: a small convolutional stem"),
+    bottleneck=(0, "units a sequence must pass in 'reconstruct' (0: no bottleneck)"),
+    mask_ratio=(0.5, "share of tokens hidden in 'reconstruct'"),
+    # training
+    seed=(0, "of parameters, examples, batches and augmentation"),
+    steps=(1000, "target updates"),
+    warm_start_steps=(0, "updates on the auxiliaries alone, before the first target update"),
+    schedule=("alternate", "alternate: one slot per optimizer step; joint: one step on the weighted sum of all losses"),
+    learning_rate=(1e-3, "peak of each phase's cosine, after a linear warm-up over its first 5%"),
+    weight_decay=(0.05, "AdamW, on matrices only"),
+    init_from=("", "out_dir of a finished run whose trunk this one starts from"),
+    freeze_trunk=(False, "train only embeds, norms and heads"),
+    # running
+    out_dir=("", "where the run is written (default: out/CONFIG_NAME)"),
+    eval_interval=(100, "steps between validations, each with a checkpoint"),
+    log_interval=(50, "steps between log lines"),
+    stop_after=(0, "save and stop after this many steps, the schedule unchanged (0: run to the end)"),
+    resume=(False, "go on from last.pt; from scratch if there is none"),
+    score_test=(True, "score the target's test split, once, at the end (False: never open it)"),
+    device=("auto", "auto, cpu, cuda or mps"),
+    compile=(None, "torch.compile (None: on GPU; on CPU it does not pay within runs of minutes)"),
+    threads=(0, "torch CPU threads (0: torch's choice)"),
+)
+# Keys that may differ between a run and its continuation or repetition: they decide where and how long, not what.
+FREE_KEYS = {"out_dir", "resume", "stop_after", "log_interval", "raw_dir", "data_dir"}
+FREE_ON_RESUME = FREE_KEYS | {"eval_interval", "device", "steps"}
+
+
+def resolve(cfg, say=print):
+    """Check cfg and leave out what has no effect; returns the config that identifies the run."""
+    cfg, slots = dict(cfg), active_slots(cfg)
+    for slot in slots:
+        if cfg[f"{slot}_examples"] == 0:
+            cfg[slot] = ""
+    slots = active_slots(cfg)
+    if cfg["target"] not in slots:
+        raise UserError(f"target='{cfg['target']}' is not a slot with a source and examples (there are: {', '.join(slots) or 'none'})")
+    off = {key.split("_")[0] for key in cfg if key.split("_")[0] in cfg and key.endswith("_loss")} - set(slots)
+    ignored = [key for key in cfg if key.split("_")[0] in off and key not in PREPARE_KEYS] + [slot for slot in off if slot[-1].isdigit()]
+    if len(slots) == 1 and cfg["warm_start_steps"]:
+        ignored.append("warm_start_steps")
+    if configured := sorted(key for key in ignored if key not in KEYS or cfg[key] != KEYS[key][0]):
+        say(f"slots without a source or examples: {', '.join(sorted(off))}; ignored: {', '.join(configured)}")
+    cfg = {key: value for key, value in cfg.items() if key not in ignored}
+    for key, allowed in dict(schedule=("alternate", "joint"), image_embed=("linear", "conv"), device=("auto", "cpu", "cuda", "mps")).items():
+        if cfg[key] not in allowed:
+            raise UserError(f"{key}='{cfg[key]}' must be one of {', '.join(allowed)}")
+    for key, least in dict(steps=1, eval_interval=1, log_interval=1, width=1, layers=1, heads=1, warm_start_steps=0, threads=0,
+                           stop_after=0, seed=0, bottleneck=0, mask_ratio=0, image_shift=0, unseen_classes=0,
+                           **{f"{s}_batch": 1 for s in slots}, **{f"{s}_updates": 0 for s in slots}).items():
+        if cfg.get(key, least) < least:
+            raise UserError(f"{key}={cfg[key]} must be at least {least}")
+    if cfg["mask_ratio"] >= 1 or not cfg["learning_rate"] > 0:
+        raise UserError(f"mask_ratio={cfg['mask_ratio']} must be below 1 and learning_rate={cfg['learning_rate']} above 0")
+    return cfg
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# slots: a source's shards, the examples this run may use, and how its classes map to rows of the label head
+
+
+def choose_examples(labels, n, count, seed, slot, banned=()):
+    """Rows of the training split a run may use: the first `count` of an order in which classes take turns.
+
+    So the draw is even over classes, decided by (seed, slot), and nested: a larger count contains every smaller one.
+    labels (n,) or None; banned: classes left out. count=-1 takes all. Raises UserError if there are fewer.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(slot.encode()), 0])
+    order = rng.permutation(n)
+    if labels is not None:
+        shuffled = labels[order]
+        by_class = np.argsort(shuffled, kind="stable")  # classes together, each in its shuffled order
+        turn = np.empty(n, np.int64)
+        turn[by_class] = np.arange(n) - np.searchsorted(shuffled[by_class], shuffled[by_class])
+        order = order[np.argsort(turn, kind="stable")]  # first everyone's first, then everyone's second, ...
+        order = order[~np.isin(labels[order], list(banned))]
+    if count > len(order):
+        raise UserError(f"{slot}_examples={count}, but its training split offers {len(order)}: lower it, or -1 for all")
+    return order if count < 0 else order[:count]
+
+
+def open_slots(cfg, say):
+    """Prepare what is missing and open every slot's train and val; returns ({name: slot}, class names of the label head)."""
+    slots, target = {}, cfg["target"]
+    for name in sorted(active_slots(cfg), key=lambda name: name != target):  # the target first
+        folder = prepare(cfg, name, say)
+        meta = read_meta(folder)
+        slot = SimpleNamespace(name=name, folder=folder, meta=meta, loss=cfg[f"{name}_loss"], batch=cfg[f"{name}_batch"],
+                               weight=cfg[f"{name}_weight"], train=load_split(folder, "train"), val=load_split(folder, "val"),
+                               shift=cfg["image_shift"], flip=cfg["image_flip"], mask_ratio=cfg["mask_ratio"], banned=[])
+        if "label" in slot.loss.split("+"):
+            if len(meta["classes"]) < 2:
+                raise UserError(f"{name}={cfg[name]} has {len(meta['classes'])} classes, its label loss needs at least two: "
+                                f"choose --{name}_loss=next or reconstruct")
+        if name == target and meta["classes"]:
+            lacking = [c for c, k in zip(meta["classes"], meta["splits"]["test"]["class_counts"]) if not k]
+            if lacking and cfg["score_test"]:
+                raise UserError(f"{name}={cfg[name]}: no test items of class '{lacking[0]}' ({len(lacking)} such classes): "
+                                "add some, or pass --score_test=False")
+            if cfg["unseen_classes"] > len(meta["classes"]) - 2:
+                raise UserError(f"unseen_classes={cfg['unseen_classes']} leaves fewer than two of {len(meta['classes'])} classes")
+            rng = np.random.default_rng([cfg["seed"], zlib.crc32(b"unseen classes")])
+            slot.banned = sorted(rng.permutation(len(meta["classes"]))[:cfg["unseen_classes"]].tolist())
+        labels = slot.train.get("labels")
+        slot.rows = choose_examples(labels, len(slot.train["tokens"]), cfg[f"{name}_examples"], cfg["seed"], name, slot.banned)
+        slots[name] = slot
+    # The label head: the target's classes first, then what other slots with a label loss add. Names compare in plain form.
+    classes = []
+    for slot in slots.values():
+        if slot.name == target or "label" in slot.loss:
+            known = {plain_name(c): i for i, c in enumerate(classes)}
+            new = [c for c in slot.meta["classes"] if plain_name(c) not in known]
+            if classes and new:
+                say(f"warning: {len(new)} of the {len(slot.meta['classes'])} classes of {slot.name} are not the target's: {', '.join(new[:5])}")
+            classes += new
+            known = {plain_name(c): i for i, c in enumerate(classes)}
+            slot.head_rows = np.array([known[plain_name(c)] for c in slot.meta["classes"]], np.int64)
+    return slots, classes
+
+
+def model_slots(slots):
+    """What model.py must know of each slot, plain enough to be stored in a checkpoint."""
+    out = {}
+    for name, slot in slots.items():
+        shape = slot.meta["arrays"]["tokens"]["shape"]
+        keys = ("kind", "vocab", "mean", "std", "patch")
+        out[name] = dict(loss=slot.loss, length=shape[0], **{k: slot.meta[k] for k in keys if k in slot.meta})
+        if slot.meta["kind"] == "continuous":
+            out[name]["dim"] = shape[1]
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches: a pure function of (seed, slot, the slot's own update count). Nothing else that happens can change them.
+
+
+@functools.lru_cache(maxsize=16)
+def epoch_order(seed, slot, epoch, n):
+    return np.random.default_rng([seed, zlib.crc32(slot.encode()), 1, epoch]).permutation(n)
+
+
+def batch_rows(slot, seed, update):
+    """Rows of the slot's update-th batch: the epochs' permutations of its examples laid end to end, cut into batches."""
+    n = len(slot.rows)
+    places = update * slot.batch + np.arange(slot.batch)
+    epochs = places // n
+    return slot.rows[np.concatenate([epoch_order(seed, slot.name, int(e), n)[places[epochs == e] % n] for e in np.unique(epochs)])]
+
+
+def shift_and_flip(tokens, patch, shift, flip, rng):
+    """Shift each picture by up to `shift` pixels (edges repeat), mirror half of them if flip; tokens (B, T, D) uint8."""
+    pictures = unpatchify(tokens, patch)
+    B, S = pictures.shape[:2]
+    padded = np.pad(pictures, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
+    rows = rng.integers(0, 2 * shift + 1, (B, 1)) + np.arange(S)
+    columns = rng.integers(0, 2 * shift + 1, (B, 1)) + np.arange(S)
+    if flip:
+        columns = np.where(rng.random((B, 1)) < 0.5, columns[:, ::-1], columns)
+    return patchify(padded[np.arange(B)[:, None, None], rows[:, :, None], columns[:, None, :]], patch)
+
+
+def collate(slot, arrays, rows, device, rng=None):
+    """Items -> the keyword arguments of UML.forward as tensors. rng: augment and hide tokens (training), None: neither."""
+    tokens = arrays["tokens"][rows]
+    batch = {}
+    if "lengths" in arrays:
+        lengths = arrays["lengths"][rows]
+        if device.type == "cpu":  # short batches are cheap; compiled GPU code wants one shape
+            tokens = tokens[:, :max(2, lengths.max())]
+        batch["real"] = np.arange(tokens.shape[1]) < lengths[:, None]
+    if rng is not None and "patch" in slot.meta and (slot.shift or slot.flip):
+        tokens = shift_and_flip(tokens, slot.meta["patch"], slot.shift, slot.flip, rng)
+    if "label" in slot.loss:
+        batch["labels"] = slot.head_rows[arrays["labels"][rows]]
+    if rng is not None and "reconstruct" in slot.loss:
+        batch["hidden"] = rng.random(tokens.shape[:2]) < slot.mask_ratio
+    batch["tokens"] = tokens.astype(np.int64) if slot.meta["kind"] == "discrete" else tokens
+    return {key: to_device(torch.from_numpy(np.ascontiguousarray(value)), device) for key, value in batch.items()}
+
+
+def to_device(tensor, device):
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def train_batch(slot, seed, update, device):
+    rng = np.random.default_rng([seed, zlib.crc32(slot.name.encode()), 2, update])
+    return collate(slot, slot.train, batch_rows(slot, seed, update), device, rng)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# optimisation
+
+
+def make_optimizer(model, cfg, device):
+    """AdamW over every trainable parameter once: matrices decay, the rest (norms, biases, positions) does not.
+
+    A slot that is idle in a step has no gradient (None), and AdamW passes it over: it neither decays nor drifts.
+    """
+    decay = lambda name, p: p.dim() >= 2 and not name.startswith("position")
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [dict(params=[p for name, p in named if decay(name, p)], weight_decay=cfg["weight_decay"]),
+              dict(params=[p for name, p in named if not decay(name, p)], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=cfg["learning_rate"], betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
+
+
+def learning_rate(cfg, step):
+    """Each phase, the warm start and the main one, has its own linear warm-up (5%) and cosine to zero."""
+    warm = cfg["warm_start_steps"]
+    at, length = (step, warm) if step < warm else (step - warm, cfg["steps"])
+    return cfg["learning_rate"] * min((at + 1) / max(1, length // 20), 0.5 + 0.5 * math.cos(math.pi * at / length))
+
+
+def pattern(cfg, slots, step):
+    """The slots of this step, grouped by optimizer update: [["image"], ["text"]], or [["image", "text"]] if joint.
+
+    A warm-start step is one update on the auxiliaries, in turn; a later step is one target update and what goes with it.
+    """
+    auxiliaries = [name for name in slots if name != cfg["target"]]
+    turns = [name for name in auxiliaries for _ in range(cfg[f"{name}_updates"])]
+    if step < cfg["warm_start_steps"]:
+        return [auxiliaries] if cfg["schedule"] == "joint" else [[(turns or auxiliaries)[step % len(turns or auxiliaries)]]]
+    return [[cfg["target"], *auxiliaries]] if cfg["schedule"] == "joint" else [[name] for name in [cfg["target"], *turns]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation: the target only
+
+
+@torch.no_grad()
+def extract(model, slot, arrays, rows, device, layer=-1, batch=500):
+    """Frozen features of the given rows, (n, C) on the CPU; the model's train/eval mode is left as it was."""
+    parts = []
+    for start in range(0, len(rows), batch):
+        inputs = collate(slot, arrays, rows[start:start + batch], device)
+        parts.append(model.features(slot.name, inputs["tokens"], inputs.get("real"), layer).float().cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def evaluate(model, slot, arrays, device, probe=None):
+    """How good the target is on a split -> dict(score, accuracy, unseen_accuracy, and the probe that was used).
+
+    With a label loss the label head answers, over the target's classes. Without, a linear probe fitted on the run's own
+    training examples does; its penalty is the best of four on this split unless a fitted probe is handed in. Without
+    labels the score is minus the loss. score and accuracy count items of classes that have labelled examples.
+    """
+    labels, rows = arrays.get("labels"), np.arange(len(arrays["tokens"]))
+    if labels is None:
+        batches = [(len(part), collate(slot, arrays, part, device, np.random.default_rng([0]))) for part in np.array_split(rows, -(-len(rows) // 500))]
+        loss = sum(n * model(slot.name, **batch).item() for n, batch in batches) / len(rows)
+        return dict(score=-loss, accuracy=None, unseen_accuracy=None, probe=None)
+    classes, features = len(slot.meta["classes"]), extract(model, slot, arrays, rows, device)
+    truth, unseen = torch.from_numpy(labels).long(), torch.from_numpy(np.isin(labels, slot.banned))
+
+    def accuracies(scores):
+        right = (scores.argmax(1) == truth).float()
+        return right[~unseen].mean().item(), right[unseen].mean().item() if unseen.any() else None
+
+    if "label" in slot.loss:
+        head = model.label_head
+        accuracy, unseen_accuracy = accuracies(features @ head.weight[:classes].cpu().T + head.bias[:classes].cpu())
+    elif probe is not None:
+        accuracy, unseen_accuracy = accuracies(features @ probe[0].T + probe[1])
+    else:
+        known = extract(model, slot, slot.train, slot.rows, device), torch.from_numpy(slot.train["labels"][slot.rows])
+        fitted = [linear_probe(*known, classes, l2) for l2 in (1.0, 10.0, 100.0, 1000.0)]
+        answers = [accuracies(features @ weight.T + bias) for weight, bias in fitted]
+        best = max(range(4), key=lambda i: answers[i][0])
+        probe, (accuracy, unseen_accuracy) = fitted[best], answers[best]
+    return dict(score=accuracy, accuracy=accuracy, unseen_accuracy=unseen_accuracy, probe=probe)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def save_checkpoint(path, **state):
+    """torch.save under a temporary name, then into place: whoever looks finds the old file or the new one, never a half."""
+    torch.save(state, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def load_checkpoint(path):
+    """A checkpoint dict: model, optimizer, step, config, slots, classes, best. Only tensors and plain values are unpickled."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except Exception as problem:  # torch.load raises many kinds; all mean the same to the user
+        raise UserError(f"{path} is not a checkpoint of this project ({type(problem).__name__}): delete it") from None
+
+
+def load_model(path):
+    """The model of a checkpoint file, on the CPU, ready to embed -> (UML, checkpoint dict)."""
+    checkpoint = load_checkpoint(path)
+    model = build_model(checkpoint["config"], checkpoint["slots"], checkpoint["classes"])
+    model.load_state_dict(checkpoint["model"])
+    return model.eval(), checkpoint
+
+
+def build_model(cfg, slots, classes):
+    try:
+        return UML(slots, len(classes), **{key: cfg[key] for key in
+                   ("width", "layers", "heads", "bottleneck", "mask_ratio", "image_embed", "seed")})
+    except ValueError as problem:
+        raise UserError(str(problem)) from None
+
+
+def start_trunk_from(model, folder):
+    """Copy the trunk and its last norm from a finished run's best.pt, whatever slots that run had."""
+    state = {k: v for k, v in load_checkpoint(os.path.join(folder, "best.pt"))["model"].items() if k.startswith(("trunk.", "norm."))}
+    own = {k: v.shape for k, v in model.state_dict().items() if k.startswith(("trunk.", "norm."))}
+    if own != {k: v.shape for k, v in state.items()}:
+        raise UserError(f"init_from={folder} has a trunk of another width or depth than this config")
+    model.load_state_dict(state, strict=False)
+
+
+def claim_out_dir(cfg):
+    """Make out_dir this run's; returns a finished result of the same config, or None. Refuses another run's folder."""
+    path = os.path.join(cfg["out_dir"], "config.json")
+    identity = {key: value for key, value in cfg.items() if key not in FREE_KEYS}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            there = {key: value for key, value in json.load(f).items() if key not in FREE_KEYS}
+        differing = sorted(key for key in there.keys() | identity.keys() if there.get(key) != identity.get(key))
+        meant = [key for key in differing if cfg["resume"] and key in FREE_ON_RESUME]
+        if differing != meant:
+            raise UserError(f"{cfg['out_dir']} holds a run of another config (different: {', '.join(differing)}): "
+                            "choose another --out_dir or delete it")
+        if os.path.exists(os.path.join(cfg["out_dir"], "result.json")) and not differing:
+            with open(os.path.join(cfg["out_dir"], "result.json"), encoding="utf-8") as f:
+                return json.load(f)
+        if not cfg["resume"] and os.path.exists(os.path.join(cfg["out_dir"], "last.pt")):
+            raise UserError(f"{cfg['out_dir']} holds an unfinished run of this config: add --resume to go on, or delete it")
+    os.makedirs(cfg["out_dir"], exist_ok=True)
+    write_json(path, cfg)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run, top to bottom
+
+
+def pick_device(cfg):
+    """(device, autocast context, the line that says why)."""
+    name = cfg["device"]
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device='cuda', but torch finds no GPU here: use --device=cpu")
+    half = name == "cuda" and torch.cuda.is_bf16_supported()  # on CPUs without bf16 matrix units half precision is slower
+    return torch.device(name), torch.autocast(name, torch.bfloat16, enabled=half), f"{name}, {'bf16' if half else 'fp32'}"
+
+
+def run(cfg, say=print):
+    """Train one config to its end -> the result dict (also in out_dir/result.json), or None if stop_after came first."""
+    cfg = resolve(cfg, say)
+    if (finished := claim_out_dir(cfg)) is not None:
+        say(f"{cfg['out_dir']} is finished; its result again:")
+        return finished
+    if cfg["threads"]:
+        torch.set_num_threads(cfg["threads"])
+    device, autocast, device_line = pick_device(cfg)
+    slots, classes = open_slots(cfg, say)
+    target, warm = slots[cfg["target"]], cfg["warm_start_steps"]
+    model = build_model(cfg, model_slots(slots), classes)
+    if cfg["init_from"]:
+        start_trunk_from(model, cfg["init_from"])
+    model.to(device)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not (cfg["freeze_trunk"] and name.startswith("trunk") and "norm" not in name)
+    compiled = cfg["compile"] if cfg["compile"] is not None else device.type == "cuda"
+    loss_of = torch.compile(model) if compiled else model  # `model` itself is what we evaluate and save
+    optimizer = make_optimizer(model, cfg, device)
+
+    step, best, spent, items, updates = 0, None, 0.0, 0, {name: 0 for name in slots}
+    last_path, best_path, log_path = (os.path.join(cfg["out_dir"], name) for name in ("last.pt", "best.pt", "log.jsonl"))
+    log = []  # what log.jsonl starts with
+    if cfg["resume"] and os.path.exists(last_path):
+        saved = load_checkpoint(last_path)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, best, updates, spent, items = (saved[key] for key in ("step", "best", "updates", "seconds", "items"))
+        with open(log_path, encoding="utf-8") as f:
+            log = [line for line in f if json.loads(line)["step"] <= step]
+        say(f"resuming {cfg['out_dir']} at step {step}")
+    elif cfg["resume"]:
+        say(f"nothing to resume in {cfg['out_dir']}: starting from scratch")
+    with open(log_path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(log)
+    os.replace(log_path + ".tmp", log_path)
+    total = warm + cfg["steps"]
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(p.numel() for p in model.trunk.parameters()):,} of them "
+        f"in the shared trunk; {device_line}, {torch.get_num_threads()} threads, {'compiled' if compiled else 'eager'}")
+    for slot in slots.values():
+        say(f"{slot.name}: {cfg[slot.name]}, {len(slot.rows):,} training items, loss {slot.loss}" + (" (target)" if slot is target else ""))
+    say(f"{warm} warm-start steps of {pattern(cfg, slots, 0)}, then " * (warm > 0) +
+        f"{cfg['steps']} steps of " + " then ".join("+".join(group) for group in pattern(cfg, slots, warm)))
+    bar = tqdm(total=total, initial=step, disable=not sys.stdout.isatty() or say is not print, leave=False)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def note(line, **entry):
+        say(line) if bar.disable else bar.write(line)
+        with open(log_path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(entry) + "\n")
+
+    def save(path):
+        save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, config=cfg, slots=model.slots,
+                        classes=classes, best=best, updates=updates, seconds=spent, items=items)
+
+    first, sums, window = step, {}, (step, spent, items)  # loss sums stay on the device until a log line is due
+    clock = time.perf_counter()
+    while True:
+        # 1. what is due between steps; the clock stands still meanwhile
+        evaluating = step > max(first, warm) and ((step - warm) % cfg["eval_interval"] == 0 or step == total)
+        logging = step > first and (step % cfg["log_interval"] == 0 or step == total)
+        stopping = step == total or (step == cfg["stop_after"] and step > first)
+        saving = stopping or evaluating or (step > first and step % cfg["eval_interval"] == 0)
+        if logging or saving:
+            synchronize()
+            spent += time.perf_counter() - clock
+        if logging:
+            means = {name: (sum(values) / len(values)).item() for name, values in sums.items()}
+            for name, mean in means.items():
+                if not math.isfinite(mean):
+                    raise UserError(f"the {name} loss became {mean} before step {step}: lower --learning_rate (now "
+                                    f"{cfg['learning_rate']}); {cfg['out_dir']} keeps the checkpoint before it")
+            ms, rate = 1e3 * (spent - window[1]) / (step - window[0]), (items - window[2]) / (spent - window[1])
+            note(f"step {step}/{total} | " + " | ".join(f"{name} {mean:.4f}" for name, mean in means.items()) +
+                 f" | lr {learning_rate(cfg, step - 1):.1e} | {ms:.0f} ms/step | {rate:,.0f} samples/s",
+                 step=step, loss=means, lr=learning_rate(cfg, step - 1), ms_per_step=ms, samples_per_second=rate)
+            sums, window = {}, (step, spent, items)
+        if evaluating:
+            now = evaluate(model, target, target.val, device)
+            note(f"step {step}/{total} | validation " + (f"accuracy {now['accuracy']:.4f}" if now["accuracy"] is not None else f"loss {-now['score']:.4f}")
+                 + (f" (unseen classes {now['unseen_accuracy']:.4f})" if now["unseen_accuracy"] is not None else ""),
+                 step=step, val_accuracy=now["accuracy"], val_score=now["score"], val_unseen_accuracy=now["unseen_accuracy"])
+            if best is None or now["score"] > best["score"]:
+                best = dict(step=step, score=now["score"])
+                save(best_path)
+        if saving:
+            save(last_path)
+        if stopping:
+            break
+        if logging or saving:
+            clock = time.perf_counter()
+
+        # 2. one step: every group of slots in the pattern makes one optimizer update
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
+        for names in pattern(cfg, slots, step):
+            optimizer.zero_grad(set_to_none=True)
+            for name in names:
+                batch = train_batch(slots[name], cfg["seed"], updates[name], device)
+                with autocast:
+                    loss = loss_of(name, **batch)
+                (slots[name].weight * loss).backward()
+                sums.setdefault(name, []).append(loss.detach())
+                updates[name] += 1
+                items += slots[name].batch
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        step += 1
+        bar.update()
+    bar.close()
+    if step < total:
+        say(f"stopped after step {step} of {total}; go on with --resume")
+        return None
+
+    # the end: the best checkpoint by validation, and the target's test split for the first and only time
+    model.load_state_dict(load_checkpoint(best_path)["model"])
+    val = evaluate(model, target, target.val, device)
+    test = evaluate(model, target, load_split(target.folder, "test"), device, val["probe"]) if cfg["score_test"] else {}
+    result = dict(name=os.path.basename(os.path.normpath(cfg["out_dir"])), target=target.name,
+                  losses={name: slot.loss for name, slot in slots.items()}, seed=cfg["seed"], steps=cfg["steps"],
+                  examples={name: len(slot.rows) for name, slot in slots.items()}, best_step=best["step"],
+                  val_accuracy=val["accuracy"], test_accuracy=test.get("accuracy"),
+                  chance=1 / len(target.meta["classes"]) if target.meta["classes"] else None,
+                  seconds=round(spent, 2), samples_per_second=round(items / spent, 1), peak_memory=peak_memory(device))
+    if slots[target.name].banned:
+        result.update(val_unseen_accuracy=val["unseen_accuracy"], test_unseen_accuracy=test.get("unseen_accuracy"))
+    if val["accuracy"] is None:
+        result.update(val_loss=-val["score"], test_loss=-test["score"] if test else None)
+    write_json(os.path.join(cfg["out_dir"], "result.json"), result)
+    return result
+
+
+def peak_memory(device):
+    """Peak memory in bytes: of the GPU's allocator, or of this process (mapped shards included)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def read_run_config(argv):
+    """argv -> the full config of a run, out_dir filled in."""
+    cfg = read_config(argv, KEYS)
+    if not cfg["out_dir"]:
+        stem = next((os.path.splitext(os.path.basename(arg))[0] for arg in argv if not arg.startswith("--")), "run")
+        cfg["out_dir"] = os.path.join("out", stem)
+    return cfg
+
+
+def main():
+    if "--help" in sys.argv or "-h" in sys.argv or len(sys.argv) == 1:
+        return print_help(__doc__, KEYS)
+    result = run(read_run_config(sys.argv[1:]))
+    if result is not None:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
