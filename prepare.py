@@ -33,7 +33,7 @@ import tiktoken
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-FORMAT = 1  # version of the shard layout; readers refuse any other
+FORMAT = 1  # of the shards; part of every folder name, so raise it when you change how a source or its tokens are made
 
 # ---------------------------------------------------------------------------------------------------------------------
 # errors: everything a user can get wrong ends in one clear sentence and exit code 2
@@ -482,15 +482,15 @@ def paint_scenes(scenes, rng, size=32, zoom=4):
         for _ in range(int(clutter)):  # grey strokes that mean nothing
             grey, ends = int(rng.integers(60, 190)), rng.integers(0, side, 4)
             pen.line([int(v) for v in ends], fill=(grey, grey, grey), width=int(rng.integers(2, 9)))
-        radius = side * (0.13, 0.19, 0.26)[int(big)] * rng.uniform(0.9, 1.1)
-        centre = side * (np.array([0.3, 0.5, 0.7])[[int(column), int(row)]] + rng.normal(0, 0.03, 2))
+        radius = side * (0.17, 0.22, 0.28)[int(big)] * rng.uniform(0.9, 1.1)
+        centre = side * (np.array([0.34, 0.5, 0.66])[[int(column), int(row)]] + rng.normal(0, 0.03, 2))
         fill = tuple(int(v) for v in (RGB[int(colour)] * rng.uniform(0.75, 1.05) + rng.normal(0, 14, 3)).clip(0, 255))
         pen.polygon([tuple(p) for p in centre + radius * shape_outline(int(shape), angle)], fill=fill)
         if shape == 5:
             hole = [tuple(p) for p in centre + 0.55 * radius * shape_outline(0, 0)]
             pen.polygon(hole, fill=canvas.getpixel((1, 1)))
         clean = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32)
-        picture[:] = (clean + rng.normal(0, 28, clean.shape)).clip(0, 255).astype(np.uint8)
+        picture[:] = (clean + rng.normal(0, 22, clean.shape)).clip(0, 255).astype(np.uint8)
     return pictures
 
 
@@ -509,7 +509,7 @@ def tell_scenes(scenes, rng):
                 f"there are {clutter} grey lines." if clutter != 1 else "there is one grey line."]
         rng.shuffle(more)
         documents.append(". ".join([first] + [" ".join(more[:int(rng.integers(1, 4))])]) if rng.random() < 0.4 else first)
-    return documents
+    return [re.sub(r"\ba (?=[aeiou])", "an ", document) for document in documents]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

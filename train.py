@@ -92,7 +92,7 @@ def resolve(cfg, say=print):
         ignored.append("warm_start_steps")
     if configured := sorted(key for key in ignored if key not in KEYS or cfg[key] != KEYS[key][0]):
         say(f"slots without a source or examples: {', '.join(sorted(off))}; ignored: {', '.join(configured)}")
-    cfg = {key: value for key, value in cfg.items() if key not in ignored}
+    cfg = {key: value for key, value in cfg.items() if key not in ignored} | ({"warm_start_steps": 0} if len(slots) == 1 else {})
     for key, allowed in dict(schedule=("alternate", "joint"), image_embed=("linear", "conv"), device=("auto", "cpu", "cuda", "mps")).items():
         if cfg[key] not in allowed:
             raise UserError(f"{key}='{cfg[key]}' must be one of {', '.join(allowed)}")
