@@ -83,7 +83,7 @@ class UML(nn.Module):
     """The unpaired multimodal learner.
 
     slots: {name: dict(kind="discrete"|"continuous", length=T, loss="next+label", and vocab=V, or dim=D with mean and std
-        (lists whose length divides D), and for pictures patch=p)}. Any number of slots.
+        (lists whose length divides D), for pictures patch=p, for "label" rows=[rows of the label head])}. Any number.
     classes: number of rows of the shared label head (0: none). embed: "linear" or "conv" for slots that have a patch.
     bottleneck=k > 0 sends "reconstruct" through k units a sequence; those units are then the features.
     Raises ValueError, in one sentence, for a combination that cannot work.
@@ -120,6 +120,10 @@ class UML(nn.Module):
                     self.embed[name] = nn.Linear(slot["dim"], width)
                 if losses != ["label"]:
                     self.head[name] = nn.Linear(width, slot["dim"])
+            if "label" in losses:  # the rows this slot has examples of; it leaves other slots' classes alone
+                mask = torch.zeros(classes, dtype=torch.bool)
+                mask[slot["rows"]] = True
+                self.register_buffer(f"{name}_rows", mask)
             self.position[name] = nn.Parameter(torch.empty(slot["length"], width))
             if "reconstruct" in losses and mask_ratio:
                 self.hidden[name] = nn.Parameter(torch.empty(width))  # stands in for a hidden token
@@ -191,7 +195,9 @@ class UML(nn.Module):
             h = self.states(slot, tokens[:, :-1], causal=True)[-1]
             total = total + self.token_loss(slot, h, tokens[:, 1:], every[:, 1:])
         if "label" in losses:
-            total = total + F.cross_entropy(self.logits(self.pooled(slot, tokens, real)), labels)
+            # over the slot's own classes: a class that only the text knows must not be unlearned by every picture
+            scores = self.label_head(self.pooled(slot, tokens, real)).float()
+            total = total + F.cross_entropy(scores.masked_fill(~getattr(self, f"{slot}_rows"), -torch.inf), labels)
         if "reconstruct" in losses:
             masked = self.mask_ratio > 0
             h = self.states(slot, tokens, real, hidden=hidden if masked else None)[-1]
@@ -215,10 +221,6 @@ class UML(nn.Module):
         h = self.pooled(slot, self.normalise(slot, tokens), real, layer)
         through = self.bottleneck is not None and self.slots[slot]["loss"] == "reconstruct" and layer == -1
         return self.bottleneck.down(h) if through else h
-
-    def logits(self, features):
-        """Features (B, C) -> scores of the shared classes (B, classes)."""
-        return self.label_head(features).float()
 
     # -- initialisation -----------------------------------------------------------------------------------------------
 

@@ -20,6 +20,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import UML, linear_probe
@@ -42,6 +44,7 @@ KEYS = dict(
         batch=(64, f"{slot} items in a step"),
         examples=(-1, f"training items of the {slot} slot: nested, evenly over the classes (-1: all, 0: slot off)"),
     ).items()},
+    control=(False, "destroy the auxiliaries' structure and keep their marginals: the control arm of probe.py compare"),
     unseen_classes=(0, "target classes that get no labelled target examples; accuracy on them is reported apart"),
     image_shift=(4, "augmentation: pictures are shifted by up to this many pixels"),
     image_flip=(False, "augmentation: pictures are mirrored at random (wrong for digits and for left against right)"),
@@ -60,7 +63,7 @@ KEYS = dict(
     learning_rate=(1e-3, "peak of each phase's cosine, after a linear warm-up over its first 5%"),
     weight_decay=(0.05, "AdamW, on matrices only"),
     init_from=("", "out_dir of a finished run whose trunk this one starts from"),
-    freeze_trunk=(False, "train only embeds, norms and heads"),
+    freeze_trunk=(False, "after the warm start train only embeds, norms and heads"),
     # running
     out_dir=("", "where the run is written (default: out/CONFIG_NAME)"),
     eval_interval=(100, "steps between validations, each with a checkpoint"),
@@ -154,6 +157,8 @@ def open_slots(cfg, say):
             slot.banned = sorted(rng.permutation(len(meta["classes"]))[:cfg["unseen_classes"]].tolist())
         labels = slot.train.get("labels")
         slot.rows = choose_examples(labels, len(slot.train["tokens"]), cfg[f"{name}_examples"], cfg["seed"], name, slot.banned)
+        if cfg["control"] and name != target:
+            destroy_structure(slot, cfg["seed"])
         slots[name] = slot
     # The label head: the target's classes first, then what other slots with a label loss add. Names compare in plain form.
     classes = []
@@ -169,6 +174,19 @@ def open_slots(cfg, say):
     return slots, classes
 
 
+def destroy_structure(slot, seed):
+    """Shuffle an auxiliary's training data in place: its labels over its items if it has a label loss, and its tokens over
+    the corpus (all real places of all items) if it predicts tokens. Each token and label is as frequent as before."""
+    rng, losses = np.random.default_rng([seed, zlib.crc32(slot.name.encode()), 3]), slot.loss.split("+")
+    if "label" in losses:
+        slot.train["labels"] = rng.permutation(slot.train["labels"])
+    if losses != ["label"]:
+        tokens = slot.train["tokens"][np.arange(len(slot.train["tokens"]))]
+        real = np.arange(tokens.shape[1]) < slot.train.get("lengths", np.full(len(tokens), tokens.shape[1]))[:, None]
+        tokens[real] = rng.permutation(tokens[real])
+        slot.train["tokens"] = tokens
+
+
 def model_slots(slots):
     """What model.py must know of each slot, plain enough to be stored in a checkpoint."""
     out = {}
@@ -178,6 +196,8 @@ def model_slots(slots):
         out[name] = dict(loss=slot.loss, length=shape[0], **{k: slot.meta[k] for k in keys if k in slot.meta})
         if slot.meta["kind"] == "continuous":
             out[name]["dim"] = shape[1]
+        if "label" in slot.loss:
+            out[name]["rows"] = np.unique(slot.head_rows[slot.train["labels"][slot.rows]]).tolist()
     return out
 
 
@@ -243,12 +263,12 @@ def train_batch(slot, seed, update, device):
 
 
 def make_optimizer(model, cfg, device):
-    """AdamW over every trainable parameter once: matrices decay, the rest (norms, biases, positions) does not.
+    """AdamW over every parameter once: matrices decay, the rest (norms, biases, positions) does not.
 
     A slot that is idle in a step has no gradient (None), and AdamW passes it over: it neither decays nor drifts.
     """
     decay = lambda name, p: p.dim() >= 2 and not name.startswith("position")
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = list(model.named_parameters())
     groups = [dict(params=[p for name, p in named if decay(name, p)], weight_decay=cfg["weight_decay"]),
               dict(params=[p for name, p in named if not decay(name, p)], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=cfg["learning_rate"], betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
@@ -273,6 +293,14 @@ def pattern(cfg, slots, step):
     return [[cfg["target"], *auxiliaries]] if cfg["schedule"] == "joint" else [[name] for name in [cfg["target"], *turns]]
 
 
+def count_flops(model, name, batch):
+    """FLOPs of forward and backward on a batch, counted by torch operation by operation (attention as its two matmuls)."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(name, **batch).backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluation: the target only
 
@@ -287,38 +315,39 @@ def extract(model, slot, arrays, rows, device, layer=-1, batch=500):
     return torch.cat(parts)
 
 
+def fit_probe(known, val, classes):
+    """The best on val of four linear probes fitted on known, both (features, labels) -> ((weight, bias), its l2)."""
+    def right(probe):
+        return (val[0] @ probe[0].T + probe[1]).argmax(1).eq(val[1]).float().mean().item()
+    fitted = [(linear_probe(*known, classes, l2), l2) for l2 in (1.0, 10.0, 100.0, 1000.0)]
+    return max(fitted, key=lambda one: right(one[0]))
+
+
 @torch.no_grad()
 def evaluate(model, slot, arrays, device, probe=None):
     """How good the target is on a split -> dict(score, accuracy, unseen_accuracy, and the probe that was used).
 
     With a label loss the label head answers, over the target's classes. Without, a linear probe fitted on the run's own
-    training examples does; its penalty is the best of four on this split unless a fitted probe is handed in. Without
-    labels the score is minus the loss. score and accuracy count items of classes that have labelled examples.
+    training examples does; its penalty is the best on this split unless a fitted probe is handed in. Without labels the
+    score is minus the loss. score and accuracy count items of classes that have labelled examples.
     """
     labels, rows = arrays.get("labels"), np.arange(len(arrays["tokens"]))
     if labels is None:
         batches = [(len(part), collate(slot, arrays, part, device, np.random.default_rng([0]))) for part in np.array_split(rows, -(-len(rows) // 500))]
         loss = sum(n * model(slot.name, **batch).item() for n, batch in batches) / len(rows)
-        return dict(score=-loss, accuracy=None, unseen_accuracy=None, probe=None)
+        return dict(score=-loss, accuracy=None, balanced_accuracy=None, unseen_accuracy=None, probe=None)
     classes, features = len(slot.meta["classes"]), extract(model, slot, arrays, rows, device)
     truth, unseen = torch.from_numpy(labels).long(), torch.from_numpy(np.isin(labels, slot.banned))
 
-    def accuracies(scores):
-        right = (scores.argmax(1) == truth).float()
-        return right[~unseen].mean().item(), right[unseen].mean().item() if unseen.any() else None
-
     if "label" in slot.loss:
-        head = model.label_head
-        accuracy, unseen_accuracy = accuracies(features @ head.weight[:classes].cpu().T + head.bias[:classes].cpu())
-    elif probe is not None:
-        accuracy, unseen_accuracy = accuracies(features @ probe[0].T + probe[1])
-    else:
+        probe = model.label_head.weight[:classes].cpu(), model.label_head.bias[:classes].cpu()
+    elif probe is None:
         known = extract(model, slot, slot.train, slot.rows, device), torch.from_numpy(slot.train["labels"][slot.rows])
-        fitted = [linear_probe(*known, classes, l2) for l2 in (1.0, 10.0, 100.0, 1000.0)]
-        answers = [accuracies(features @ weight.T + bias) for weight, bias in fitted]
-        best = max(range(4), key=lambda i: answers[i][0])
-        probe, (accuracy, unseen_accuracy) = fitted[best], answers[best]
-    return dict(score=accuracy, accuracy=accuracy, unseen_accuracy=unseen_accuracy, probe=probe)
+        probe, _ = fit_probe(known, (features[~unseen], truth[~unseen]), classes)
+    right = ((features @ probe[0].T + probe[1]).argmax(1) == truth).float()
+    balanced = torch.stack([right[truth == c].mean() for c in truth[~unseen].unique()]).mean().item()
+    accuracy, unseen_accuracy = right[~unseen].mean().item(), right[unseen].mean().item() if unseen.any() else None
+    return dict(score=accuracy, accuracy=accuracy, balanced_accuracy=balanced, unseen_accuracy=unseen_accuracy, probe=probe)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,8 +447,6 @@ def run(cfg, say=print):
     if cfg["init_from"]:
         start_trunk_from(model, cfg["init_from"])
     model.to(device)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = not (cfg["freeze_trunk"] and name.startswith("trunk") and "norm" not in name)
     compiled = cfg["compile"] if cfg["compile"] is not None else device.type == "cuda"
     loss_of = torch.compile(model) if compiled else model  # `model` itself is what we evaluate and save
     optimizer = make_optimizer(model, cfg, device)
@@ -457,7 +484,7 @@ def run(cfg, say=print):
 
     def save(path):
         save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, config=cfg, slots=model.slots,
-                        classes=classes, best=best, updates=updates, seconds=spent, items=items)
+                        classes=classes, target_classes=len(target.meta["classes"]), best=best, updates=updates, seconds=spent, items=items)
 
     first, sums, window = step, {}, (step, spent, items)  # loss sums stay on the device until a log line is due
     clock = time.perf_counter()
@@ -496,6 +523,10 @@ def run(cfg, say=print):
         if logging or saving:
             clock = time.perf_counter()
 
+        if step >= warm and cfg["freeze_trunk"]:
+            for name, parameter in model.trunk.named_parameters():
+                parameter.requires_grad = "norm" in name
+
         # 2. one step: every group of slots in the pattern makes one optimizer update
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
@@ -522,11 +553,13 @@ def run(cfg, say=print):
     model.load_state_dict(load_checkpoint(best_path)["model"])
     val = evaluate(model, target, target.val, device)
     test = evaluate(model, target, load_split(target.folder, "test"), device, val["probe"]) if cfg["score_test"] else {}
+    flops = sum(updates[name] * count_flops(model, name, train_batch(slots[name], cfg["seed"], 0, device)) for name in slots)
     result = dict(name=os.path.basename(os.path.normpath(cfg["out_dir"])), target=target.name,
                   losses={name: slot.loss for name, slot in slots.items()}, seed=cfg["seed"], steps=cfg["steps"],
                   examples={name: len(slot.rows) for name, slot in slots.items()}, best_step=best["step"],
                   val_accuracy=val["accuracy"], test_accuracy=test.get("accuracy"),
                   chance=1 / len(target.meta["classes"]) if target.meta["classes"] else None,
+                  val_balanced_accuracy=val["balanced_accuracy"], test_balanced_accuracy=test.get("balanced_accuracy"), flops=flops,
                   seconds=round(spent, 2), samples_per_second=round(items / spent, 1), peak_memory=peak_memory(device))
     if slots[target.name].banned:
         result.update(val_unseen_accuracy=val["unseen_accuracy"], test_unseen_accuracy=test.get("unseen_accuracy"))
@@ -543,9 +576,9 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def read_run_config(argv):
+def read_run_config(argv, keys=KEYS):
     """argv -> the full config of a run, out_dir filled in."""
-    cfg = read_config(argv, KEYS)
+    cfg = read_config(argv, keys)
     if not cfg["out_dir"]:
         stem = next((os.path.splitext(os.path.basename(arg))[0] for arg in argv if not arg.startswith("--")), "run")
         cfg["out_dir"] = os.path.join("out", stem)

@@ -1,0 +1,682 @@
+"""probe.py: what did a run learn, and did unpaired data help? Everything here looks at frozen features or calls train.run.
+
+    python probe.py out/shapes_text [out/shapes_alone ...]           # analyses of finished runs, side by side
+    python probe.py compare sample_configs/shapes_text.py --seeds=3  # alone against uml against control, with the verdict
+    python probe.py embed out/shapes_text /my/pictures               # features and predictions for new files
+    python probe.py report                                           # rewrite the README's tables from assets/results/
+
+Analyses read the target's test split (val, if the run was told never to open test); whatever is fitted is fitted on the
+run's own training examples and chosen on validation. Their result is the last line, as JSON.
+
+Sections: measures on features, corruptions, runs side by side, statistics, compare, embed, report.
+"""
+import csv
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from tqdm import tqdm
+
+from model import linear_probe
+from prepare import (UserError, active_slots, exit_on_user_error, load_bpe, load_split, modality_of, patchify, plain_name,
+                     prepare, read_pictures, unpatchify, write_json)
+from train import (FREE_KEYS, KEYS, choose_examples, evaluate, extract, fit_probe, load_model, open_slots, read_run_config,
+                   resolve, run)
+
+CPU = torch.device("cpu")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# measures on features (n, D) and labels (n,): torch tensors on the CPU
+
+
+def knn_accuracy(features, labels, new, truth, k=20):
+    """Share of `new` whose k nearest training features (cosine), weighted by exp(similarity / 0.07), vote for the truth.
+
+    The evaluation of Wu et al. 2018 (arXiv 1805.01978, section 3.4). k is cut to the number of training items.
+    """
+    a, b = torch.nn.functional.normalize(features, dim=1), torch.nn.functional.normalize(new, dim=1)
+    similarity, nearest = (b @ a.T).topk(min(k, len(a)), dim=1)
+    votes = torch.zeros(len(b), int(labels.max()) + 1).scatter_add_(1, labels[nearest], (similarity / 0.07).exp())
+    return (votes.argmax(1) == truth).float().mean().item()
+
+
+def few_shot(features, labels, new, truth, shots=(1, 2, 4, 8, 16), draws=5):
+    """{shots a class: (mean, standard deviation) of linear-probe accuracy over draws of the training items}."""
+    classes, out = int(labels.max()) + 1, {}
+    for k in shots:
+        if k > torch.bincount(labels, minlength=classes).min():
+            break  # some class has fewer examples
+        right = []
+        for draw in range(draws):
+            rows = choose_examples(labels.numpy(), len(labels), k * classes, draw, "few-shot")
+            weight, bias = linear_probe(features[rows], labels[rows], classes)
+            right.append(((new @ weight.T + bias).argmax(1) == truth).float().mean().item())
+        out[k] = (float(np.mean(right)), float(np.std(right, ddof=1)))
+    return out
+
+
+def margins(features, labels, weight, bias):
+    """Distances of items to the probe's decision boundary: (score of the truth - best other) / |difference of weights|.
+
+    Positive where the item is classified right; Gupta et al. 2025 (section 5) report that unpaired data widens them.
+    Weights and margins are for standardised features, so that runs of different feature scale compare.
+    """
+    mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
+    weight, bias, features = weight * std, bias + weight @ mean, (features - mean) / std
+    scores = features @ weight.T + bias
+    true = scores.gather(1, labels[:, None])[:, 0]
+    rival = scores.scatter(1, labels[:, None], -torch.inf).argmax(1)
+    return (true - scores.gather(1, rival[:, None])[:, 0]) / (weight[labels] - weight[rival]).norm(dim=1).clamp_min(1e-9)
+
+
+def class_spread(features, labels):
+    """Mean squared distance between class centroids over mean squared distance of items to their own centroid."""
+    known = labels.unique()
+    centroids = torch.stack([features[labels == c].mean(0) for c in known])
+    own = torch.stack([(features[labels == c] - m).square().sum(1).mean() for c, m in zip(known, centroids)])
+    between = torch.pdist(centroids).square().mean()
+    return (between / own.mean().clamp_min(1e-12)).item()
+
+
+def cka(a, b):
+    """Linear centred kernel alignment of two (k, D) matrices with matching rows; 1 for rotations and scalings of each other.
+
+    Kornblith et al. 2019 (arXiv 1905.00414, section 3).
+    """
+    a, b = a - a.mean(0), b - b.mean(0)
+    return ((a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm()).clamp_min(1e-12)).item()
+
+
+def mutual_knn(a, b, k):
+    """Mean share of a row's k nearest rows (cosine) that are the same in a and in b: Huh et al. 2024 (arXiv 2405.07987)."""
+    def nearest(m):
+        m = torch.nn.functional.normalize(m - m.mean(0), dim=1)
+        return (m @ m.T).fill_diagonal_(-2).topk(k, dim=1).indices
+    return np.mean([len(set(p.tolist()) & set(q.tolist())) / k for p, q in zip(nearest(a), nearest(b))])
+
+
+def permutation_p(measure, a, b, draws=500, seed=0):
+    """(measure(a, b), p): how often shuffling the rows of b gives at least as much; the floor of p is 1 / (draws + 1)."""
+    rng, found = np.random.default_rng(seed), measure(a, b)
+    null = [measure(a, b[rng.permutation(len(b))]) for _ in range(draws)]
+    return found, (1 + sum(value >= found for value in null)) / (draws + 1)
+
+
+def unit_agreement(a, b):
+    """Per unit, the correlation over classes of its mean activation in two slots: (k, C) and (k, C) centroids -> (C,)."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# corruptions of pictures (n, S, S, 3) uint8, three severities each, that need no download
+
+
+def corrupt_pictures(pictures, kind, severity):
+    """kind: noise, blur, contrast or pixelate; severity 1..3. After Hendrycks & Dietterich 2019 (arXiv 1903.12261)."""
+    rng, i = np.random.default_rng(severity), severity - 1
+    if kind == "noise":
+        out = pictures + rng.normal(0, (10, 20, 40)[i], pictures.shape)
+    elif kind == "blur":
+        soften = ImageFilter.GaussianBlur((0.7, 1.2, 2.0)[i])
+        out = np.stack([np.asarray(Image.fromarray(picture).filter(soften)) for picture in pictures])
+    elif kind == "contrast":
+        mean = pictures.mean((1, 2, 3), keepdims=True)
+        out = mean + (pictures - mean) * (0.6, 0.4, 0.2)[i]
+    elif kind == "pixelate":
+        size = pictures.shape[1]
+        small = (max(1, int(size * (0.6, 0.45, 0.3)[i])),) * 2
+        out = np.stack([np.asarray(Image.fromarray(p).resize(small, Image.Resampling.BOX).resize((size, size), Image.Resampling.NEAREST))
+                        for p in pictures])
+    else:
+        raise UserError(f"unknown corruption '{kind}'")
+    return np.clip(out, 0, 255).astype(np.uint8)
+
+
+CORRUPTIONS = ("noise", "blur", "contrast", "pixelate")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs side by side
+
+
+def open_run(folder):
+    """A finished run: its config, slots, best model, and the split its analyses may read."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.exists(path):
+        raise UserError(f"{folder} holds no run (no config.json): train one first, for example "
+                        "`python train.py sample_configs/shapes_text.py`")
+    with open(path, encoding="utf-8") as f:
+        cfg = json.load(f)
+    slots, classes = open_slots(cfg, say=lambda line: None)
+    model, _ = load_model(os.path.join(folder, "best.pt"))
+    split = "test" if cfg["score_test"] else "val"
+    target = slots[cfg["target"]]
+    return SimpleNamespace(folder=folder, name=os.path.basename(os.path.normpath(folder)), cfg=cfg, slots=slots, classes=classes,
+                           model=model, target=target, split=split, held=load_split(target.folder, split))
+
+
+def features_of(run_, slot, arrays, rows=None, layer=-1):
+    """(features, labels) of some rows of a split."""
+    rows = np.arange(len(arrays["tokens"])) if rows is None else rows
+    return extract(run_.model, slot, arrays, rows, CPU, layer), torch.from_numpy(arrays["labels"][rows]).long()
+
+
+def layer_table(run_):
+    """Linear probe and kNN accuracy after the embed and after each block."""
+    target, classes, table = run_.target, len(run_.target.meta["classes"]), []
+    for layer in range(len(run_.model.trunk) + 1):
+        layer = -1 if layer == len(run_.model.trunk) else layer
+        known, val = features_of(run_, target, target.train, target.rows, layer), features_of(run_, target, target.val, layer=layer)
+        new, truth = features_of(run_, target, run_.held, layer=layer)
+        (weight, bias), _ = fit_probe(known, val, classes)
+        table.append(dict(linear=((new @ weight.T + bias).argmax(1) == truth).float().mean().item(),
+                          knn=knn_accuracy(*known, new, truth)))
+    return table
+
+
+def robustness(run_):
+    """{corruption: accuracy at severities 1..3} of a picture target, answered by its label head or probe."""
+    if "patch" not in run_.target.meta:
+        return {}
+    patch, probe = run_.target.meta["patch"], evaluate(run_.model, run_.target, run_.target.val, CPU)["probe"]
+    pictures = unpatchify(run_.held["tokens"][np.arange(len(run_.held["tokens"]))], patch)
+    answer = lambda kind, s: evaluate(run_.model, run_.target, dict(run_.held, tokens=patchify(corrupt_pictures(pictures, kind, s), patch)),
+                                      CPU, probe)["accuracy"]
+    return {kind: [answer(kind, severity) for severity in (1, 2, 3)] for kind in CORRUPTIONS}
+
+
+def class_centroids(run_, slot, names):
+    """(k, C) mean features of the held-out items of each named class in one slot; classes by plain name."""
+    arrays = run_.held if slot is run_.target else load_split(slot.folder, run_.split)
+    of = {plain_name(c): i for i, c in enumerate(slot.meta["classes"])}
+    features, labels = features_of(run_, slot, arrays, np.flatnonzero(np.isin(arrays["labels"], [of[n] for n in names])))
+    return torch.stack([features[labels == of[n]].mean(0) for n in names])
+
+
+def alignment(run_, other):
+    """Do the classes lie alike in the target and in another slot, though no item was ever paired? None if under 4 are shared."""
+    has = lambda slot: {plain_name(c) for c, k in zip(slot.meta["classes"], slot.meta["splits"][run_.split].get("class_counts", [])) if k}
+    names = sorted(has(run_.target) & has(other))
+    if len(names) < 4:
+        return None
+    a, b = class_centroids(run_, run_.target, names), class_centroids(run_, other, names)
+    k, units = max(1, len(names) // 8), unit_agreement(a, b)
+    agree, unit_p = permutation_p(lambda p, q: unit_agreement(p, q).mean().item(), a, b)
+    top = units.argsort(descending=True)[:8]
+    (cka_value, cka_p), (knn_value, knn_p) = permutation_p(cka, a, b), permutation_p(lambda p, q: mutual_knn(p, q, k), a, b)
+    return dict(classes=len(names), cka=cka_value, cka_p=cka_p, mutual_knn=knn_value, mutual_knn_p=knn_p, k=k, unit_agreement=agree, unit_p=unit_p,
+                units=[dict(unit=int(u), correlation=units[u].item(), image_class=names[int(a[:, u].argmax())],
+                            other_class=names[int(b[:, u].argmax())]) for u in top])
+
+
+def analyse(folder):
+    """All analyses of one run, as a dict; figures land in its folder."""
+    run_ = open_run(folder)
+    target, classes = run_.target, run_.target.meta["classes"]
+    if len(classes) < 2:
+        raise UserError(f"{folder}: the target {target.name}={run_.cfg[target.name]} has no classes to probe for")
+    known, val = features_of(run_, target, target.train, target.rows), features_of(run_, target, target.val)
+    new, truth = features_of(run_, target, run_.held)
+    (weight, bias), l2 = fit_probe(known, val, len(classes))
+    margin, scores = margins(new, truth, weight, bias), new @ weight.T + bias
+    every = features_of(run_, target, target.train)
+    out = dict(name=run_.name, split=run_.split, layers=layer_table(run_), few_shot=few_shot(*every, new, truth), probe_l2=l2,
+               margin=[margin.quantile(q).item() for q in (0.1, 0.5, 0.9)], class_spread=class_spread(new, truth),
+               robustness=robustness(run_),
+               alignment={name: alignment(run_, slot) for name, slot in run_.slots.items() if slot is not target and "labels" in slot.train})
+    draw_confusion(os.path.join(folder, "confusion.png"), truth, scores.argmax(1), classes)
+    draw_pca(os.path.join(folder, "pca.png"), new, truth, classes)
+    return out, margin.numpy()
+
+
+def show_side_by_side(reports):
+    """Print the analyses of one or more runs as tables with one column a run."""
+    def row(label, values):
+        print(f"{label:28}" + "".join(f"{value:>18}" for value in values))
+    number = lambda v: "-" if v is None else f"{v:.4f}"
+    row(f"on the {reports[0]['split']} split", [r["name"][-17:] for r in reports])
+    for layer in range(max(len(r["layers"]) for r in reports)):
+        for key in ("linear", "knn"):
+            row(f"layer {layer} {key}", [number(r["layers"][layer][key]) if layer < len(r["layers"]) else "-" for r in reports])
+    for k in sorted({k for r in reports for k in r["few_shot"]}):
+        row(f"few-shot {k} a class", ["{:.4f} +-{:.4f}".format(*r["few_shot"][k]) if k in r["few_shot"] else "-" for r in reports])
+    for i, name in enumerate(("10%", "median", "90%")):
+        row(f"margin {name}", [number(r["margin"][i]) for r in reports])
+    row("class spread", [number(r["class_spread"]) for r in reports])
+    for kind in CORRUPTIONS:
+        for severity in range(3):
+            row(f"{kind} {severity + 1}", [number(r["robustness"].get(kind, [None] * 3)[severity]) for r in reports])
+    for r in reports:
+        for name, found in r["alignment"].items():
+            if found is None:
+                print(f"{r['name']}: {name} shares fewer than 4 classes with the target, no alignment to measure")
+                continue
+            print(f"{r['name']}: class centroids of {name} against the target over {found['classes']} classes: CKA {found['cka']:.3f} "
+                  f"(p {found['cka_p']:.3f}), mutual {found['k']}-NN {found['mutual_knn']:.3f} (p {found['mutual_knn_p']:.3f}), "
+                  f"units' agreement {found['unit_agreement']:.3f} (p {found['unit_p']:.3f})")
+            for unit in found["units"]:
+                print(f"    unit {unit['unit']:4}  correlation {unit['correlation']:.3f}  most active for '{unit['image_class']}' in the "
+                      f"target, '{unit['other_class']}' in {name}")
+
+
+def figure(width=7, height=4.2):
+    """A matplotlib figure that reads on light and dark pages; matplotlib is imported only when something is drawn."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt.subplots(figsize=(width, height), dpi=130, layout="constrained")
+
+
+def save_figure(fig, path):
+    import matplotlib.pyplot as plt
+    fig.savefig(path + ".tmp", format="png", facecolor="white")
+    os.replace(path + ".tmp", path)
+    plt.close(fig)
+
+
+def draw_confusion(path, truth, guess, classes):
+    counts = np.zeros((len(classes), len(classes)))
+    np.add.at(counts, (truth.numpy(), guess.numpy()), 1)
+    fig, ax = figure(6, 5.2)
+    image = ax.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="Blues", vmin=0)
+    if len(classes) <= 30:
+        ax.set_xticks(range(len(classes)), classes, rotation=90)
+        ax.set_yticks(range(len(classes)), classes)
+    ax.set_xlabel("predicted by the linear probe")
+    ax.set_ylabel("true class")
+    fig.colorbar(image, label="share of the true class")
+    save_figure(fig, path)
+
+
+def draw_pca(path, features, truth, classes):
+    centred = features - features.mean(0)
+    _, size, axes = torch.linalg.svd(centred, full_matrices=False)
+    flat, share = (centred @ axes[:2].T).numpy(), (size.square() / size.square().sum())[:2].tolist()
+    fig, ax = figure(6, 5.2)
+    shown = ax.scatter(*flat[:3000].T, c=truth[:3000], s=6, cmap="tab10" if len(classes) <= 10 else "hsv")
+    if len(classes) <= 10:
+        ax.legend(shown.legend_elements()[0], classes, fontsize=7, loc="best")
+    ax.set_xlabel(f"first principal component ({share[0]:.0%} of the variance)")
+    ax.set_ylabel(f"second ({share[1]:.0%})")
+    save_figure(fig, path)
+
+
+def draw_side_by_side(path, reports, margin_lists):
+    """Few-shot curves, margins and robustness of several runs in one figure."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), dpi=130, layout="constrained")
+    for report, margin in zip(reports, margin_lists):
+        shots = sorted(report["few_shot"])
+        mean, spread = np.array([report["few_shot"][k] for k in shots]).T
+        left.errorbar(shots, mean, spread, marker="o", capsize=3, label=report["name"])
+        middle.hist(margin, bins=60, density=True, histtype="step", label=report["name"])
+        if report["robustness"]:
+            right.plot([0, 1, 2, 3], [report["layers"][-1]["linear"]] + np.mean(list(report["robustness"].values()), 0).tolist(), marker="o", label=report["name"])
+    left.set(xscale="log", xlabel="examples a class", ylabel="few-shot probe accuracy")
+    left.set_xticks(shots, shots)
+    middle.set(xlabel="margin of held-out items (0: on the boundary)", ylabel="density")
+    right.set(xlabel="severity (mean of four corruptions)", ylabel="accuracy", xticks=[0, 1, 2, 3])
+    left.legend()
+    save_figure(fig, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# statistics for a handful of seeds
+
+
+def t_tail(t, df):
+    """Two-sided p of Student's t. With t = sqrt(df) tan(u) its density is cos(u)^(df-1) up to a constant, on (-pi/2, pi/2)."""
+    u = np.linspace(0, np.pi / 2, 20001)
+    density = np.cos(u) ** (df - 1)
+    mass = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return float(1 - np.interp(math.atan(abs(t) / math.sqrt(df)), u, mass) / mass[-1])
+
+
+def t_interval(values):
+    """(mean, half width of the 95% t-interval); half width nan for fewer than two values."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), float("nan")
+    low, high = 0.0, 1000.0
+    for _ in range(60):  # bisect for the t with 5% outside
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, n - 1) > 0.05 else (low, middle)
+    return float(np.mean(values)), float(high * np.std(values, ddof=1) / math.sqrt(n))
+
+
+def paired(a, b):
+    """Seed-by-seed difference a - b: mean, 95% half width, paired t-test p, sign-flip p and its floor 2/2^n."""
+    d = np.asarray(a, float) - np.asarray(b, float)
+    mean, half = t_interval(d)
+    spread = np.std(d, ddof=1) if len(d) > 1 else 0.0
+    p = t_tail(mean / (spread / math.sqrt(len(d))), len(d) - 1) if spread > 0 else (1.0 if mean == 0 or len(d) < 2 else 0.0)
+    signs = np.array(list(itertools.product((1, -1), repeat=len(d)))) if len(d) <= 16 else np.random.default_rng(0).choice((1, -1), (65536, len(d)))
+    flips = np.abs(signs @ d / len(d)) >= abs(mean) - 1e-12
+    return dict(mean=mean, half=half, p=p, sign_flip_p=float(flips.mean()), sign_flip_floor=2 / 2 ** len(d))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# compare: the same config, seeds, target examples and target updates, with and without the unpaired data
+
+COMPARE_KEYS = dict(
+    seeds=(8, "compare: runs an arm, with seeds 0, 1, ..."),
+    arms=("alone,uml,control", "compare: also longer, init, frozen, unrelated"),
+    unrelated=("", "compare: the source of the auxiliary in the arm 'unrelated'"),
+    search=("0.5,1,2", "compare: factors on learning_rate, each arm's candidates, chosen on validation of a seed not reported"),
+    jobs=(1, "compare: runs at a time, each with `threads` threads"),
+)
+ARMS = dict(alone="the target only", uml="the config as it stands", control="auxiliary with its structure destroyed",
+            longer="alone, with all the FLOPs of uml", init="trunk warm-started on the auxiliary, then the target alone",
+            frozen="that trunk frozen: embed, norms and heads train (Lu et al. 2021, arXiv 2103.05247)", unrelated="a real auxiliary of another domain")
+SEARCH_SEED = 1000
+
+
+def arm_config(cfg, arm, unrelated="", flops_ratio=1.0):
+    """cfg changed into one arm of the comparison."""
+    cfg, auxiliaries = dict(cfg), [slot for slot in active_slots(cfg) if slot != cfg["target"]]
+    if arm in ("alone", "longer"):
+        cfg.update({slot: "" for slot in auxiliaries})
+    if arm == "longer":
+        cfg.update(steps=round(cfg["steps"] * flops_ratio), eval_interval=round(cfg["eval_interval"] * flops_ratio))
+    if arm == "control":
+        cfg["control"] = True
+    if arm in ("init", "frozen"):
+        if not cfg["warm_start_steps"]:
+            raise UserError(f"arm '{arm}' needs warm_start_steps above 0")
+        cfg.update({f"{slot}_updates": 0 for slot in auxiliaries}, schedule="alternate", freeze_trunk=arm == "frozen")
+    if arm == "unrelated":
+        if not unrelated:
+            raise UserError("arm 'unrelated' needs --unrelated=SOURCE")
+        cfg.update({slot: unrelated for slot in auxiliaries})
+        cfg.update({f"{slot}_loss": "next" for slot in auxiliaries})  # its classes, if any, are not the target's
+    return cfg
+
+
+def digest(*values):
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def code_and_data(cfg):
+    """A digest of what decides a run's result besides its config: the code of this folder and the shards."""
+    here, parts = os.path.dirname(os.path.abspath(__file__)), []
+    for path in [os.path.join(here, f) for f in ("prepare.py", "model.py", "train.py")] + [
+            os.path.join(prepare(cfg, slot, say=lambda line: None), "meta.json") for slot in active_slots(cfg)]:
+        with open(path, "rb") as f:
+            parts.append(hashlib.sha256(f.read()).hexdigest())
+    return parts
+
+
+def quiet_run(cfg):
+    return run(cfg, say=lambda line: None)
+
+
+def run_all(configs, folder, jobs, bar):
+    """Run every config to its result, at most `jobs` at a time; finished ones are read back, begun ones resumed.
+
+    Arms that start with the same warm start share it: it runs once, and its checkpoint is copied to where they begin.
+    """
+    tasks, warm_of = [], {}
+    for cfg in configs:
+        cfg = resolve(cfg, say=lambda line: None)
+        identity = [{k: v for k, v in cfg.items() if k not in FREE_KEYS}, code_and_data(cfg)]
+        cfg.update(out_dir=os.path.join(folder, "run-" + digest(identity)), resume=True)
+        tasks.append(cfg)
+        if cfg["warm_start_steps"]:
+            later = {"steps", "score_test", "freeze_trunk", "eval_interval"} | {f"{s}_updates" for s in active_slots(cfg)}
+            same = [{k: v for k, v in identity[0].items() if k not in later}, {s: cfg[f"{s}_updates"] or 1 for s in active_slots(cfg)}, identity[1]]
+            warm_of[cfg["out_dir"]] = dict(cfg, out_dir=os.path.join(folder, "warm-" + digest(same)), stop_after=cfg["warm_start_steps"],
+                                           freeze_trunk=False)
+    begun = lambda cfg: os.path.exists(os.path.join(cfg["out_dir"], "last.pt"))
+    warm = {w["out_dir"]: w for out_dir, w in warm_of.items() if not begun(dict(out_dir=out_dir)) and not is_warm(w)}
+    run_pool(list(warm.values()), jobs, bar)
+    for cfg in tasks:
+        if cfg["out_dir"] in warm_of and not begun(cfg):
+            os.makedirs(cfg["out_dir"], exist_ok=True)
+            for name in ("log.jsonl", "last.pt"):  # last.pt last: it is what marks the folder as begun
+                shutil.copyfile(os.path.join(warm_of[cfg["out_dir"]]["out_dir"], name), os.path.join(cfg["out_dir"], name + ".tmp"))
+                os.replace(os.path.join(cfg["out_dir"], name + ".tmp"), os.path.join(cfg["out_dir"], name))
+    return run_pool(tasks, jobs, bar)
+
+
+def is_warm(cfg):
+    path = os.path.join(cfg["out_dir"], "last.pt")
+    return os.path.exists(path) and load_model(path)[1]["step"] == cfg["warm_start_steps"]
+
+
+def run_pool(configs, jobs, bar):
+    bar.total += len(configs)
+    bar.refresh()
+    if jobs == 1 or len(configs) < 2:
+        results = []
+        for cfg in configs:
+            results.append(quiet_run(cfg))
+            bar.update()
+        return results
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(quiet_run, cfg) for cfg in configs]
+        for future in futures:
+            future.add_done_callback(lambda _: bar.update())
+        return [future.result() for future in futures]
+
+
+def compare(argv):
+    """Search each arm on validation, freeze, run every seed with the test split scored once, and say what follows."""
+    cfg = read_run_config(argv, dict(KEYS, **COMPARE_KEYS))
+    own = {key: cfg.pop(key) for key in COMPARE_KEYS}
+    arms, n = own["arms"].split(","), own["seeds"]
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise UserError(f"unknown arm '{unknown[0]}' (there are: {', '.join(ARMS)})")
+    if n < 1 or own["jobs"] < 1 or not active_slots(cfg)[1:]:
+        raise UserError(f"compare needs seeds={n} and jobs={own['jobs']} of at least 1, and a config with an auxiliary slot")
+    arms = [arm for arm in ARMS if arm in {*arms, "alone", "uml"}]
+    try:
+        factors = [float(value) for value in own["search"].split(",")]
+    except ValueError:
+        raise UserError(f"search='{own['search']}' must be numbers joined by commas") from None
+    folder = os.path.join(cfg["out_dir"], "compare")
+    os.makedirs(folder, exist_ok=True)
+    bar = tqdm(total=0, desc="runs", disable=None)
+    chosen, results, searched = {}, {}, {}
+
+    def configs(arm, seeds, factors, **change):
+        ratio = results["uml"][0]["flops"] / results["alone"][0]["flops"] if arm == "longer" else 1.0
+        return [arm_config(dict(cfg, seed=seed, learning_rate=cfg["learning_rate"] * factor, **change), arm, own["unrelated"], ratio)
+                for factor in factors for seed in seeds]
+
+    for wave in (["alone", "uml"], [arm for arm in arms if arm not in ("alone", "uml")]):  # longer needs the FLOPs of the first two
+        found = run_all([c for arm in wave for c in configs(arm, [SEARCH_SEED], factors, score_test=False)], folder, own["jobs"], bar)
+        for i, arm in enumerate(wave):
+            searched[arm] = [score_of(r, "val") for r in found[i * len(factors):(i + 1) * len(factors)]]
+            chosen[arm] = factors[int(np.argmax(searched[arm]))]
+        found = run_all([c for arm in wave for c in configs(arm, range(n), [chosen[arm]])], folder, own["jobs"], bar)
+        results.update({arm: found[i * n:(i + 1) * n] for i, arm in enumerate(wave)})
+    bar.close()
+
+    scores = {arm: [score_of(r, "test" if cfg["score_test"] else "val") for r in results[arm]] for arm in arms}
+    first = results["alone"][0]
+    out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), target=f"{cfg['target']}={cfg[cfg['target']]}", split="test" if cfg["score_test"] else "val",
+               auxiliaries={s: f"{cfg[s]} ({cfg[f'{s}_loss']})" for s in active_slots(cfg) if s != cfg["target"]}, target_loss=cfg[f"{cfg['target']}_loss"],
+               examples=first["examples"][cfg["target"]], seeds=n, chance=first["chance"], steps=cfg["steps"], warm_start_steps=cfg["warm_start_steps"],
+               search_factors=factors, command="python probe.py compare " + " ".join(argv),
+               hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}", arms={})
+    for arm in arms:
+        mean, half = t_interval(scores[arm])
+        entry = dict(scores=scores[arm], mean=mean, half=half, learning_rate=cfg["learning_rate"] * chosen[arm], search_scores=searched[arm],
+                     gflops=float(np.mean([r["flops"] for r in results[arm]])) / 1e9, seconds=float(np.mean([r["seconds"] for r in results[arm]])))
+        for key in ("test_balanced_accuracy", "test_unseen_accuracy"):
+            if results[arm][0].get(key) is not None:
+                entry[key] = [r[key] for r in results[arm]]
+        if arm != "alone":
+            entry["minus_alone"] = paired(scores[arm], scores["alone"])
+        if arm not in ("uml", "alone"):
+            entry["uml_minus"] = paired(scores["uml"], scores[arm])
+        out["arms"][arm] = entry
+    out["verdict"] = verdict(out)
+    write_json(os.path.join(cfg["out_dir"], "compare.json"), out)
+    draw_compare(os.path.join(cfg["out_dir"], "compare.png"), out)
+    show_compare(out)
+    return out
+
+
+def score_of(result, split):
+    """What arms are compared by: accuracy, or where the target has no labels minus its loss."""
+    accuracy = result[f"{split}_accuracy"]
+    return accuracy if accuracy is not None else -result[f"{split}_loss"]
+
+
+def verdict(out):
+    """One sentence, for or against. Help is claimed only above alone AND above the control, each with p < 0.05."""
+    d, unit = out["arms"]["uml"]["minus_alone"], 100 if out["chance"] else 1
+    said = f"{unit * d['mean']:+.1f} [{unit * (d['mean'] - d['half']):+.1f}, {unit * (d['mean'] + d['half']):+.1f}]" + (" points" if out["chance"] else "")
+    if out["seeds"] < 6:
+        return f"too few seeds for a verdict ({out['seeds']}; 6 are needed): uml minus alone is {said}"
+    if d["p"] >= 0.05:
+        return f"no effect shown: uml minus alone is {said}, p = {d['p']:.3g}"
+    if d["mean"] < 0:
+        return f"the unpaired data hurt: uml minus alone is {said}, p = {d['p']:.3g}"
+    if "control" not in out["arms"]:
+        return f"uml is above alone by {said}, p = {d['p']:.3g}, but no control was run to say why"
+    c = out["arms"]["control"]["uml_minus"]
+    if c["mean"] <= 0 or c["p"] >= 0.05:
+        return f"uml is above alone by {said}, p = {d['p']:.3g}, but not above the control ({unit * c['mean']:+.1f}, p = {c['p']:.3g}): its structure is not what helped"
+    return f"the unpaired data helped: uml minus alone is {said}, p = {d['p']:.3g}, and {unit * c['mean']:+.1f} above the control, p = {c['p']:.3g}"
+
+
+def show_compare(out):
+    print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary {out['auxiliaries']}; {out['seeds']} seeds, {out['split']} split, "
+          f"chance {out['chance'] or 0:.4f}")
+    print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}{'rate':>9}{'GFLOP':>9}{'s':>7}")
+    for arm, e in out["arms"].items():
+        d = e.get("minus_alone")
+        print(f"{arm:10}{e['mean']:10.4f} +- {e['half']:.4f}" + (f"{d['mean']:+11.4f} +- {d['half']:.4f}{d['p']:10.3g}"
+              f"{d['sign_flip_p']:12.3g} ({d['sign_flip_floor']:.2g})" if d else " " * 51) + f"{e['learning_rate']:9.1e}{e['gflops']:9,.0f}{e['seconds']:7.0f}"
+              + "".join(f"  {key[5:]} {np.mean(e[key]):.4f}" for key in ("test_balanced_accuracy", "test_unseen_accuracy") if key in e))
+    print("verdict: " + out["verdict"])
+
+
+def draw_compare(path, out):
+    """Every seed a point, every arm a column, means with their 95% intervals."""
+    fig, ax = figure(1.5 + 1.3 * len(out["arms"]), 4.2)
+    for i, (arm, e) in enumerate(out["arms"].items()):
+        ax.plot(i + np.linspace(-0.12, 0.12, out["seeds"]), e["scores"], "o", ms=4, alpha=0.6, color=f"C{i}")
+        ax.errorbar(i + 0.27, e["mean"], e["half"], fmt="s", ms=5, capsize=4, color="black")
+    ax.set_xticks(range(len(out["arms"])), out["arms"])
+    if out["chance"]:
+        ax.axhline(out["chance"], ls=":", color="grey", lw=1)
+    ax.set_ylabel(f"{out['split']} accuracy" if out["chance"] else f"minus {out['split']} loss")
+    ax.set_title(f"{out['target']}, {out['examples']} examples\nwith {', '.join(out['auxiliaries'].values())}", fontsize=9)
+    save_figure(fig, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# embed: features and predictions for files the run has never seen
+
+
+def embed(folder, path):
+    """Write FOLDER/embed.npy (n, C) and, where the run knows classes, FOLDER/embed.csv with file, class, probability."""
+    model, checkpoint = load_model(os.path.join(folder, "best.pt"))
+    cfg, name = checkpoint["config"], checkpoint["config"]["target"]
+    slot, modality = checkpoint["slots"][name], modality_of(name)
+    real = None
+    if modality == "image" and "patch" in slot:
+        if not os.path.isdir(path):
+            raise UserError(f"there is no folder {path}")
+        files = sorted(os.path.join(d, f) for d, _, inside in os.walk(path) for f in inside if not f.startswith("."))
+        if not files:
+            raise UserError(f"folder {path} is empty: expected pictures")
+        pictures, kept = read_pictures(dict(image_size=math.isqrt(slot["length"]) * slot["patch"], skip_bad=cfg["skip_bad"]), files)
+        names, tokens = [f for f, k in zip(files, kept) if k], torch.from_numpy(patchify(pictures, slot["patch"]))
+    else:
+        raise UserError(f"embed reads folders of pictures; the target of {folder} is {name}={cfg[name]}")
+    with torch.inference_mode():
+        features = torch.cat([model.features(name, tokens[i:i + 500], None if real is None else real[i:i + 500]) for i in range(0, len(tokens), 500)])
+    written = [os.path.join(folder, "embed.npy")]
+    with open(written[0] + ".tmp", "wb") as f:
+        np.save(f, features.numpy())
+    os.replace(written[0] + ".tmp", written[0])
+    classes = checkpoint["classes"][:checkpoint["target_classes"]]
+    if model.label_head is not None and "label" in slot["loss"]:
+        chances = (model.label_head(features)[:, :len(classes)]).softmax(1)
+        written.append(os.path.join(folder, "embed.csv"))
+        with open(written[1] + ".tmp", "w", newline="", encoding="utf-8") as f:
+            writer = csv.writer(f)
+            writer.writerow(["file", "class", "probability"])
+            writer.writerows([n, classes[int(c.argmax())], f"{c.max().item():.4f}"] for n, c in zip(names, chances))
+        os.replace(written[1] + ".tmp", written[1])
+    print(json.dumps(dict(items=len(names), features=list(features.shape), written=written)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# report: the README's tables, from numbers that commands wrote
+
+
+def report(readme="README.md", folder=os.path.join("assets", "results")):
+    """Rewrite each `<!-- results NAME ... -->` block of the README from assets/results/NAME.json."""
+    with open(readme, encoding="utf-8") as f:
+        lines = f.read().split("\n")
+    out, skipping = [], False
+    for line in lines:
+        if line.startswith("<!-- /results"):
+            skipping = False
+        if not skipping:
+            out.append(line)
+        if line.startswith("<!-- results "):
+            skipping = True
+            out += ["| target, examples | auxiliary | alone | uml | control | uml - alone | p | seeds |", "|---|---|---|---|---|---|---|---|"]
+            for name in line.split()[2:-1]:
+                path = os.path.join(folder, name + ".json")
+                if not os.path.exists(path):
+                    raise UserError(f"{readme} wants {path}, which is not there: copy the run's compare.json to it")
+                with open(path, encoding="utf-8") as f:
+                    out.append(table_row(json.load(f)))
+    with open(readme + ".tmp", "w", encoding="utf-8") as f:
+        f.write("\n".join(out))
+    os.replace(readme + ".tmp", readme)
+    print(f"rewrote the tables of {readme}")
+
+
+def table_row(r):
+    show = lambda arm: f"{100 * r['arms'][arm]['mean']:.1f} ± {100 * r['arms'][arm]['half']:.1f}" if arm in r["arms"] else "-"
+    d = r["arms"]["uml"]["minus_alone"]
+    return (f"| {r['target'].split('=')[1].split(':')[0]}, {r['examples']}, {r['target_loss']} | {', '.join(r['auxiliaries'].values())} | {show('alone')} | "
+            f"{show('uml')} | {show('control')} | **{100 * d['mean']:+.1f}** ± {100 * d['half']:.1f} | {d['p']:.2g} | {r['seeds']} |")
+
+
+def main():
+    argv = sys.argv[1:]
+    if not argv or "--help" in argv or "-h" in argv:
+        print(__doc__)
+        print("Keys of compare, besides every key of train.py:")
+        for key, (default, text) in COMPARE_KEYS.items():
+            print(f"  {key + ' = ' + repr(default):34} {text}")
+    elif argv[0] == "compare":
+        compare(argv[1:])
+    elif argv[0] == "embed":
+        if len(argv) != 3:
+            raise UserError("usage: python probe.py embed OUT_DIR PATH")
+        embed(*argv[1:])
+    elif argv[0] == "report":
+        report()
+    else:
+        reports, margin_lists = zip(*[analyse(folder) for folder in argv])
+        show_side_by_side(reports)
+        if reports[0]["few_shot"]:
+            draw_side_by_side(os.path.join(argv[0], "side_by_side.png"), reports, margin_lists)
+        print(json.dumps(reports[0] if len(reports) == 1 else reports))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
