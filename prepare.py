@@ -130,31 +130,30 @@ def read_config(argv, keys, strict=True):
     files = [arg for arg in argv if not arg.startswith("--")]
     if len(files) > 1:
         raise UserError(f"expected one config file, found {len(files)}: {' '.join(files)}")
-    lines = [line for path in files for line in read_assignments(path)]
-    from_file = len(lines)
+    lines = [(*line, strict) for path in files for line in read_assignments(path)]
     for arg in argv:
         if arg.startswith("--"):
-            key, equals, value = arg[2:].partition("=")
-            if not isinstance(keys.get(key, [""])[0], str):  # --resume means --resume=True
-                try:
-                    value = ast.literal_eval(value) if equals else True
-                except (SyntaxError, ValueError):
-                    pass  # stays text, which checked() refuses
-            lines.append((key, value, "command line"))
+            key, equals, text = arg[2:].partition("=")
+            lines.append((key, text if equals else "True", "command line", True))  # --resume means --resume=True
 
     cfg = {key: default for key, (default, _) in keys.items()}
-    for key, _, _ in lines:  # text2_loss brings text2 with all its keys
+    for key, *_ in lines:  # text2_loss brings text2 with all its keys
         slot = key.split("_")[0]
         if slot not in cfg and SLOT_NAME.fullmatch(slot):
             cfg.update({slot + end: cfg[modality_of(slot) + end] for end in SLOT_SUFFIXES if modality_of(slot) + end in cfg})
     defaults = dict(cfg)
-    for i, (key, value, where) in enumerate(lines):
-        if key in defaults:
-            cfg[key] = checked(key, value, defaults[key], where)
+    for key, value, where, strict in lines:
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.6 if strict else 0.85)
+            if near or strict:
+                raise UserError(f"{where}: unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else "; --help lists all"))
             continue
-        near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.6 if strict or i >= from_file else 0.85)
-        if near or strict or i >= from_file:
-            raise UserError(f"{where}: unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else "; --help lists all"))
+        if where == "command line" and not isinstance(defaults[key], str):
+            try:
+                value = ast.literal_eval(value)
+            except (SyntaxError, ValueError):
+                pass  # stays text, which checked() refuses
+        cfg[key] = checked(key, value, defaults[key], where)
     return cfg
 
 
@@ -444,11 +443,11 @@ def draw_scenes(modality, part, count):
     rng = np.random.default_rng([zlib.crc32(f"shapes {modality} {part}".encode())])
     labels = rng.permutation(np.arange(count) % len(SHAPE_CLASSES))
     scenes = [labels // len(COLOURS), labels % len(COLOURS)] + [rng.integers(0, 3, count) for _ in range(4)]
-    return np.stack(scenes + [rng.uniform(-1, 1, count), rng.integers(0, 4, count)], 1).astype(np.float32), labels, rng
+    return np.stack(scenes + [rng.uniform(-1, 1, count), rng.integers(0, 3, count)], 1).astype(np.float32), labels, rng
 
 
 def shape_outline(shape, angle):
-    """Corners in [-1, 1] of a shape (number in SHAPES), turned by angle * 30 degrees; (k, 2)."""
+    """Corners in [-1, 1] of a shape (number in SHAPES), turned by angle * 20 degrees; (k, 2)."""
     turn = 2 * np.pi * np.arange(60) / 60
     circle = np.stack([np.cos(turn), np.sin(turn)], 1)
     if shape in (0, 5):  # circle, ring (its hole is drawn later)
@@ -467,7 +466,7 @@ def shape_outline(shape, angle):
         corners = np.concatenate([arc, arc[::-1] * (0.35, 1)])
     else:
         corners = np.array([(-1, -0.32), (1, -0.32), (1, 0.32), (-1, 0.32)])
-    sin, cos = np.sin(angle * np.pi / 6), np.cos(angle * np.pi / 6)
+    sin, cos = np.sin(angle * np.pi / 9), np.cos(angle * np.pi / 9)
     return corners @ np.array([(cos, sin), (-sin, cos)])
 
 
@@ -482,7 +481,7 @@ def paint_scenes(scenes, rng, size=32, zoom=4):
         for _ in range(int(clutter)):  # grey strokes that mean nothing
             grey, ends = int(rng.integers(60, 190)), rng.integers(0, side, 4)
             pen.line([int(v) for v in ends], fill=(grey, grey, grey), width=int(rng.integers(2, 9)))
-        radius = side * (0.17, 0.22, 0.28)[int(big)] * rng.uniform(0.9, 1.1)
+        radius = side * (0.18, 0.23, 0.29)[int(big)] * rng.uniform(0.9, 1.1)
         centre = side * (np.array([0.34, 0.5, 0.66])[[int(column), int(row)]] + rng.normal(0, 0.03, 2))
         fill = tuple(int(v) for v in (RGB[int(colour)] * rng.uniform(0.75, 1.05) + rng.normal(0, 14, 3)).clip(0, 255))
         pen.polygon([tuple(p) for p in centre + radius * shape_outline(int(shape), angle)], fill=fill)
@@ -490,7 +489,7 @@ def paint_scenes(scenes, rng, size=32, zoom=4):
             hole = [tuple(p) for p in centre + 0.55 * radius * shape_outline(0, 0)]
             pen.polygon(hole, fill=canvas.getpixel((1, 1)))
         clean = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32)
-        picture[:] = (clean + rng.normal(0, 22, clean.shape)).clip(0, 255).astype(np.uint8)
+        picture[:] = (clean + rng.normal(0, 12, clean.shape)).clip(0, 255).astype(np.uint8)
     return pictures
 
 
@@ -517,10 +516,13 @@ def tell_scenes(scenes, rng):
 # items are pictures (n, S, S, 3) uint8 or a list of documents. A new source is a function here and a line in SOURCES.
 
 
+SHAPES_COUNTS = dict(image=8000, text=20000, test=2560)
+
+
 def shapes_source(cfg, modality, _):
-    """The generated world: 8,000 pictures or 20,000 documents to train on, 2,560 to test."""
+    """The generated world: 8,000 pictures or 20,000 documents to train on, 2,560 of either to test."""
     out = dict(classes=SHAPE_CLASSES)
-    for part, count in dict(train={"image": 8000, "text": 20000}[modality], test=2560).items():
+    for part, count in dict(train=SHAPES_COUNTS[modality], test=SHAPES_COUNTS["test"]).items():
         scenes, labels, rng = draw_scenes(modality, part, count)
         items = paint_scenes(scenes, rng) if modality == "image" else tell_scenes(scenes, rng)
         out[part], out[f"{part}_latents"] = (items, labels), scenes

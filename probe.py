@@ -213,11 +213,11 @@ def alignment(run_, other):
     a, b = class_centroids(run_, run_.target, names), class_centroids(run_, other, names)
     k, units = max(1, len(names) // 8), unit_agreement(a, b)
     agree, unit_p = permutation_p(lambda p, q: unit_agreement(p, q).mean().item(), a, b)
-    top = units.argsort(descending=True)[:8]
+    top, shown = units.argsort(descending=True)[:8], {plain_name(c): c for c in run_.target.meta["classes"]}
     (cka_value, cka_p), (knn_value, knn_p) = permutation_p(cka, a, b), permutation_p(lambda p, q: mutual_knn(p, q, k), a, b)
     return dict(classes=len(names), cka=cka_value, cka_p=cka_p, mutual_knn=knn_value, mutual_knn_p=knn_p, k=k, unit_agreement=agree, unit_p=unit_p,
-                units=[dict(unit=int(u), correlation=units[u].item(), image_class=names[int(a[:, u].argmax())],
-                            other_class=names[int(b[:, u].argmax())]) for u in top])
+                units=[dict(unit=int(u), correlation=units[u].item(), target_class=shown[names[int(a[:, u].argmax())]],
+                            other_class=shown[names[int(b[:, u].argmax())]]) for u in top])
 
 
 def analyse(folder):
@@ -266,7 +266,7 @@ def show_side_by_side(reports):
                   f"(p {found['cka_p']:.3f}), mutual {found['k']}-NN {found['mutual_knn']:.3f} (p {found['mutual_knn_p']:.3f}), "
                   f"units' agreement {found['unit_agreement']:.3f} (p {found['unit_p']:.3f})")
             for unit in found["units"]:
-                print(f"    unit {unit['unit']:4}  correlation {unit['correlation']:.3f}  most active for '{unit['image_class']}' in the "
+                print(f"    unit {unit['unit']:4}  correlation {unit['correlation']:.3f}  most active for '{unit['target_class']}' in the "
                       f"target, '{unit['other_class']}' in {name}")
 
 
@@ -603,13 +603,14 @@ def embed(folder, path):
         raise UserError(f"embed reads folders of pictures; the target of {folder} is {name}={cfg[name]}")
     with torch.inference_mode():
         features = torch.cat([model.features(name, tokens[i:i + 500], None if real is None else real[i:i + 500]) for i in range(0, len(tokens), 500)])
+        scores = model.label_head(features) if "label" in slot["loss"] else None
     written = [os.path.join(folder, "embed.npy")]
     with open(written[0] + ".tmp", "wb") as f:
         np.save(f, features.numpy())
     os.replace(written[0] + ".tmp", written[0])
     classes = checkpoint["classes"][:checkpoint["target_classes"]]
-    if model.label_head is not None and "label" in slot["loss"]:
-        chances = (model.label_head(features)[:, :len(classes)]).softmax(1)
+    if scores is not None:
+        chances = scores[:, :len(classes)].softmax(1)
         written.append(os.path.join(folder, "embed.csv"))
         with open(written[1] + ".tmp", "w", newline="", encoding="utf-8") as f:
             writer = csv.writer(f)

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import UML, linear_probe
-from prepare import (PREPARE_KEYS, UserError, active_slots, exit_on_user_error, load_split, modality_of, patchify, plain_name,
+from prepare import (PREPARE_KEYS, SLOT_NAME, UserError, active_slots, exit_on_user_error, load_split, modality_of, patchify, plain_name,
                      prepare, print_help, read_config, read_meta, unpatchify, write_json)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,15 +89,16 @@ def resolve(cfg, say=print):
     slots = active_slots(cfg)
     if cfg["target"] not in slots:
         raise UserError(f"target='{cfg['target']}' is not a slot with a source and examples (there are: {', '.join(slots) or 'none'})")
-    off = {key.split("_")[0] for key in cfg if key.split("_")[0] in cfg and key.endswith("_loss")} - set(slots)
-    ignored = [key for key in cfg if key.split("_")[0] in off and key not in PREPARE_KEYS] + [slot for slot in off if slot[-1].isdigit()]
+    off = [key for key in cfg if SLOT_NAME.fullmatch(key) and not cfg[key]]
+    off = [slot for slot in off if slot[-1].isdigit() or slot not in map(modality_of, slots)]  # text2 still needs text_length
+    ignored = [key for key in cfg if key.split("_")[0] in off and (key not in off or key[-1].isdigit())]
     if len(slots) == 1 and cfg["warm_start_steps"]:
         ignored.append("warm_start_steps")
     if configured := sorted(key for key in ignored if key not in KEYS or cfg[key] != KEYS[key][0]):
-        say(f"slots without a source or examples: {', '.join(sorted(off))}; ignored: {', '.join(configured)}")
+        say(f"slots without a source or examples: {', '.join(off)}; ignored: {', '.join(configured)}")
     cfg = {key: value for key, value in cfg.items() if key not in ignored} | ({"warm_start_steps": 0} if len(slots) == 1 else {})
     for key, allowed in dict(schedule=("alternate", "joint"), image_embed=("linear", "conv"), device=("auto", "cpu", "cuda", "mps")).items():
-        if cfg[key] not in allowed:
+        if cfg.get(key, allowed[0]) not in allowed:
             raise UserError(f"{key}='{cfg[key]}' must be one of {', '.join(allowed)}")
     for key, least in dict(steps=1, eval_interval=1, log_interval=1, width=1, layers=1, heads=1, warm_start_steps=0, threads=0,
                            stop_after=0, seed=0, bottleneck=0, mask_ratio=0, image_shift=0, unseen_classes=0,
@@ -141,7 +142,7 @@ def open_slots(cfg, say):
         meta = read_meta(folder)
         slot = SimpleNamespace(name=name, folder=folder, meta=meta, loss=cfg[f"{name}_loss"], batch=cfg[f"{name}_batch"],
                                weight=cfg[f"{name}_weight"], train=load_split(folder, "train"), val=load_split(folder, "val"),
-                               shift=cfg["image_shift"], flip=cfg["image_flip"], mask_ratio=cfg["mask_ratio"], banned=[])
+                               shift=cfg.get("image_shift"), flip=cfg.get("image_flip"), mask_ratio=cfg["mask_ratio"], banned=[])
         if "label" in slot.loss.split("+"):
             if len(meta["classes"]) < 2:
                 raise UserError(f"{name}={cfg[name]} has {len(meta['classes'])} classes, its label loss needs at least two: "
@@ -380,8 +381,8 @@ def load_model(path):
 
 def build_model(cfg, slots, classes):
     try:
-        return UML(slots, len(classes), **{key: cfg[key] for key in
-                   ("width", "layers", "heads", "bottleneck", "mask_ratio", "image_embed", "seed")})
+        return UML(slots, len(classes), **{key: cfg[key] for key in ("width", "layers", "heads", "bottleneck",
+                                                                             "mask_ratio", "image_embed", "seed") if key in cfg})
     except ValueError as problem:
         raise UserError(str(problem)) from None
 
@@ -395,8 +396,8 @@ def start_trunk_from(model, folder):
     model.load_state_dict(state, strict=False)
 
 
-def claim_out_dir(cfg):
-    """Make out_dir this run's; returns a finished result of the same config, or None. Refuses another run's folder."""
+def finished_result(cfg):
+    """The result in out_dir if this very config was finished there, else None. Refuses the folder of another run."""
     path = os.path.join(cfg["out_dir"], "config.json")
     identity = {key: value for key, value in cfg.items() if key not in FREE_KEYS}
     if os.path.exists(path):
@@ -412,8 +413,6 @@ def claim_out_dir(cfg):
                 return json.load(f)
         if not cfg["resume"] and os.path.exists(os.path.join(cfg["out_dir"], "last.pt")):
             raise UserError(f"{cfg['out_dir']} holds an unfinished run of this config: add --resume to go on, or delete it")
-    os.makedirs(cfg["out_dir"], exist_ok=True)
-    write_json(path, cfg)
     return None
 
 
@@ -435,7 +434,7 @@ def pick_device(cfg):
 def run(cfg, say=print):
     """Train one config to its end -> the result dict (also in out_dir/result.json), or None if stop_after came first."""
     cfg = resolve(cfg, say)
-    if (finished := claim_out_dir(cfg)) is not None:
+    if (finished := finished_result(cfg)) is not None:
         say(f"{cfg['out_dir']} is finished; its result again:")
         return finished
     if cfg["threads"]:
@@ -447,6 +446,8 @@ def run(cfg, say=print):
     if cfg["init_from"]:
         start_trunk_from(model, cfg["init_from"])
     model.to(device)
+    os.makedirs(cfg["out_dir"], exist_ok=True)
+    write_json(os.path.join(cfg["out_dir"], "config.json"), cfg)
     compiled = cfg["compile"] if cfg["compile"] is not None else device.type == "cuda"
     loss_of = torch.compile(model) if compiled else model  # `model` itself is what we evaluate and save
     optimizer = make_optimizer(model, cfg, device)

@@ -1,0 +1,674 @@
+"""test_uml.py: what the code promises, each promise a test that tells its story in one line. Offline, about a minute.
+
+    python -m pytest -q                    # all
+    python -m pytest -q -k resume          # one promise
+    python -m pytest -q --durations=10     # what takes the time
+"""
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import model as M
+import prepare as P
+import probe as B
+import train as T
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+quiet = lambda line: None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_world():
+    """A world of a few hundred scenes instead of thousands."""
+    P.SHAPES_COUNTS.update(image=704, text=1280, test=256)
+    torch.set_num_threads(1)  # these models are too small for more
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("data"))
+
+
+def config(data, out, *more):
+    """A run of seconds: 192 pictures and all sentences of the small world through a trunk of width 32."""
+    return T.read_run_config(["--image=shapes", "--text=shapes", "--image_examples=192", "--width=32", "--layers=2", "--heads=2", "--steps=6",
+                              "--warm_start_steps=3", "--eval_interval=3", "--log_interval=2", "--image_batch=16", "--text_batch=16",
+                              "--text_loss=label", f"--data_dir={data}", f"--out_dir={out}", *more])
+
+
+def train(*args):
+    return T.run(config(*args), say=quiet)
+
+
+def refusal(*argv, script="train.py"):
+    """Run a script that must refuse: exit code 2 and one sentence, which is returned."""
+    done = subprocess.run([sys.executable, os.path.join(HERE, script), *map(str, argv)], capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def picture_folder(path, classes=("cat", "dog"), count=6, parts=("train", "test")):
+    for part in parts:
+        for i, name in enumerate(classes):
+            os.makedirs(os.path.join(path, part, name))
+            for k in range(count):
+                colour = (40 + 150 * i, 10 * k, 90)
+                Image.new("RGB", (40, 30), colour).save(os.path.join(path, part, name, f"{k}.png"))
+    return str(path)
+
+
+# -- config -----------------------------------------------------------------------------------------------------------
+
+
+def test_config_names_the_key_you_meant():
+    with pytest.raises(P.UserError, match="did you mean 'learning_rate'"):
+        P.read_config(["--learning_rat=0.1"], T.KEYS)
+    with pytest.raises(P.UserError, match="did you mean 'image_size'"):
+        P.read_config(["--image_siz=8"], P.PREPARE_KEYS)
+
+
+@pytest.mark.parametrize("argument, wanted", [("--steps=1.5", "whole number"), ("--steps=True", "whole number"), ("--image_flip=1", "True or False"),
+                                              ("--learning_rate=fast", "a number"), ("--compile=maybe", "True, False or None")])
+def test_config_refuses_the_wrong_type(argument, wanted):
+    with pytest.raises(P.UserError, match=wanted):
+        P.read_config([argument], T.KEYS)
+
+
+def test_config_takes_ints_for_floats_bare_switches_and_values_with_equals():
+    cfg = P.read_config(["--learning_rate=1", "--resume", "--text=file:/a=b.txt", "--text2=pydoc", "--text2_batch=3"], T.KEYS)
+    assert cfg["learning_rate"] == 1.0 and cfg["resume"] is True and cfg["text"] == "file:/a=b.txt"
+    assert cfg["text2_batch"] == 3 and cfg["text2_loss"] == cfg["text_loss"]
+
+
+def test_config_files_are_read_and_never_executed(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(f"steps = __import__('os').system('touch {tmp_path}/ran') or 5\n")
+    with pytest.raises(P.UserError, match="line 1.*not executed"):
+        P.read_config([str(path)], T.KEYS)
+    assert not (tmp_path / "ran").exists()
+    path.write_text('"""Words."""\nsteps = 7\n')
+    assert P.read_config([str(path), "--seed=3"], T.KEYS)["steps"] == 7
+
+
+def test_prepare_leaves_training_keys_to_train_but_catches_typos_of_its_own(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text("steps = 7\nimage_size = 8\n")
+    assert P.read_config([str(path)], P.PREPARE_KEYS, strict=False)["image_size"] == 8
+    path.write_text("image_siz = 8\n")
+    with pytest.raises(P.UserError, match="image_size"):
+        P.read_config([str(path)], P.PREPARE_KEYS, strict=False)
+
+
+@pytest.mark.parametrize("path", sorted(os.listdir(os.path.join(HERE, "sample_configs"))))
+def test_every_sample_config_is_valid(path):
+    cfg = T.read_run_config([os.path.join(HERE, "sample_configs", path)])
+    assert T.resolve(cfg, quiet)["out_dir"] == os.path.join("out", path[:-3])
+
+
+# -- prepare ----------------------------------------------------------------------------------------------------------
+
+
+def prepared(data, *argv):
+    cfg = P.read_config([*argv, f"--data_dir={data}"], P.PREPARE_KEYS)
+    (slot,) = P.active_slots(cfg)
+    return P.prepare(cfg, slot, quiet)
+
+
+def all_bytes(folder):
+    return {f: open(os.path.join(folder, f), "rb").read() for f in sorted(os.listdir(folder))}
+
+
+@pytest.mark.parametrize("source", ["--image=shapes", "--text=shapes", "--text=pydoc"])
+def test_offline_sources_prepare_and_are_byte_equal_twice(tmp_path, source):
+    one, two = prepared(tmp_path / "a", source), prepared(tmp_path / "b", source)
+    assert all_bytes(one) == all_bytes(two) and not [f for f in os.listdir(tmp_path / "a") if "tmp" in f]
+    meta = P.read_meta(one)
+    for split in ("train", "val", "test"):
+        arrays = P.load_split(one, split)
+        assert len(arrays["tokens"]) == meta["splits"][split]["count"] > 0
+        if meta["kind"] == "discrete":
+            assert arrays["lengths"].min() > 0 and arrays["tokens"][np.arange(len(arrays["tokens"]))].max() < meta["vocab"]
+
+
+def test_images_and_sentences_of_shapes_cannot_be_paired(data):
+    """Row order, latents and labels of the two modalities agree no more than chance, and no scene occurs in both."""
+    image, text = (P.load_split(prepared(data, f"--{m}=shapes"), "train") for m in ("image", "text"))
+    n = min(len(image["labels"]), len(text["labels"]))
+    assert (image["labels"][:n] == text["labels"][:n]).mean() < 5 / 64
+    scenes = lambda arrays: {tuple(row) for row in arrays["latents"]}
+    assert not scenes(image) & scenes(text)
+
+
+def test_patchify_is_undone_by_unpatchify():
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 12, 12, 3), np.uint8)
+    tokens = P.patchify(pictures, 4)
+    assert tokens.shape == (3, 9, 48) and np.array_equal(P.unpatchify(tokens, 4), pictures)
+    assert np.array_equal(tokens[0, 1].reshape(4, 4, 3), pictures[0, :4, 4:8])  # second token: to the right of the first
+
+
+def test_many_small_shards_read_like_one(tmp_path):
+    tokens, labels = np.arange(7000 * 100, dtype=np.uint16).reshape(7000, 100), np.arange(7000, dtype=np.int32) % 3
+    P.write_shards(str(tmp_path), dict(classes=["a", "b", "c"]), dict(train=dict(tokens=tokens, labels=labels)), shard_mb=1)
+    assert (tmp_path / "train_001.bin").exists()
+    split, rows = P.load_split(str(tmp_path), "train"), np.array([6999, 0, 5242, 5243, 17])
+    assert np.array_equal(split["tokens"][rows], tokens[rows]) and np.array_equal(split["labels"], labels)
+
+
+def test_a_shard_that_does_not_match_meta_is_named(tmp_path):
+    folder = prepared(tmp_path, "--image=shapes")
+    with open(os.path.join(folder, "train_000.bin"), "ab") as f:
+        f.write(b"x")
+    with pytest.raises(P.UserError, match=r"train_000.bin has \d+ bytes where meta.json says \d+"):
+        P.load_split(folder, "train")
+
+
+def test_bpe_round_trips_and_has_no_special_tokens(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("\n".join(f"document {i} says <|endoftext|> naïve 日本 {'word ' * (i % 40)}".strip() for i in range(60)), encoding="utf-8-sig")
+    folder = prepared(tmp_path, f"--text=file:{path}", "--text_length=16", "--vocab_size=300")
+    bpe, split = P.load_bpe(folder), P.load_split(folder, "train")
+    texts = [bpe.decode(row[:k].tolist()) for row, k in zip(split["tokens"][np.arange(len(split["tokens"]))], split["lengths"])]
+    assert P.read_meta(folder)["vocab"] == 300 and any("<|" in t for t in texts) and "document" in texts[0]
+
+
+def test_windows_of_one_document_stay_in_one_split(tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({c: [f"{c}{i}mark " * 30 for i in range(20)] for c in ("x", "y")}))
+    folder = prepared(tmp_path, f"--text=file:{path}", "--text_length=8", "--vocab_size=600")
+    bpe, seen = P.load_bpe(folder), {}
+    for split in ("train", "val", "test"):
+        arrays = P.load_split(folder, split)
+        assert len(arrays["labels"]) == len(arrays["tokens"])
+        seen[split] = {m for row in arrays["tokens"][np.arange(len(arrays["tokens"]))] for m in re.findall(r"[xy]\d+mark", bpe.decode(row.tolist()))}
+    assert not seen["train"] & seen["val"] and not seen["train"] & seen["test"] and not seen["val"] & seen["test"]
+
+
+def cifar_archive(path, rows, skip=""):
+    """An archive laid out like the official one, with `rows` pictures a file; the first byte of each record is its label."""
+    os.makedirs(os.path.dirname(path))
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, "w:gz") as archive:
+        for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin", "batches.meta.txt"]:
+            records = rng.integers(0, 256, (rows, 3073), np.uint8)
+            records[:, 0] = np.arange(rows) % 10
+            body = records.tobytes() if name.endswith(".bin") else "\n".join(f"class{i}" for i in range(10)).encode()
+            if name != skip:
+                info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+                info.size = len(body)
+                archive.addfile(info, io.BytesIO(body))
+    return records
+
+
+def test_cifar10_is_read_from_its_archive_planes_and_all(tmp_path, monkeypatch):
+    path = str(tmp_path / "raw/cifar10/cifar-10-binary.tar.gz")
+    cifar_archive(path, 40)
+    digest = P.hashlib.sha256(open(path, "rb").read()).hexdigest()
+    monkeypatch.setattr(P, "CIFAR10_SHA256", digest)
+    folder = prepared(tmp_path, "--image=cifar10", f"--raw_dir={tmp_path}/raw")
+    meta, test = P.read_meta(folder), P.load_split(folder, "test")
+    assert [meta["splits"][s]["count"] for s in ("train", "val", "test")] == [180, 20, 40] and meta["classes"][3] == "class3"
+    with tarfile.open(path) as archive:
+        first = archive.extractfile("cifar-10-batches-bin/test_batch.bin").read(3073)
+    red = np.frombuffer(first, np.uint8)[1:1025].reshape(32, 32)
+    assert np.array_equal(P.unpatchify(test["tokens"][np.array([0])], 8)[0, :, :, 0], red) and test["labels"][0] == first[0]
+
+
+def test_a_wrong_archive_is_refused_by_its_checksum(tmp_path):
+    cifar_archive(str(tmp_path / "raw/cifar10/cifar-10-binary.tar.gz"), 2)
+    assert "sha256" in refusal("--image=cifar10", f"--raw_dir={tmp_path}/raw", f"--data_dir={tmp_path}/d", script="prepare.py")
+    assert not os.path.exists(tmp_path / "d")
+
+
+def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(P, "CIFAR10_URL", "http://127.0.0.1:9/cifar.tar.gz")
+    with pytest.raises(P.UserError, match="by hand, or run the offline config"):
+        prepared(tmp_path / "d", "--image=cifar10", f"--raw_dir={tmp_path}/raw")
+    assert not [f for _, _, files in os.walk(tmp_path) for f in files]
+
+
+def test_folders_in_every_layout_mode_and_size(tmp_path):
+    root = picture_folder(tmp_path / "split")
+    Image.new("L", (5, 90), 7).save(f"{root}/train/cat/grey.png")
+    Image.new("P", (33, 33), 1).save(f"{root}/train/cat/palette.gif")
+    Image.fromarray(np.full((9, 9), 40000, np.uint16)).save(f"{root}/train/cat/deep.png")
+    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(f"{root}/train/dog/clear.png")
+    meta = P.read_meta(prepared(tmp_path / "d", f"--image=folder:{root}", "--image_size=16"))
+    assert meta["classes"] == ["cat", "dog"] and meta["splits"]["test"]["count"] == 12 and meta["arrays"]["tokens"]["shape"] == [4, 192]
+    unsplit = picture_folder(tmp_path / "unsplit", parts=("",))
+    assert P.read_meta(prepared(tmp_path / "d", f"--image=folder:{unsplit}"))["splits"]["test"]["class_counts"] == [1, 1]
+    flat = P.read_meta(prepared(tmp_path / "d", f"--image=folder:{unsplit}/cat"))
+    assert flat["classes"] == [] and "labels" not in flat["arrays"]
+    assert (P.read_picture(f"{root}/train/dog/clear.png", 8) == 255).all() and (P.read_picture(f"{root}/train/cat/deep.png", 8) == 155).all()
+
+
+def test_a_folder_that_changed_is_prepared_anew(tmp_path):
+    root = picture_folder(tmp_path / "p")
+    one = prepared(tmp_path / "d", f"--image=folder:{root}")
+    Image.new("RGB", (9, 9)).save(f"{root}/train/cat/new.png")
+    assert prepared(tmp_path / "d", f"--image=folder:{root}") != one
+
+
+def test_bad_input_is_refused_in_one_sentence(tmp_path):
+    """Empty folder, text as image, one class, a class without test pictures, bad UTF-8, too few examples, unknown source."""
+    out = [f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"]
+    os.makedirs(tmp_path / "empty")
+    assert "is empty" in refusal(f"--image=folder:{tmp_path}/empty", *out)
+    assert "no folder" in refusal(f"--image=folder:{tmp_path}/nowhere", *out)
+    root = picture_folder(tmp_path / "p")
+    open(f"{root}/train/cat/6.png", "w").write("not a picture")
+    assert "6.png is not a readable image" in refusal(f"--image=folder:{root}", *out)
+    assert not os.path.exists(tmp_path / "d") or not os.listdir(tmp_path / "d")
+    P.prepare(P.read_config([f"--image=folder:{root}", "--skip_bad=True", f"--data_dir={tmp_path}/d"], P.PREPARE_KEYS), "image", quiet)
+    assert "offers 10" in refusal(f"--image=folder:{root}", "--skip_bad=True", "--image_examples=11", *out)
+    one = picture_folder(tmp_path / "one", classes=("cat",))
+    assert "1 classes" in refusal(f"--image=folder:{one}", *out)
+    os.rename(f"{root}/test/dog", f"{root}/test/cow")
+    assert "cow, dog" in refusal(f"--image=folder:{root}", *out)
+    few = picture_folder(tmp_path / "few", count=2, parts=("",))
+    assert "too few items" in refusal(f"--image=folder:{few}", *out)
+    (tmp_path / "t.txt").write_bytes(b"caf\xe9\n" * 20)
+    assert "not UTF-8" in refusal("--image=shapes", f"--text=file:{tmp_path}/t.txt", *out)
+    assert "did you mean 'shapes'" in refusal("--image=shape", *out)
+    assert "cannot read config" in refusal("sample_configs/nothing.py")
+    assert "label loss needs at least two" in refusal("--image=shapes", "--text=pydoc", "--text_loss=label", *out)
+
+
+# -- model ------------------------------------------------------------------------------------------------------------
+
+
+def tiny(loss="label", embed="linear", seed=0, **more):
+    slots = dict(image=dict(kind="continuous", dim=12, length=16, patch=2, mean=[100.0], std=[50.0], loss=loss, rows=[0, 1, 2]),
+                 text=dict(kind="discrete", vocab=50, length=9, loss=loss, rows=[1, 2, 3]))
+    return M.UML(slots, classes=4, width=16, layers=2, heads=2, image_embed=embed, seed=seed, **more)
+
+
+def text_batch(length=9, n=5):
+    tokens = torch.randint(0, 50, (n, length), generator=torch.Generator().manual_seed(1))
+    return dict(tokens=tokens, labels=torch.arange(n) % 3 + 1, hidden=torch.arange(n * length).reshape(n, length) % 3 == 0)
+
+
+@pytest.mark.parametrize("loss, more", [("label", {}), ("next", {}), ("reconstruct", {}), ("next+label+reconstruct", {}),
+                                        ("reconstruct", dict(bottleneck=3, mask_ratio=0.0))])
+def test_padding_changes_nothing(loss, more):
+    """Extra padding, whatever ids stand in it, leaves loss and features as they were: it is in no mean, softmax or sum."""
+    model, batch = tiny(loss, **more), text_batch(6)
+    lengths = torch.tensor([6, 2, 4, 3, 5])
+    real = torch.arange(6) < lengths[:, None]
+    wide = dict(tokens=torch.cat([batch["tokens"].where(real, torch.tensor(7)), torch.full((5, 3), 49)], 1), labels=batch["labels"],
+                hidden=torch.cat([batch["hidden"], torch.ones(5, 3, dtype=torch.bool)], 1))
+    assert torch.allclose(model("text", real=real, **batch), model("text", real=torch.arange(9) < lengths[:, None], **wide), atol=1e-5)
+    short = [model.features("text", batch["tokens"][i:i + 1, :k]) for i, k in enumerate(lengths)]
+    assert torch.allclose(torch.cat(short), model.features("text", wide["tokens"], torch.arange(9) < lengths[:, None]), atol=1e-5)
+
+
+def test_next_never_sees_the_future():
+    model, tokens = tiny("next"), text_batch()["tokens"]
+    other = tokens.clone()
+    other[:, 5:] = 3
+    assert torch.equal(model.states("text", tokens, causal=True)[-1][:, :5], model.states("text", other, causal=True)[-1][:, :5])
+
+
+@pytest.mark.parametrize("embed", ["linear", "conv"])
+def test_reconstruct_never_sees_what_it_rebuilds(embed):
+    """The convolutional stem looks at neighbours, so a hidden patch must be blanked before it, not after."""
+    model, hidden = tiny("reconstruct", embed), torch.zeros(1, 16, dtype=torch.bool)
+    hidden[0, 5] = True
+    tokens = torch.randn(1, 16, 12)
+    other = tokens.clone()
+    other[0, 5] = 9.0
+    assert torch.equal(model.states("image", tokens, hidden=hidden)[-1], model.states("image", other, hidden=hidden)[-1])
+
+
+def test_a_slot_leaves_classes_it_has_no_examples_of_alone():
+    """Row 3 belongs to text only; a picture's label loss gives it no gradient, else pictures would unlearn it."""
+    model = tiny()
+    model("image", tokens=torch.randn(4, 16, 12), labels=torch.tensor([0, 1, 2, 0])).backward()
+    assert model.label_head.weight.grad[3].abs().max() == 0 and model.label_head.weight.grad[:3].abs().min() > 0
+
+
+def test_initialisation_depends_on_seed_and_name_alone():
+    both, alone = tiny(), M.UML(dict(image=tiny().slots["image"]), classes=3, width=16, layers=2, heads=2)
+    mine, theirs = both.state_dict(), alone.state_dict()
+    assert all(torch.equal(mine[k], theirs[k]) for k in theirs if k.startswith(("trunk", "norm", "embed.image", "position.image")))
+    assert torch.equal(mine["label_head.weight"][:3], theirs["label_head.weight"])
+    assert not torch.equal(tiny(seed=1).state_dict()["trunk.0.qkv.weight"], mine["trunk.0.qkv.weight"])
+
+
+@pytest.mark.parametrize("kwargs, words", [(dict(loss="nxt"), "none of next, reconstruct, label"), (dict(loss="next", embed="conv"), "cannot hold 'next'"),
+                                           (dict(loss="reconstruct", mask_ratio=0.0), "set mask_ratio or bottleneck")])
+def test_combinations_that_cannot_work_are_refused(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        tiny(**kwargs)
+
+
+def test_linear_probe_finds_the_known_optimum():
+    """At the optimum the gradient of the objective in its docstring is zero; and separable classes are separated."""
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 3
+    features = torch.randn(300, 5, generator=rng) * torch.tensor([1.0, 10.0, 0.1, 1.0, 1.0]) + 4
+    features[:, 0] += 2.0 * labels
+    weight, bias = M.linear_probe(features, labels, 3, l2=2.0)
+    mean, std = features.mean(0), features.std(0, unbiased=False)
+    w = (weight * std).requires_grad_()
+    loss = torch.nn.functional.cross_entropy((features - mean) / std @ w.T + bias + weight @ mean, labels, reduction="sum") + w.square().sum()
+    assert torch.autograd.grad(loss, w)[0].abs().max() < 0.05
+    assert (M.linear_probe(torch.eye(3).repeat(20, 1), torch.arange(60) % 3, 3)[0].argmax(0) == torch.arange(3)).all()
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        return
+    theirs = LogisticRegression(C=0.5, tol=1e-8, max_iter=1000).fit(((features - mean) / std).numpy(), labels.numpy())
+    assert np.allclose(w.detach().numpy(), theirs.coef_, atol=1e-2)
+
+
+# -- train ------------------------------------------------------------------------------------------------------------
+
+
+def test_examples_are_nested_even_over_classes_and_a_function_of_the_seed():
+    labels = np.random.default_rng(0).integers(0, 7, 500)
+    few, many = (T.choose_examples(labels, 500, n, 3, "image") for n in (14, 100))
+    assert np.array_equal(many[:14], few) and (np.bincount(labels[few]) == 2).all()
+    assert not np.array_equal(few, T.choose_examples(labels, 500, 14, 4, "image"))
+    assert not np.isin(labels[T.choose_examples(labels, 500, -1, 3, "image", banned=[2])], [2]).any()
+
+
+def test_every_epoch_is_a_permutation_of_the_examples():
+    slot = T.SimpleNamespace(name="image", batch=8, rows=np.arange(100, 130))
+    stream = np.concatenate([T.batch_rows(slot, 0, u) for u in range(15)])
+    assert all(sorted(stream[e * 30:(e + 1) * 30]) == list(range(100, 130)) for e in range(4)) and not np.array_equal(stream[:30], stream[30:60])
+
+
+def opened(data, *more):
+    cfg = T.resolve(config(data, "unused", *more), quiet)
+    return cfg, *T.open_slots(cfg, quiet)
+
+
+def test_adding_a_modality_changes_no_other_modalitys_batches(data):
+    (_, alone, _), (_, both, _) = opened(data, "--text="), opened(data)
+    for update in (0, 7):
+        one, two = (T.train_batch(slots["image"], 0, update, B.CPU) for slots in (alone, both))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_shift_and_flip_move_pixels_and_invent_none():
+    pictures = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), np.uint8)
+    moved = P.unpatchify(T.shift_and_flip(P.patchify(pictures, 4), 4, 2, True, np.random.default_rng(1)), 4)
+    for before, after in zip(pictures, moved):
+        padded = np.pad(before, ((2, 2), (2, 2), (0, 0)), mode="edge")
+        views = [padded[i:i + 8, j:j + 8] for i in range(5) for j in range(5)]
+        assert any(np.array_equal(after, v) or np.array_equal(after, v[:, ::-1]) for v in views)
+
+
+def test_slots_alternate_in_the_printed_order():
+    cfg = dict(target="image", text_updates=2, audio_updates=1, warm_start_steps=4, schedule="alternate")
+    slots = dict(image=0, text=0, audio=0)
+    assert [T.pattern(cfg, slots, s) for s in range(4)] == [[["text"]], [["text"]], [["audio"]], [["text"]]]
+    assert T.pattern(cfg, slots, 4) == [["image"], ["text"], ["text"], ["audio"]]
+    assert T.pattern(dict(cfg, schedule="joint"), slots, 4) == [["image", "text", "audio"]]
+
+
+def test_each_parameter_is_in_one_group_and_a_step_reaches_just_its_slot(data):
+    cfg, slots, classes = opened(data, "--text_loss=next")
+    model = T.build_model(cfg, T.model_slots(slots), classes)
+    groups = [p for g in T.make_optimizer(model, cfg, B.CPU).param_groups for p in g["params"]]
+    assert len(groups) == len(set(map(id, groups))) == len(list(model.parameters()))
+    for name, others in (("image", ("embed.text", "position.text")), ("text", ("embed.image", "position.image", "label_head"))):
+        model.zero_grad(set_to_none=True)
+        model(name, **T.train_batch(slots[name], 0, 0, B.CPU)).backward()
+        assert {k for k, p in model.named_parameters() if p.grad is None} == {k for k, _ in model.named_parameters() if k.startswith(others)}
+
+
+def test_the_trunk_is_shared_and_idle_parameters_do_not_drift(data):
+    """A text step changes what the model makes of pictures, though the image embed stays as it is to the last bit."""
+    cfg, slots, classes = opened(data)
+    model = T.build_model(cfg, T.model_slots(slots), classes)
+    optimizer, batch = T.make_optimizer(model, cfg, B.CPU), T.train_batch(slots["image"], 0, 0, B.CPU)
+    before, embed = model.features("image", batch["tokens"]), model.embed["image"].weight.clone()
+    model("image", **batch).backward()
+    optimizer.step()  # gives the image embed moments that could make it drift
+    embed = model.embed["image"].weight.clone()
+    optimizer.zero_grad(set_to_none=True)
+    middle = model.features("image", batch["tokens"])
+    model("text", **T.train_batch(slots["text"], 0, 0, B.CPU)).backward()
+    optimizer.step()
+    assert torch.equal(model.embed["image"].weight, embed) and not torch.allclose(model.features("image", batch["tokens"]), middle)
+    assert not torch.allclose(before, middle)
+
+
+def weights(out, file="last.pt"):
+    return T.load_checkpoint(os.path.join(out, file))["model"]
+
+
+@pytest.mark.parametrize("schedule", ["alternate", "joint"])
+def test_a_stopped_and_resumed_run_equals_an_undisturbed_one(data, tmp_path, schedule):
+    """Bitwise, stopped in the warm start and again in the main phase, whatever the evaluation interval."""
+    whole = train(data, f"{tmp_path}/whole", f"--schedule={schedule}")
+    for stop in (2, 5):
+        assert train(data, f"{tmp_path}/parts", f"--schedule={schedule}", f"--stop_after={stop}", "--resume") is None
+    parts = train(data, f"{tmp_path}/parts", f"--schedule={schedule}", "--resume")
+    one, two = weights(f"{tmp_path}/whole"), weights(f"{tmp_path}/parts")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    timing = {"seconds", "samples_per_second", "peak_memory", "name"}
+    assert {k: v for k, v in whole.items() if k not in timing} == {k: v for k, v in parts.items() if k not in timing}
+    train(data, f"{tmp_path}/often", f"--schedule={schedule}", "--eval_interval=1", "--log_interval=1")
+    assert all(torch.equal(one[key], value) for key, value in weights(f"{tmp_path}/often").items())
+
+
+def test_joint_is_one_step_on_the_weighted_sum(data):
+    cfg, slots, classes = opened(data, "--text_weight=0.5")
+    model = T.build_model(cfg, T.model_slots(slots), classes)
+    batches = {name: T.train_batch(slot, 0, 0, B.CPU) for name, slot in slots.items()}
+    (model("image", **batches["image"]) + 0.5 * model("text", **batches["text"])).backward()
+    assert model.trunk[0].qkv.weight.grad.abs().sum() > 0 and slots["text"].weight == 0.5
+
+
+def test_a_run_leaves_what_it_promises(data, tmp_path):
+    result = train(data, f"{tmp_path}/run")
+    assert set(os.listdir(tmp_path / "run")) == {"last.pt", "best.pt", "config.json", "log.jsonl", "result.json"}
+    wanted = {"name", "target", "losses", "seed", "steps", "examples", "val_accuracy", "test_accuracy", "chance", "seconds", "samples_per_second", "peak_memory"}
+    assert wanted <= set(result) == set(json.load(open(tmp_path / "run/result.json")))
+    assert 0 <= result["test_accuracy"] <= 1 and result["chance"] == 1 / 64 and result["examples"] == dict(image=192, text=len(opened(data)[1]["text"].rows))
+    assert {"model", "optimizer", "step", "config"} <= set(torch.load(tmp_path / "run/last.pt", weights_only=True))
+    assert [json.loads(line)["step"] for line in open(tmp_path / "run/log.jsonl") if "val_accuracy" in line] == [6, 9]
+    said = []
+    assert T.run(config(data, f"{tmp_path}/run"), said.append) == result and "again" in said[0]  # finished: the same result
+    with pytest.raises(P.UserError, match="another config .*steps"):
+        train(data, f"{tmp_path}/run", "--steps=7")
+
+
+def test_without_auxiliaries_their_keys_and_the_warm_start_are_ignored_in_one_line(data, tmp_path):
+    said = []
+    cfg = T.resolve(config(data, f"{tmp_path}/x", "--text="), said.append)
+    assert len(said) == 1 and "warm_start_steps" in said[0] and cfg["warm_start_steps"] == 0 and not [k for k in cfg if k.startswith("text_")]
+
+
+def test_score_test_false_never_opens_the_test_split(tmp_path):
+    data = str(tmp_path / "d")
+    folder = opened(data)[1]["image"].folder
+    for file in os.listdir(folder):
+        if file.startswith("test"):
+            os.remove(os.path.join(folder, file))
+    assert train(data, f"{tmp_path}/o", "--score_test=False")["test_accuracy"] is None
+
+
+@pytest.mark.parametrize("loss", ["next", "reconstruct"])
+def test_a_target_without_label_loss_is_judged_by_a_linear_probe(data, tmp_path, loss):
+    assert train(data, f"{tmp_path}/o", f"--image_loss={loss}", f"--text_loss={loss}")["test_accuracy"] is not None
+
+
+def test_text_can_be_the_target_and_images_the_auxiliary(data, tmp_path):
+    assert train(data, f"{tmp_path}/o", "--target=text")["target"] == "text"
+
+
+def test_one_two_and_three_slots_run_through_the_same_lines(data, tmp_path):
+    assert set(train(data, f"{tmp_path}/1", "--text=")["losses"]) == {"image"}
+    three = train(data, f"{tmp_path}/3", "--text2=pydoc", "--text2_loss=next", "--text2_batch=8")
+    assert three["losses"] == dict(image="label", text="label", text2="next")
+
+
+def test_a_handful_of_pictures_is_learned_by_heart(data):
+    cfg, slots, classes = opened(data, "--image_examples=64", "--text=", "--image_shift=0", "--image_batch=64")
+    model = T.build_model(cfg, T.model_slots(slots), classes)
+    optimizer = T.make_optimizer(model, dict(cfg, learning_rate=5e-3), B.CPU)
+    for update in range(120):
+        optimizer.zero_grad()
+        loss = model("image", **T.train_batch(slots["image"], 0, update, B.CPU))
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+def test_unseen_classes_have_no_labelled_examples(data):
+    _, slots, _ = opened(data, "--unseen_classes=8", "--image_examples=112")
+    slot = slots["image"]
+    assert len(slot.banned) == 8 and not np.isin(slot.train["labels"][slot.rows], slot.banned).any()
+    assert len(T.model_slots(slots)["image"]["rows"]) == 56 and len(T.model_slots(slots)["text"]["rows"]) == 64
+
+
+def test_the_control_keeps_marginals_and_destroys_structure(data):
+    (_, plain, _), (_, control, _) = opened(data, "--text_loss=next+label"), opened(data, "--text_loss=next+label", "--control=True")
+    a, b = plain["text"].train, control["text"].train
+    every = np.arange(len(a["labels"]))
+    real = np.arange(32) < a["lengths"][:, None]
+    assert np.array_equal(np.sort(a["tokens"][every][real]), np.sort(b["tokens"][every][real])) and (a["tokens"][every] != b["tokens"][every])[real].mean() > 0.5
+    assert np.array_equal(np.bincount(a["labels"]), np.bincount(b["labels"])) and (a["labels"] == b["labels"]).mean() < 0.1
+    assert np.array_equal(plain["image"].train["labels"], control["image"].train["labels"])
+
+
+def test_init_from_takes_the_trunk_and_freeze_keeps_it(data, tmp_path):
+    train(data, f"{tmp_path}/text", "--target=text", "--image=")
+    train(data, f"{tmp_path}/image", "--text=", f"--init_from={tmp_path}/text", "--freeze_trunk=True")
+    one, two = weights(f"{tmp_path}/text", "best.pt"), weights(f"{tmp_path}/image")
+    assert all(torch.equal(one[k], two[k]) for k in one if k.startswith("trunk") and "norm" not in k)
+    assert not torch.equal(one["norm.weight"], two["norm.weight"])
+    with pytest.raises(P.UserError, match="another width"):
+        train(data, f"{tmp_path}/wide", "--width=64", f"--init_from={tmp_path}/text")
+
+
+# -- probe ------------------------------------------------------------------------------------------------------------
+
+
+def test_measures_know_their_answers():
+    """Identical, rotated and random inputs give what theory says."""
+    a = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+    rotation = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(1)))[0]
+    noise = torch.randn(40, 12, generator=torch.Generator().manual_seed(2))
+    assert B.cka(a, a) == pytest.approx(1, abs=1e-4) and B.cka(a, 3 * a @ rotation + 5) == pytest.approx(1, abs=1e-4) and B.cka(a, noise) < 0.5
+    assert B.mutual_knn(a, a @ rotation, 5) == 1 and B.mutual_knn(a, noise, 5) < 0.4
+    assert torch.allclose(B.unit_agreement(a, 2 * a + 1), torch.ones(12), atol=1e-5) and B.unit_agreement(a, noise).abs().mean() < 0.3
+    assert B.permutation_p(B.cka, a, a @ rotation)[1] < 0.01 and B.permutation_p(B.cka, a, noise)[1] > 0.05
+    labels = torch.arange(40) % 2
+    split = noise + 20 * labels[:, None]
+    assert B.knn_accuracy(split, labels, split, labels) > 0.9 and B.class_spread(split, labels) > 20 * B.class_spread(noise, labels)
+    weight, bias = torch.tensor([[0.0], [2.0]]), torch.tensor([0.0, 0.0])
+    x = torch.tensor([[-1.0], [1.0], [3.0], [-3.0]])
+    assert torch.allclose(B.margins(x, torch.tensor([0, 1, 1, 0]), weight, bias) * x.std(), torch.tensor([1.0, 1.0, 3.0, 3.0]), atol=1e-5)
+    assert B.few_shot(split, labels, split, labels, shots=(4,))[4][0] == 1
+
+
+def test_statistics_agree_with_tables():
+    assert B.t_tail(2.776, 4) == pytest.approx(0.05, abs=1e-4) and B.t_tail(0, 9) == pytest.approx(1) and B.t_tail(3.250, 9) == pytest.approx(0.01, abs=1e-4)
+    mean, half = B.t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and half == pytest.approx(2.776 * 2.5**0.5 / 5**0.5, rel=1e-3)
+    d = B.paired([2, 3, 4, 5.5], [1, 2, 3, 4])
+    assert d["mean"] == 1.125 and d["sign_flip_p"] == d["sign_flip_floor"] == 0.125 and d["p"] < 0.01
+
+
+@pytest.mark.parametrize("kind", B.CORRUPTIONS)
+def test_corruptions_grow_with_severity(kind):
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    damage = [np.abs(B.corrupt_pictures(pictures, kind, s).astype(int) - pictures).mean() for s in (1, 2, 3)]
+    assert 0 < damage[0] < damage[1] < damage[2]
+
+
+def test_compare_searches_without_the_test_split_shares_warm_starts_and_is_cached(tmp_path, monkeypatch, capsys):
+    """During the search the test files are gone; a second call runs nothing; the verdict waits for six seeds."""
+    argv = ["--image=shapes", "--text=shapes", "--text_loss=label", "--image_examples=128", "--width=16", "--layers=1", "--heads=2", "--steps=3", "--eval_interval=3",
+            "--warm_start_steps=2", "--image_batch=8", "--text_batch=8", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o",
+            "--seeds=2", "--search=1,2", "--arms=alone,uml,control,longer,init,frozen"]
+    folder = prepared(f"{tmp_path}/d", "--image=shapes")
+    tests, ran = [f for f in os.listdir(folder) if f.startswith("test")], []
+
+    def guarded(cfg):
+        ran.append(cfg)
+        hide = not cfg["score_test"]
+        for f in tests if hide else []:
+            os.rename(os.path.join(folder, f), os.path.join(tmp_path, f))
+        try:
+            return T.run(cfg, say=quiet)
+        finally:
+            for f in tests if hide else []:
+                os.rename(os.path.join(tmp_path, f), os.path.join(folder, f))
+
+    monkeypatch.setattr(B, "quiet_run", guarded)
+    out = B.compare(argv)
+    assert list(out["arms"]) == ["alone", "uml", "control", "longer", "init", "frozen"] and "too few seeds" in out["verdict"]
+    assert out["arms"]["longer"]["gflops"] >= 0.6 * out["arms"]["uml"]["gflops"] > out["arms"]["alone"]["gflops"]
+    warm = [c for c in ran if "warm-" in c["out_dir"]]
+    assert len(warm) == len({c["out_dir"] for c in warm}) and len(warm) <= 2 * (2 + 2 * 2)
+    steps = {c["out_dir"]: c["steps"] for c in ran}
+    ran.clear()
+    again = B.compare(argv)
+    assert again == out and not [c for c in ran if "warm-" in c["out_dir"]] and steps
+    assert os.path.exists(tmp_path / "o/compare.png") and "verdict" in capsys.readouterr().out
+
+
+def test_probe_reads_runs_side_by_side_and_embeds_new_files(data, tmp_path, monkeypatch, capsys):
+    train(data, f"{tmp_path}/uml"), train(data, f"{tmp_path}/alone", "--text=")
+    monkeypatch.setattr(sys, "argv", ["probe.py", f"{tmp_path}/uml", f"{tmp_path}/alone"])
+    B.main()
+    reports = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+    assert len(reports) == 2 and len(reports[0]["layers"]) == 3 and reports[0]["alignment"]["text"]["classes"] == 64 and not reports[1]["alignment"]
+    assert {"confusion.png", "pca.png", "side_by_side.png"} <= set(os.listdir(tmp_path / "uml"))
+    pictures = picture_folder(tmp_path / "new")
+    B.embed(f"{tmp_path}/uml", pictures)
+    features = np.load(tmp_path / "uml/embed.npy")
+    rows = open(tmp_path / "uml/embed.csv").read().splitlines()
+    assert features.shape == (24, 32) and len(rows) == 25 and rows[0] == "file,class,probability" and rows[1].split(",")[1] in P.SHAPE_CLASSES
+    snippet = re.search(r"```python\n(.*?)```", open(os.path.join(HERE, "README.md"), encoding="utf-8").read(), re.S)[1]
+    run = snippet.replace("out/shapes_text", f"{tmp_path}/uml") + "print(features.shape[1])"
+    assert subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, cwd=HERE).stdout.strip() == "32"
+
+
+def test_probe_says_where_there_is_no_run(tmp_path):
+    assert "no run" in refusal(tmp_path, script="probe.py")
+
+
+# -- README -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_readmes_commands_parse_and_its_tables_are_current(tmp_path, monkeypatch):
+    """Every python command in a code block names a file that exists and keys that exist; `report` changes nothing."""
+    monkeypatch.chdir(HERE)
+    text = open("README.md", encoding="utf-8").read()
+    commands = [line.split("#")[0].strip() for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S) for line in block.split("\n")]
+    commands = [c.split("&&")[-1].split() for c in commands if "python " in c]
+    assert len(commands) > 8
+    for words in commands:
+        script, args = words[1], words[2:]
+        if script in ("prepare.py", "train.py"):
+            P.read_config([a for a in args], P.PREPARE_KEYS if script == "prepare.py" else T.KEYS, strict=script == "train.py")
+        elif script == "probe.py" and args[0] == "compare":
+            P.read_config(args[1:], dict(T.KEYS, **B.COMPARE_KEYS))
+        else:
+            assert script in ("probe.py", "-m"), words
+    copy = tmp_path / "README.md"
+    copy.write_text(text, encoding="utf-8")
+    B.report(str(copy))
+    assert copy.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("script", ["prepare.py", "train.py", "probe.py"])
+def test_help_lists_the_keys(script):
+    done = subprocess.run([sys.executable, os.path.join(HERE, script), "--help"], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0 and f"{script}:" in done.stdout and " = " in done.stdout
