@@ -25,7 +25,6 @@ import tarfile
 import urllib.request
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import rustbpe
@@ -336,23 +335,24 @@ def read_picture(path, size):
 
 
 def read_pictures(cfg, paths):
-    """Read image files in parallel -> (pictures (n, S, S, 3), kept (n,) bool); UserError at a bad one unless skip_bad."""
-    def read(path):
+    """Read image files -> (pictures (k, S, S, 3), kept (n,) bool); UserError at the first bad one unless skip_bad.
+
+    A plain loop: for small files the interpreter is the bottleneck, and threads only make it slower.
+    """
+    size = cfg["image_size"]
+    pictures, kept = np.empty((len(paths), size, size, 3), np.uint8), np.ones(len(paths), bool)
+    for i, path in enumerate(tqdm(paths, desc="reading pictures", disable=None, leave=False)):
         try:
-            return read_picture(path, cfg["image_size"])
+            pictures[i] = read_picture(path, size)
         except UserError as problem:
             if not cfg["skip_bad"]:
                 raise UserError(f"{problem}: remove it, or pass --skip_bad=True") from None
-            return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pictures = list(tqdm(pool.map(read, paths), total=len(paths), desc="reading pictures", disable=None, leave=False))
-    kept = np.array([picture is not None for picture in pictures], bool)
+            kept[i] = False
     if not kept.all():
-        print(f"skipped {(~kept).sum()} unreadable pictures")
+        print(f"skipped {(~kept).sum()} of {len(paths)} files: not readable images")
     if not kept.any():
-        raise UserError(f"none of the {len(paths)} pictures could be read")
-    return np.stack([picture for picture in pictures if picture is not None]), kept
+        raise UserError(f"none of the {len(paths)} files is a readable image")
+    return pictures[kept], kept
 
 
 def encode_pictures(cfg, splits):

@@ -260,27 +260,30 @@ def test_a_folder_that_changed_is_prepared_anew(tmp_path):
 
 def test_bad_input_is_refused_in_one_sentence(tmp_path):
     """Empty folder, text as image, one class, a class without test pictures, bad UTF-8, too few examples, unknown source."""
-    out = [f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"]
+    def refused(words, *argv):
+        with pytest.raises(P.UserError, match=words):
+            T.run(T.read_run_config([*argv, f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"]), quiet)
+
     os.makedirs(tmp_path / "empty")
-    assert "is empty" in refusal(f"--image=folder:{tmp_path}/empty", *out)
-    assert "no folder" in refusal(f"--image=folder:{tmp_path}/nowhere", *out)
+    refused("is empty", f"--image=folder:{tmp_path}/empty")
+    refused("no folder", f"--image=folder:{tmp_path}/nowhere")
     root = picture_folder(tmp_path / "p")
-    open(f"{root}/train/cat/6.png", "w").write("not a picture")
-    assert "6.png is not a readable image" in refusal(f"--image=folder:{root}", *out)
+    with open(f"{root}/train/cat/6.png", "w") as f:
+        f.write("not a picture")
+    refused("6.png is not a readable image", f"--image=folder:{root}")
     assert not os.path.exists(tmp_path / "d") or not os.listdir(tmp_path / "d")
-    P.prepare(P.read_config([f"--image=folder:{root}", "--skip_bad=True", f"--data_dir={tmp_path}/d"], P.PREPARE_KEYS), "image", quiet)
-    assert "offers 10" in refusal(f"--image=folder:{root}", "--skip_bad=True", "--image_examples=11", *out)
-    one = picture_folder(tmp_path / "one", classes=("cat",))
-    assert "1 classes" in refusal(f"--image=folder:{one}", *out)
+    refused("offers 10", f"--image=folder:{root}", "--skip_bad=True", "--image_examples=11")
+    refused("1 classes", f"--image=folder:{picture_folder(tmp_path / 'one', classes=('cat',))}")
     os.rename(f"{root}/test/dog", f"{root}/test/cow")
-    assert "cow, dog" in refusal(f"--image=folder:{root}", *out)
-    few = picture_folder(tmp_path / "few", count=2, parts=("",))
-    assert "too few items" in refusal(f"--image=folder:{few}", *out)
+    refused("cow, dog", f"--image=folder:{root}")
+    refused("too few items", f"--image=folder:{picture_folder(tmp_path / 'few', count=2, parts=('',))}")
     (tmp_path / "t.txt").write_bytes(b"caf\xe9\n" * 20)
-    assert "not UTF-8" in refusal("--image=shapes", f"--text=file:{tmp_path}/t.txt", *out)
-    assert "did you mean 'shapes'" in refusal("--image=shape", *out)
+    refused("not UTF-8", "--image=shapes", f"--text=file:{tmp_path}/t.txt")
+    refused("did you mean 'shapes'", "--image=shape")
+    refused("label loss needs at least two", "--image=shapes", "--text=pydoc", "--text_loss=label")
+    refused("not a slot with a source", "--image=shapes", "--target=text")
+    assert not os.path.exists(tmp_path / "o")
     assert "cannot read config" in refusal("sample_configs/nothing.py")
-    assert "label loss needs at least two" in refusal("--image=shapes", "--text=pydoc", "--text_loss=label", *out)
 
 
 # -- model ------------------------------------------------------------------------------------------------------------
