@@ -90,12 +90,13 @@ class UML(nn.Module):
     """
 
     def __init__(self, slots, classes=0, width=128, layers=4, heads=4, bottleneck=0, mask_ratio=0.5, image_embed="linear",
-                 seed=0):
+                 temperature=False, seed=0):
         super().__init__()
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}")
         self.slots, self.mask_ratio = slots, mask_ratio
-        self.embed, self.head, self.position, self.hidden = nn.ModuleDict(), nn.ModuleDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.embed, self.head = nn.ModuleDict(), nn.ModuleDict()
+        self.position, self.hidden, self.temperature = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         for name, slot in slots.items():
             losses = slot["loss"].split("+")
             if unknown := set(losses) - {"next", "reconstruct", "label"}:
@@ -124,6 +125,8 @@ class UML(nn.Module):
                 mask = torch.zeros(classes, dtype=torch.bool)
                 mask[slot["rows"]] = True
                 self.register_buffer(f"{name}_rows", mask)
+                if temperature:
+                    self.temperature[name] = nn.Parameter(torch.empty(1))  # its logarithm
             self.position[name] = nn.Parameter(torch.empty(slot["length"], width))
             if "reconstruct" in losses and mask_ratio:
                 self.hidden[name] = nn.Parameter(torch.empty(width))  # stands in for a hidden token
@@ -197,6 +200,8 @@ class UML(nn.Module):
         if "label" in losses:
             # over the slot's own classes: a class that only the text knows must not be unlearned by every picture
             scores = self.label_head(self.pooled(slot, tokens, real)).float()
+            if slot in self.temperature:
+                scores = scores * self.temperature[slot].exp()
             total = total + F.cross_entropy(scores.masked_fill(~getattr(self, f"{slot}_rows"), -torch.inf), labels)
         if "reconstruct" in losses:
             masked = self.mask_ratio > 0

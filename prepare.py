@@ -10,12 +10,13 @@ A slot (image, text, audio, text2, ...) names a source; a source becomes data/MO
     {train,val,test}_labels_000.bin and _lengths, _latents where the source has them
 train.py calls prepare() for a source that is missing, so running this file by hand is optional.
 
-Sections: errors, config, shards, raw files, pictures, text, the shapes world, sources, prepare.
+Sections: errors, config, shards, raw files, pictures, text, audio, the shapes world, sources, prepare.
 """
 import ast
 import base64
 import difflib
 import hashlib
+import io
 import json
 import os
 import re
@@ -24,6 +25,8 @@ import sys
 import tarfile
 import urllib.request
 import warnings
+import wave
+import zipfile
 import zlib
 
 import numpy as np
@@ -58,13 +61,20 @@ def exit_on_user_error(main):
 PREPARE_KEYS = dict(
     image=("", "source of the image slot: shapes, cifar10, folder:PATH (empty: off)"),
     text=("", "source of the text slot: shapes, cupl, pydoc, file:PATH (empty: off); text2 ... are further slots"),
-    audio=("", "source of the audio slot (empty: off)"),
+    audio=("", "source of the audio slot: shapes, fsdd, folder:PATH (empty: off). Any slot also takes npz:PATH, encoded data"),
     raw_dir=("data/raw", "where raw files lie, one folder a source"),
     data_dir=("data", "where shards are written"),
     image_size=(32, "pictures are resized and centre-cropped to this many pixels a side"),
     patch_size=(8, "side of the square patches that are an image's tokens"),
     text_length=(32, "longest text item in tokens; longer documents are cut into windows"),
     vocab_size=(4096, "upper bound on the BPE vocabulary, trained on the source's own training text"),
+    audio_rate=(8000, "recordings are resampled to this many samples a second"),
+    audio_mels=(40, "mel bands of a log-mel frame; there is a frame every 10 ms"),
+    audio_frames=(64, "recordings are cut or padded to this many frames"),
+    audio_group=(4, "frames in a token"),
+    audio_groups=("", "regular expression whose first group, in a file's name, names its speaker; then splits are by speaker"),
+    audio_test_group=("", "the speaker of the test split"),
+    audio_val_group=("", "the speaker of the validation split"),
     val_fraction=(0.1, "share of the training items that becomes the validation split"),
     split_seed=(0, "seed of the draw of the validation split (and of the test split where a source has none)"),
     skip_bad=(False, "skip (and count) unreadable files instead of stopping at the first"),
@@ -263,14 +273,15 @@ def raw_file(cfg, source, name, url, sha256, size=None):
                     while chunk := response.read(1 << 20):
                         out.write(chunk)
                         bar.update(len(chunk))
-            check_sha256(path + ".tmp", sha256, way_out)
+            if sha256:
+                check_sha256(path + ".tmp", sha256, way_out)
             os.replace(path + ".tmp", path)
         except OSError as problem:  # urllib's URLError is one too
             raise UserError(f"cannot fetch {name} ({problem}): {way_out}") from None
         finally:
             if os.path.exists(path + ".tmp"):
                 os.remove(path + ".tmp")
-    else:
+    elif sha256:
         check_sha256(path, sha256, way_out)
     return path
 
@@ -416,6 +427,110 @@ def encode_text(cfg, splits, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# audio: recordings -> log-mel frames -> tokens (n, T, group*mels) uint8, with the true length in tokens
+
+LOG_MEL_RANGE = (-14.0, 8.0)  # natural log of power, stored in 255 steps of 0.09: a probe reads the same off float16
+
+
+def read_recording(cfg, file, name):
+    """A PCM WAV file (8, 16, 24 or 32 bit, any channels and rate) -> (k,) float32 in [-1, 1] at audio_rate.
+
+    The standard library reads PCM; anything else goes to torchaudio where its decoder is installed. No more is read than
+    audio_frames need. Raises UserError for what is empty, cut short or no recording.
+    """
+    seconds = cfg["audio_frames"] / 100 + 0.1
+    try:
+        with wave.open(file, "rb") as f:
+            rate, channels, width = f.getframerate(), f.getnchannels(), f.getsampwidth()
+            if rate <= 0 or channels <= 0:
+                raise wave.Error(f"{rate} samples a second, {channels} channels")
+            wanted = min(f.getnframes(), int(seconds * rate))
+            data = f.readframes(wanted)
+        if len(data) < wanted * channels * width:
+            raise wave.Error(f"cut short: {len(data)} bytes of {wanted * channels * width}")
+        whole = np.frombuffer(data, np.uint8).reshape(-1, width)
+        if width == 1:  # 8 bit is unsigned
+            samples = (whole[:, 0].astype(np.float32) - 128) / 128
+        else:  # little-endian signed: put the bytes at the top of an int32
+            padded = np.zeros((len(whole), 4), np.uint8)
+            padded[:, 4 - width:] = whole
+            samples = padded.view("<i4")[:, 0].astype(np.float32) / 2**31
+        samples = samples.reshape(-1, channels).mean(1)
+    except (wave.Error, EOFError, ValueError, OverflowError) as problem:
+        if name.lower().endswith(".wav"):
+            raise UserError(f"{name} is not a readable PCM WAV file ({problem or 'empty'})") from None
+        samples, rate = decode_other(file, name)
+    if not len(samples) or not np.isfinite(samples).all():
+        raise UserError(f"{name} holds no sound" if not len(samples) else f"{name} holds values that are not numbers")
+    if rate != cfg["audio_rate"]:
+        import torch
+        from torchaudio.functional import resample
+        samples = resample(torch.from_numpy(samples.astype(np.float32)), rate, cfg["audio_rate"]).numpy()
+    return samples[:int(seconds * cfg["audio_rate"])].astype(np.float32)
+
+
+def decode_other(file, name):
+    try:
+        import torchaudio
+        samples, rate = torchaudio.load(file)
+    except (ImportError, RuntimeError, OSError, ValueError) as problem:
+        raise UserError(f"{name} is not PCM WAV and torchaudio cannot decode it here ({str(problem).splitlines()[0]}): "
+                        f"convert it with `ffmpeg -i {name} -ac 1 out.wav`") from None
+    return samples.mean(0).numpy(), rate
+
+
+def read_recordings(cfg, paths):
+    """Read sound files -> (list of (k,) float32, kept (n,) bool); UserError at the first bad one unless skip_bad."""
+    recordings, kept = [], np.ones(len(paths), bool)
+    for i, path in enumerate(tqdm(paths, desc="reading recordings", disable=None, leave=False)):
+        try:
+            with open(path, "rb") as f:
+                recordings.append(read_recording(cfg, f, path))
+        except (UserError, OSError) as problem:
+            if not cfg["skip_bad"]:
+                raise UserError(f"{problem}: remove it, or pass --skip_bad=True") from None
+            kept[i] = False
+    if not recordings:
+        raise UserError(f"none of the {len(paths)} files is a readable recording")
+    return recordings, kept
+
+
+def encode_recordings(cfg, splits):
+    """{split: list of (k,) float32} -> ({split: {"tokens" (n, T, group*mels) uint8, "lengths" (n,) in tokens}}, info)."""
+    import torch
+    from torchaudio.transforms import MelSpectrogram
+    rate, mels, frames, group = (cfg[f"audio_{key}"] for key in ("rate", "mels", "frames", "group"))
+    if rate < 1000 or mels < 1 or group < 1 or frames < 1 or frames % group:
+        raise UserError(f"audio_frames={frames} must be a multiple of audio_group={group}, audio_rate={rate} at least 1000, audio_mels={mels} at least 1")
+    hop, (low, high) = rate // 100, LOG_MEL_RANGE
+    to_mel = MelSpectrogram(rate, n_fft=512 if rate <= 16000 else 2048, win_length=hop * 5 // 2, hop_length=hop, n_mels=mels)
+    arrays = {}
+    for split, recordings in splits.items():
+        tokens, lengths = np.zeros((len(recordings), frames, mels), np.uint8), np.zeros(len(recordings), np.int32)
+        for start in range(0, len(recordings), 256):  # in batches, padded with silence
+            part = [r[:frames * hop] for r in recordings[start:start + 256]]
+            padded = np.zeros((len(part), frames * hop), np.float32)
+            for row, r in zip(padded, part):
+                row[:len(r)] = r
+            log_mel = to_mel(torch.from_numpy(padded)).clamp_min(1e-6).log()[:, :, :frames].transpose(1, 2)  # (n, frames, mels)
+            real = np.array([min(frames, -(-len(r) // hop)) for r in part])
+            quantised = ((log_mel.numpy() - low) / (high - low) * 255).round().clip(0, 255).astype(np.uint8)
+            quantised[np.arange(frames) >= real[:, None]] = 0
+            tokens[start:start + 256], lengths[start:start + 256] = quantised, -(-real // group)
+        arrays[split] = {"tokens": tokens.reshape(len(tokens), frames // group, group * mels), "lengths": lengths}
+    real = np.arange(frames // group) < arrays["train"]["lengths"][:, None]
+    flat = arrays["train"]["tokens"][real].reshape(-1, mels)
+    return arrays, dict(kind="continuous", mels=mels, mean=flat.mean(0).tolist(), std=(flat.std(0) + 1e-3).tolist())
+
+
+def encode_features(splits):
+    """{split: (n, D) or (n, T, D) floats} -> one or T continuous tokens an item, stored as float32."""
+    arrays = {split: {"tokens": (f[:, None] if f.ndim == 2 else f).astype(np.float32)} for split, f in splits.items()}
+    flat = arrays["train"]["tokens"].reshape(-1, arrays["train"]["tokens"].shape[-1])
+    return arrays, dict(kind="continuous", mean=flat.mean(0).tolist(), std=(flat.std(0) + 1e-6).tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the shapes world: latent scenes, shown as noisy pictures or told in English, never the same scene in both
 #
 # A class is a composition (8 shapes x 8 colours = 64); size, place, angle, ground and clutter vary freely. Pictures show
@@ -511,20 +626,46 @@ def tell_scenes(scenes, rng):
     return [re.sub(r"\ba (?=[aeiou])", "an ", document) for document in documents]
 
 
+def sound_scenes(scenes, rng, rate=8000, seconds=0.64):
+    """Scenes (n, 8) -> short noisy sounds (n, rate*seconds): shape is the timbre, colour the pitch, size the loudness, column
+    the moment of the tone, row the rhythm (one, two or three strokes), ground the colour of the noise, clutter its clicks."""
+    clock = np.arange(int(rate * seconds)) / rate
+    sounds = np.empty((len(scenes), len(clock)), np.float32)
+    for sound, (shape, colour, big, row, column, ground, angle, clutter) in zip(sounds, scenes):
+        pitch = 170 * 2 ** ((colour + 0.25 * angle + rng.normal(0, 0.08)) / 4)  # a quarter octave apart
+        harmonics = np.arange(1, 9)
+        weights = np.stack([harmonics == 1, harmonics % 2 / harmonics**2, harmonics % 2 / harmonics, 1 / harmonics, harmonics <= 3,
+                            (harmonics == 1) | (harmonics == 6), harmonics % 2 == 0, np.exp(-((harmonics - 4) ** 2) / 2)])[int(shape)]
+        weights = weights * (harmonics * pitch < 0.47 * rate)
+        tone = (weights[:, None] / np.linalg.norm(weights) * np.sin(2 * np.pi * np.outer(harmonics, clock) * pitch + rng.uniform(0, 6.28, (8, 1)))).sum(0)
+        start, strokes = (0.04, 0.14, 0.24)[int(column)] + rng.normal(0, 0.01), int(row) + 1
+        since = clock - start
+        beat = 0.33 / strokes
+        envelope = np.where((since > 0) & (since < 0.33), np.exp(-3 * (since % beat) / beat), 0)
+        noise = rng.normal(0, 1, len(clock))
+        if ground != 1:  # dark: the noise is smoothed; stormy: it is sharpened
+            noise = (noise + (1 if ground == 0 else -1) * np.roll(noise, 1)) / 2**0.5
+        sound[:] = (0.15, 0.25, 0.4)[int(big)] * envelope * tone + 0.06 * noise
+        sound[rng.integers(0, len(clock), int(clutter))] += 0.7
+    return sounds.clip(-1, 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # sources: each returns dict(train=(items, labels or None), test=the same or None, classes=[names], and latents if known);
 # items are pictures (n, S, S, 3) uint8 or a list of documents. A new source is a function here and a line in SOURCES.
 
 
-SHAPES_COUNTS = dict(image=8000, text=20000, test=2560)
+SHAPES_COUNTS = dict(image=8000, text=20000, audio=8000, test=2560)
 
 
 def shapes_source(cfg, modality, _):
-    """The generated world: 8,000 pictures or 20,000 documents to train on, 2,560 of either to test."""
+    """The generated world: 8,000 pictures or sounds or 20,000 documents to train on, 2,560 of each to test."""
+    if modality == "audio" and cfg["audio_rate"] != 8000:
+        raise UserError(f"the sounds of shapes have 8000 samples a second, found audio_rate={cfg['audio_rate']}")
     out = dict(classes=SHAPE_CLASSES)
     for part, count in dict(train=SHAPES_COUNTS[modality], test=SHAPES_COUNTS["test"]).items():
         scenes, labels, rng = draw_scenes(modality, part, count)
-        items = paint_scenes(scenes, rng) if modality == "image" else tell_scenes(scenes, rng)
+        items = dict(image=paint_scenes, text=tell_scenes, audio=sound_scenes)[modality](scenes, rng)
         out[part], out[f"{part}_latents"] = (items, labels), scenes
     return out
 
@@ -627,7 +768,12 @@ def file_source(cfg, modality, path):
 
 
 def folder_source(cfg, modality, path):
-    """Pictures from folders: PATH/{train,test}/CLASS/*, or PATH/CLASS/*, or a flat PATH/* without labels."""
+    """Pictures or recordings from folders: PATH/{train,test}/CLASS/*, or PATH/CLASS/*, or a flat PATH/* without labels.
+
+    audio_groups, a regular expression on file names, makes the splits by group (speaker) instead of by draw.
+    """
+    read = read_pictures if modality == "image" else read_recordings
+
     def listing(folder, wanted):
         names = sorted(entry.name for entry in os.scandir(folder) if wanted(entry) and not entry.name.startswith("."))
         return [os.path.join(folder, name) for name in names]
@@ -637,8 +783,10 @@ def folder_source(cfg, modality, path):
         for name, inside in zip(classes, files):
             if not inside:
                 raise UserError(f"class folder {os.path.join(folder, name)} holds no files: fill or remove it")
-        pictures, kept = read_pictures(cfg, [file for inside in files for file in inside])
-        return pictures, np.repeat(np.arange(len(classes)), [len(inside) for inside in files])[kept]
+        flat = [file for inside in files for file in inside]
+        items, kept = read(cfg, flat)
+        labels = np.repeat(np.arange(len(classes)), [len(inside) for inside in files])[kept]
+        return (items, labels), [file for file, k in zip(flat, kept) if k]
 
     if not os.path.isdir(path):
         raise UserError(f"there is no folder {path}")
@@ -646,24 +794,102 @@ def folder_source(cfg, modality, path):
     if not folders:
         files = listing(path, os.DirEntry.is_file)
         if not files:
-            raise UserError(f"folder {path} is empty: expected PATH/CLASS/* or PATH/* with pictures")
-        return dict(train=(read_pictures(cfg, files)[0], None), test=None, classes=[])
+            raise UserError(f"folder {path} is empty: expected PATH/CLASS/* or PATH/* with {'pictures' if modality == 'image' else 'recordings'}")
+        return dict(train=(read(cfg, files)[0], None), test=None, classes=[])
     if "train" not in folders or "test" not in folders:
-        return dict(train=part(path, folders), test=None, classes=folders)
+        train, files = part(path, folders)
+        groups = speakers(cfg["audio_groups"], files) if modality == "audio" and cfg["audio_groups"] else None
+        return dict(train=train, test=None, classes=folders, groups=groups)
     train, test = os.path.join(path, "train"), os.path.join(path, "test")
     classes = [os.path.basename(f) for f in listing(train, os.DirEntry.is_dir)]
     test_classes = [os.path.basename(f) for f in listing(test, os.DirEntry.is_dir)]
     if classes != test_classes or not classes:
         odd = sorted(set(classes) ^ set(test_classes)) or ["no class folder at all"]
         raise UserError(f"{path}: train/ and test/ must hold the same class folders, they differ in {', '.join(odd[:5])}")
-    return dict(train=part(train, classes), test=part(test, classes), classes=classes)
+    return dict(train=part(train, classes)[0], test=part(test, classes)[0], classes=classes)
+
+
+def speakers(pattern, files):
+    """The first group of a regular expression in each file's name; UserError where it does not match."""
+    try:
+        found = [re.search(pattern, os.path.basename(file)) for file in files]
+        return np.array([match[1] for match in found])
+    except (re.error, IndexError, TypeError) as problem:
+        raise UserError(f"audio_groups='{pattern}' names no group in every file name, such as {os.path.basename(files[0])} ({problem})") from None
+
+
+FSDD_URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz"
+FSDD_SHA256 = "45a9b976ba3397a2fd5c70a9f2e43c34f442a3a6be47392ecfc41174b678f37e"  # of all names and recordings, sorted
+FSDD_COUNT = 3000
+DIGITS = "zero one two three four five six seven eight nine".split()
+
+
+def fsdd_source(cfg, modality, _):
+    """Free Spoken Digit Dataset: 3,000 recordings of the ten digits by six speakers; split by speaker (theo, lucas unless set)."""
+    folder, archive = (os.path.join(cfg["raw_dir"], "fsdd", name) for name in ("recordings", "v1.0.10.tar.gz"))
+    files = {}
+    if os.path.isdir(folder):
+        for name in sorted(os.listdir(folder)):
+            if name.endswith(".wav"):
+                with open(os.path.join(folder, name), "rb") as f:
+                    files[name] = f.read()
+    else:
+        path = raw_file(cfg, "fsdd", "v1.0.10.tar.gz", FSDD_URL, None)
+        try:
+            with tarfile.open(path, "r:gz") as tar:
+                for member in tar:
+                    if "/recordings/" in member.name and member.name.endswith(".wav") and member.isfile() and member.size < 10**6:
+                        files[os.path.basename(member.name)] = tar.extractfile(member).read(member.size)
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
+            raise UserError(f"{path} is not a readable tar.gz archive ({problem}): remove it to fetch it again") from None
+    names, digest = sorted(files), hashlib.sha256()
+    for name in names:
+        digest.update(name.encode() + files[name])
+    if len(names) != FSDD_COUNT or digest.hexdigest() != FSDD_SHA256:
+        raise UserError(f"{folder if os.path.isdir(folder) else archive} holds {len(names)} recordings of digest {digest.hexdigest()[:12]}, expected "
+                        f"{FSDD_COUNT} of {FSDD_SHA256[:12]}: remove it, and put the recordings/ folder of {FSDD_URL} at {folder}")
+    items = [read_recording(cfg, io.BytesIO(files[name]), name) for name in names]
+    labels = np.array([int(name[0]) for name in names])
+    return dict(train=(items, labels), test=None, classes=DIGITS, groups=speakers(cfg["audio_groups"] or r"_([a-z]+)_", names),
+                default_groups=("theo", "lucas"))
+
+
+def npz_source(cfg, modality, path):
+    """Anything already encoded: an .npz with `features` (n, D) or (n, T, D), and optionally `labels` (n,) whole numbers, `classes`
+    (names) and `split` (n,) of train, val, test. Made with numpy.savez; nothing is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            found = {key: f[key] for key in f.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as problem:
+        raise UserError(f"{path} is not a readable .npz file ({problem})") from None
+    features, labels, split = found.get("features"), found.get("labels"), found.get("split")
+    if features is None or features.ndim not in (2, 3) or features.dtype.kind not in "fiu" or not np.prod(features.shape):
+        raise UserError(f"{path} needs an array `features` of numbers, (n, D) or (n, T, D), found {None if features is None else features.shape}")
+    if not np.isfinite(features).all():
+        raise UserError(f"{path}: `features` has NaN or infinite values, first in row {np.argwhere(~np.isfinite(features))[0][0]}")
+    classes = [str(c) for c in found["classes"]] if "classes" in found else []
+    if labels is not None:
+        classes = classes or [str(c) for c in range(int(labels.max(initial=0)) + 1)]
+        if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(classes):
+            raise UserError(f"{path}: `labels` must be {len(features)} whole numbers from 0 to {len(classes) - 1}, found shape {labels.shape}, "
+                            f"values {labels.min()} to {labels.max()}")
+    if split is None:
+        return dict(train=(features, labels), test=None, classes=classes if labels is not None else [], encode="features")
+    names = np.array([str(s) for s in split])
+    if split.shape != features.shape[:1] or set(names) - {"train", "val", "test"}:
+        raise UserError(f"{path}: `split` must hold train, val or test for each of the {len(features)} rows")
+    return dict(train=(features, labels), test=None, classes=classes if labels is not None else [], encode="features", groups=names,
+                default_groups=("test", "val" if "val" in names else None))
 
 
 SOURCES = {  # source: (function, modalities it can fill)
-    "shapes": (shapes_source, ("image", "text")), "cifar10": (cifar10_source, ("image",)),
-    "cupl": (cupl_source, ("text",)), "pydoc": (pydoc_source, ("text",)),
-    "folder": (folder_source, ("image",)), "file": (file_source, ("text",)),
+    "shapes": (shapes_source, ("image", "text", "audio")), "cifar10": (cifar10_source, ("image",)),
+    "cupl": (cupl_source, ("text",)), "pydoc": (pydoc_source, ("text",)), "fsdd": (fsdd_source, ("audio",)),
+    "folder": (folder_source, ("image", "audio")), "file": (file_source, ("text",)), "npz": (npz_source, ("image", "text", "audio")),
 }
+WITH_PATH = ("folder", "file", "npz")
+MADE_BY = dict(image=("image_size", "patch_size"), text=("text_length", "vocab_size"),
+               audio=tuple(key for key in PREPARE_KEYS if key.startswith("audio_")))  # keys that decide a modality's bytes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # prepare: one slot's source -> its shard folder
@@ -678,18 +904,38 @@ def draw_split(labels, count, fraction, seed):
     return drawn
 
 
+def draw_groups(cfg, slot, raw):
+    """(in_test, in_val) by group: the groups named in the config, else the source's default, else the first two by name."""
+    groups, there = raw["groups"], sorted(set(raw["groups"].tolist()))
+    if len(there) < 2 or "default_groups" not in raw and len(there) < 3:
+        raise UserError(f"{slot}={cfg[slot]}: a split by speaker needs three of them at least, found {', '.join(there)}")
+    test, val = raw.get("default_groups", there[:2])
+    if modality_of(slot) == "audio" and raw.get("encode") != "features":
+        test, val = cfg["audio_test_group"] or test, cfg["audio_val_group"] or val
+    for key, group in (("audio_test_group", test), ("audio_val_group", val)):
+        if group is not None and group not in there:
+            raise UserError(f"{key}='{group}' is not there: {slot}={cfg[slot]} has {', '.join(there)}")
+    if test == val:
+        raise UserError(f"audio_test_group and audio_val_group are both '{test}': name two of {', '.join(there)}")
+    in_test = groups == test
+    if val is not None:
+        return in_test, groups == val
+    rest, in_val, labels = np.flatnonzero(~in_test), np.zeros(len(groups), bool), raw["train"][1]
+    in_val[rest] = draw_split(None if labels is None else labels[rest], len(rest), cfg["val_fraction"], cfg["split_seed"])
+    return in_test, in_val
+
+
 def shard_folder(cfg, slot):
     """(folder, description) of a slot's shards; its name is a hash of all that decides the bytes."""
     modality, source = modality_of(slot), cfg[slot]
     name, _, path = source.partition(":")
-    if name not in SOURCES or modality not in SOURCES[name][1] or bool(path) != (name in ("folder", "file")):
-        fitting = [s + (":PATH" if s in ("folder", "file") else "") for s in SOURCES if modality in SOURCES[s][1]]
+    if name not in SOURCES or modality not in SOURCES[name][1] or bool(path) != (name in WITH_PATH):
+        fitting = [s + (":PATH" if s in WITH_PATH else "") for s in SOURCES if modality in SOURCES[s][1]]
         near = difflib.get_close_matches(name, fitting, n=1)
         raise UserError(f"{slot}='{source}' is no source of {modality}" + (f", did you mean '{near[0]}'?" if near else "")
                         + f" (there are {', '.join(fitting)})")
-    keys = dict(image=("image_size", "patch_size"), text=("text_length", "vocab_size"))[modality]
     made_from = dict(format=FORMAT, modality=modality, source=source, skip_bad=cfg["skip_bad"], shard_mb=cfg["shard_mb"],
-                     **{key: cfg[key] for key in (*keys, "val_fraction", "split_seed")})
+                     **{key: cfg[key] for key in (*MADE_BY[modality], "val_fraction", "split_seed")})
     if path:  # files of the user's own: their names, sizes and times, so that a changed folder is prepared anew
         files = sorted(os.path.join(d, f) for d, _, inside in os.walk(path) for f in inside) if os.path.isdir(path) else [path]
         listing = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f)]
@@ -714,15 +960,19 @@ def prepare(cfg, slot, say=print):
     splits, count = {}, len(items)
     take = lambda rows: (items[rows] if isinstance(items, np.ndarray) else [items[i] for i in np.flatnonzero(rows)],
                          None if labels is None else labels[rows], None if latents is None else latents[rows])
-    in_test = np.zeros(count, bool)
-    if raw["test"] is None:
-        in_test = draw_split(labels, count, cfg["val_fraction"], cfg["split_seed"] + 1)
+    if raw.get("groups") is not None:  # by speaker, or as the data says
+        in_test, in_val = draw_groups(cfg, slot, raw)
         splits["test"] = take(in_test)
     else:
-        splits["test"] = (*raw["test"], raw.get("test_latents"))
-    rest = np.flatnonzero(~in_test)
-    in_val = np.zeros(count, bool)
-    in_val[rest] = draw_split(None if labels is None else labels[rest], len(rest), cfg["val_fraction"], cfg["split_seed"])
+        in_test = np.zeros(count, bool)
+        if raw["test"] is None:
+            in_test = draw_split(labels, count, cfg["val_fraction"], cfg["split_seed"] + 1)
+            splits["test"] = take(in_test)
+        else:
+            splits["test"] = (*raw["test"], raw.get("test_latents"))
+        rest = np.flatnonzero(~in_test)
+        in_val = np.zeros(count, bool)
+        in_val[rest] = draw_split(None if labels is None else labels[rest], len(rest), cfg["val_fraction"], cfg["split_seed"])
     splits["val"], splits["train"] = take(in_val), take(~in_test & ~in_val)
     for split, (part, *_) in splits.items():
         if not len(part):
@@ -734,7 +984,9 @@ def prepare(cfg, slot, say=print):
     os.mkdir(making)
     try:
         parts = {split: splits[split][0] for split in ("train", "val", "test")}
-        arrays, info = encode_text(cfg, parts, making) if modality_of(slot) == "text" else encode_pictures(cfg, parts)
+        encode = dict(text=lambda: encode_text(cfg, parts, making), image=lambda: encode_pictures(cfg, parts),
+                      audio=lambda: encode_recordings(cfg, parts), features=lambda: encode_features(parts))
+        arrays, info = encode[raw.get("encode", modality_of(slot))]()
         for split, (_, split_labels, split_latents) in splits.items():
             rows = arrays[split].pop("document", slice(None))  # the document of each window
             if split_labels is not None:

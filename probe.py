@@ -29,8 +29,8 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from model import linear_probe
-from prepare import (UserError, active_slots, exit_on_user_error, load_bpe, load_split, modality_of, patchify, plain_name,
-                     prepare, read_pictures, unpatchify, write_json)
+from prepare import (LOG_MEL_RANGE, UserError, active_slots, encode_recordings, exit_on_user_error, load_bpe, load_split,
+                     modality_of, patchify, plain_name, prepare, read_pictures, read_recordings, read_text, unpatchify, write_json)
 from train import (FREE_KEYS, KEYS, choose_examples, evaluate, extract, fit_probe, load_model, open_slots, read_run_config,
                    resolve, run)
 
@@ -144,7 +144,24 @@ def corrupt_pictures(pictures, kind, severity):
     return np.clip(out, 0, 255).astype(np.uint8)
 
 
-CORRUPTIONS = ("noise", "blur", "contrast", "pixelate")
+def corrupt_frames(tokens, mels, kind, severity):
+    """The same for recordings (n, T, group*mels) uint8 log-mel: noise (at 20, 10, 0 dB SNR), gain (-6, -12, -18 dB), or
+    bandlimit (only the lower 80, 60, 40% of the mels remain)."""
+    i, (low, high) = severity - 1, LOG_MEL_RANGE
+    log_mel = tokens.reshape(*tokens.shape[:2], -1, mels) / 255 * (high - low) + low
+    if kind == "noise":
+        power = np.exp(log_mel).mean((1, 2, 3), keepdims=True) / 10 ** ((2, 1, 0)[i])
+        log_mel = np.log(np.exp(log_mel) + power * np.random.default_rng(severity).exponential(1, log_mel.shape))
+    elif kind == "gain":
+        log_mel = log_mel - (6, 12, 18)[i] * math.log(10) / 10
+    elif kind == "bandlimit":
+        log_mel = np.where(np.arange(mels) < mels * (0.8, 0.6, 0.4)[i], log_mel, low)
+    else:
+        raise UserError(f"unknown corruption '{kind}'")
+    return ((log_mel - low) / (high - low) * 255).round().clip(0, 255).astype(np.uint8).reshape(tokens.shape)
+
+
+PICTURE_CORRUPTIONS, SOUND_CORRUPTIONS = ("noise", "blur", "contrast", "pixelate"), ("noise", "gain", "bandlimit")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs side by side
@@ -186,14 +203,18 @@ def layer_table(run_):
 
 
 def robustness(run_):
-    """{corruption: accuracy at severities 1..3} of a picture target, answered by its label head or probe."""
-    if "patch" not in run_.target.meta:
+    """{corruption: accuracy at severities 1..3} of a picture or sound target, answered by its label head or probe."""
+    meta, probe = run_.target.meta, evaluate(run_.model, run_.target, run_.target.val, CPU)["probe"]
+    tokens = run_.held["tokens"][np.arange(len(run_.held["tokens"]))]
+    if "patch" in meta:
+        pictures = unpatchify(tokens, meta["patch"])
+        kinds, corrupt = PICTURE_CORRUPTIONS, lambda kind, severity: patchify(corrupt_pictures(pictures, kind, severity), meta["patch"])
+    elif "mels" in meta:
+        kinds, corrupt = SOUND_CORRUPTIONS, lambda kind, severity: corrupt_frames(tokens, meta["mels"], kind, severity)
+    else:
         return {}
-    patch, probe = run_.target.meta["patch"], evaluate(run_.model, run_.target, run_.target.val, CPU)["probe"]
-    pictures = unpatchify(run_.held["tokens"][np.arange(len(run_.held["tokens"]))], patch)
-    answer = lambda kind, s: evaluate(run_.model, run_.target, dict(run_.held, tokens=patchify(corrupt_pictures(pictures, kind, s), patch)),
-                                      CPU, probe)["accuracy"]
-    return {kind: [answer(kind, severity) for severity in (1, 2, 3)] for kind in CORRUPTIONS}
+    answer = lambda kind, severity: evaluate(run_.model, run_.target, dict(run_.held, tokens=corrupt(kind, severity)), CPU, probe)["accuracy"]
+    return {kind: [answer(kind, severity) for severity in (1, 2, 3)] for kind in kinds}
 
 
 def class_centroids(run_, slot, names):
@@ -254,7 +275,7 @@ def show_side_by_side(reports):
     for i, name in enumerate(("10%", "median", "90%")):
         row(f"margin {name}", [number(r["margin"][i]) for r in reports])
     row("class spread", [number(r["class_spread"]) for r in reports])
-    for kind in CORRUPTIONS:
+    for kind in dict.fromkeys(kind for r in reports for kind in r["robustness"]):
         for severity in range(3):
             row(f"{kind} {severity + 1}", [number(r["robustness"].get(kind, [None] * 3)[severity]) for r in reports])
     for r in reports:
@@ -589,18 +610,30 @@ def embed(folder, path):
     """Write FOLDER/embed.npy (n, C) and, where the run knows classes, FOLDER/embed.csv with file, class, probability."""
     model, checkpoint = load_model(os.path.join(folder, "best.pt"))
     cfg, name = checkpoint["config"], checkpoint["config"]["target"]
-    slot, modality = checkpoint["slots"][name], modality_of(name)
-    real = None
-    if modality == "image" and "patch" in slot:
+    slot, modality, real = checkpoint["slots"][name], modality_of(name), None
+    if modality == "text" and slot["kind"] == "discrete":
+        names = [line for line in read_text(path).splitlines() if line.strip()]
+        coded = [load_bpe(prepare(cfg, name)).encode_ordinary(line)[:slot["length"]] for line in names]
+        tokens = torch.zeros(len(coded), slot["length"], dtype=torch.long)
+        for row, ids in zip(tokens, coded):
+            row[:len(ids)] = torch.tensor(ids)
+        real = torch.arange(slot["length"]) < torch.tensor([[len(ids)] for ids in coded])
+    elif "patch" in slot or "mels" in slot:
         if not os.path.isdir(path):
             raise UserError(f"there is no folder {path}")
-        files = sorted(os.path.join(d, f) for d, _, inside in os.walk(path) for f in inside if not f.startswith("."))
-        if not files:
-            raise UserError(f"folder {path} is empty: expected pictures")
-        pictures, kept = read_pictures(dict(image_size=math.isqrt(slot["length"]) * slot["patch"], skip_bad=cfg["skip_bad"]), files)
-        names, tokens = [f for f, k in zip(files, kept) if k], torch.from_numpy(patchify(pictures, slot["patch"]))
+        names = sorted(os.path.join(d, f) for d, _, inside in os.walk(path) for f in inside if not f.startswith("."))
+        if not names:
+            raise UserError(f"folder {path} is empty: expected files for the {name} slot")
+        items, kept = (read_pictures if "patch" in slot else read_recordings)(cfg, names)
+        names = [f for f, k in zip(names, kept) if k]
+        if "patch" in slot:
+            tokens = torch.from_numpy(patchify(items, slot["patch"]))
+        else:
+            arrays, _ = encode_recordings(cfg, dict(train=items))
+            tokens = torch.from_numpy(arrays["train"]["tokens"])
+            real = torch.arange(slot["length"]) < torch.from_numpy(arrays["train"]["lengths"])[:, None]
     else:
-        raise UserError(f"embed reads folders of pictures; the target of {folder} is {name}={cfg[name]}")
+        raise UserError(f"embed reads folders of pictures or recordings, or a text file; the target of {folder} is {name}={cfg[name]}")
     with torch.inference_mode():
         features = torch.cat([model.features(name, tokens[i:i + 500], None if real is None else real[i:i + 500]) for i in range(0, len(tokens), 500)])
         scores = model.label_head(features) if "label" in slot["loss"] else None

@@ -587,7 +587,7 @@ def test_statistics_agree_with_tables():
     assert d["mean"] == 1.125 and d["sign_flip_p"] == d["sign_flip_floor"] == 0.125 and d["p"] < 0.01
 
 
-@pytest.mark.parametrize("kind", B.CORRUPTIONS)
+@pytest.mark.parametrize("kind", B.PICTURE_CORRUPTIONS)
 def test_corruptions_grow_with_severity(kind):
     pictures = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
     damage = [np.abs(B.corrupt_pictures(pictures, kind, s).astype(int) - pictures).mean() for s in (1, 2, 3)]

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import UML, linear_probe
-from prepare import (PREPARE_KEYS, SLOT_NAME, UserError, active_slots, exit_on_user_error, load_split, modality_of, patchify, plain_name,
+from prepare import (LOG_MEL_RANGE, PREPARE_KEYS, SLOT_NAME, UserError, active_slots, exit_on_user_error, load_split, modality_of, patchify, plain_name,
                      prepare, print_help, read_config, read_meta, unpatchify, write_json)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,12 +48,17 @@ KEYS = dict(
     unseen_classes=(0, "target classes that get no labelled target examples; accuracy on them is reported apart"),
     image_shift=(4, "augmentation: pictures are shifted by up to this many pixels"),
     image_flip=(False, "augmentation: pictures are mirrored at random (wrong for digits and for left against right)"),
+    audio_shift=(6, "augmentation: recordings are moved by up to this many frames"),
+    audio_gain=(6.0, "augmentation: loudness changes by up to this many decibels"),
+    audio_mask=(8, "augmentation: one band of up to this many mels and one span of as many frames are blanked (SpecAugment)"),
     # model
     width=(128, "channels C of the trunk"),
-    layers=(4, "blocks of the trunk"),
+    layers=(4, "blocks of the trunk (0: embeds and heads only, for features of a frozen encoder)"),
     heads=(4, "attention heads"),
     image_embed=("linear", "linear: a matrix on each patch; conv: a small convolutional stem"),
     bottleneck=(0, "units a sequence must pass in 'reconstruct' (0: no bottleneck)"),
+    temperature=(False, "learn a temperature of the label logits per slot"),
+    head_from=("", "slot whose class means start the label head before the first target update ('zero-shot init')"),
     mask_ratio=(0.5, "share of tokens hidden in 'reconstruct'"),
     # training
     seed=(0, "of parameters, examples, batches and augmentation"),
@@ -92,19 +97,20 @@ def resolve(cfg, say=print):
     off = [key for key in cfg if SLOT_NAME.fullmatch(key) and not cfg[key]]
     off = [slot for slot in off if slot[-1].isdigit() or slot not in map(modality_of, slots)]  # text2 still needs text_length
     ignored = [key for key in cfg if key.split("_")[0] in off and (key not in off or key[-1].isdigit())]
-    if len(slots) == 1 and cfg["warm_start_steps"]:
-        ignored.append("warm_start_steps")
+    ignored += [key for key in ("warm_start_steps", "head_from") if len(slots) == 1 and cfg[key]]
     if configured := sorted(key for key in ignored if key not in KEYS or cfg[key] != KEYS[key][0]):
         say(f"slots without a source or examples: {', '.join(off)}; ignored: {', '.join(configured)}")
-    cfg = {key: value for key, value in cfg.items() if key not in ignored} | ({"warm_start_steps": 0} if len(slots) == 1 else {})
+    cfg = {key: value for key, value in cfg.items() if key not in ignored} | ({"warm_start_steps": 0, "head_from": ""} if len(slots) == 1 else {})
     for key, allowed in dict(schedule=("alternate", "joint"), image_embed=("linear", "conv"), device=("auto", "cpu", "cuda", "mps")).items():
         if cfg.get(key, allowed[0]) not in allowed:
             raise UserError(f"{key}='{cfg[key]}' must be one of {', '.join(allowed)}")
-    for key, least in dict(steps=1, eval_interval=1, log_interval=1, width=1, layers=1, heads=1, warm_start_steps=0, threads=0,
-                           stop_after=0, seed=0, bottleneck=0, mask_ratio=0, image_shift=0, unseen_classes=0,
+    for key, least in dict(steps=1, eval_interval=1, log_interval=1, width=1, layers=0, heads=1, warm_start_steps=0, threads=0,
+                           stop_after=0, seed=0, bottleneck=0, mask_ratio=0, image_shift=0, audio_shift=0, audio_mask=0, unseen_classes=0,
                            **{f"{s}_batch": 1 for s in slots}, **{f"{s}_updates": 0 for s in slots}).items():
         if cfg.get(key, least) < least:
             raise UserError(f"{key}={cfg[key]} must be at least {least}")
+    if cfg["head_from"] and "label" not in cfg.get(f"{cfg['head_from']}_loss", "") or cfg["head_from"] == cfg["target"]:
+        raise UserError(f"head_from='{cfg['head_from']}' must name an auxiliary slot with a label loss")
     if cfg["mask_ratio"] >= 1 or not cfg["learning_rate"] > 0:
         raise UserError(f"mask_ratio={cfg['mask_ratio']} must be below 1 and learning_rate={cfg['learning_rate']} above 0")
     return cfg
@@ -142,7 +148,8 @@ def open_slots(cfg, say):
         meta = read_meta(folder)
         slot = SimpleNamespace(name=name, folder=folder, meta=meta, loss=cfg[f"{name}_loss"], batch=cfg[f"{name}_batch"],
                                weight=cfg[f"{name}_weight"], train=load_split(folder, "train"), val=load_split(folder, "val"),
-                               shift=cfg.get("image_shift"), flip=cfg.get("image_flip"), mask_ratio=cfg["mask_ratio"], banned=[])
+                               augment={key: cfg.get(key) for key in ("image_shift", "image_flip", "audio_shift", "audio_gain", "audio_mask")},
+                               mask_ratio=cfg["mask_ratio"], banned=[])
         if "label" in slot.loss.split("+"):
             if len(meta["classes"]) < 2:
                 raise UserError(f"{name}={cfg[name]} has {len(meta['classes'])} classes, its label loss needs at least two: "
@@ -193,7 +200,7 @@ def model_slots(slots):
     out = {}
     for name, slot in slots.items():
         shape = slot.meta["arrays"]["tokens"]["shape"]
-        keys = ("kind", "vocab", "mean", "std", "patch")
+        keys = ("kind", "vocab", "mean", "std", "patch", "mels")
         out[name] = dict(loss=slot.loss, length=shape[0], **{k: slot.meta[k] for k in keys if k in slot.meta})
         if slot.meta["kind"] == "continuous":
             out[name]["dim"] = shape[1]
@@ -231,17 +238,36 @@ def shift_and_flip(tokens, patch, shift, flip, rng):
     return patchify(padded[np.arange(B)[:, None, None], rows[:, :, None], columns[:, None, :]], patch)
 
 
+def move_and_mask(tokens, lengths, mels, shift, gain, mask, rng):
+    """Augment recordings (B, T, group*mels) uint8: move in time by up to `shift` frames (edges repeat), change loudness by up to
+    `gain` dB, blank a band of up to `mask` mels and a span of up to `mask` frames (SpecAugment, arXiv 1904.08779) -> (tokens, lengths)."""
+    B, T, D = tokens.shape
+    group, F = D // mels, T * D // mels
+    frames, moves = tokens.reshape(B, F, mels), rng.integers(-shift, shift + 1, B)
+    frames = frames[np.arange(B)[:, None], (np.arange(F) - moves[:, None]).clip(0, F - 1)]
+    louder = rng.uniform(-gain, gain, (B, 1, 1)) * math.log(10) / 10 * 255 / (LOG_MEL_RANGE[1] - LOG_MEL_RANGE[0])
+    frames = (frames + louder).clip(0, 255)
+    for axis, size in ((2, mels), (1, F)):
+        wide = rng.integers(0, mask + 1, (B, 1))
+        start = rng.integers(0, size, (B, 1))
+        blank = (np.arange(size) >= start) & (np.arange(size) < start + wide)
+        frames = np.where(np.expand_dims(blank, 3 - axis), frames.mean((1, 2), keepdims=True), frames)
+    return frames.astype(np.uint8).reshape(B, T, D), (-(-(lengths * group + moves) // group)).clip(1, T)
+
+
 def collate(slot, arrays, rows, device, rng=None):
     """Items -> the keyword arguments of UML.forward as tensors. rng: augment and hide tokens (training), None: neither."""
-    tokens = arrays["tokens"][rows]
-    batch = {}
+    tokens, lengths, batch, augment = arrays["tokens"][rows], None, {}, slot.augment
     if "lengths" in arrays:
         lengths = arrays["lengths"][rows]
+    if rng is not None and "patch" in slot.meta and (augment["image_shift"] or augment["image_flip"]):
+        tokens = shift_and_flip(tokens, slot.meta["patch"], augment["image_shift"], augment["image_flip"], rng)
+    if rng is not None and "mels" in slot.meta and (augment["audio_shift"] or augment["audio_gain"] or augment["audio_mask"]):
+        tokens, lengths = move_and_mask(tokens, lengths, slot.meta["mels"], augment["audio_shift"], augment["audio_gain"], augment["audio_mask"], rng)
+    if lengths is not None:
         if device.type == "cpu":  # short batches are cheap; compiled GPU code wants one shape
             tokens = tokens[:, :max(2, lengths.max())]
         batch["real"] = np.arange(tokens.shape[1]) < lengths[:, None]
-    if rng is not None and "patch" in slot.meta and (slot.shift or slot.flip):
-        tokens = shift_and_flip(tokens, slot.meta["patch"], slot.shift, slot.flip, rng)
     if "label" in slot.loss:
         batch["labels"] = slot.head_rows[arrays["labels"][rows]]
     if rng is not None and "reconstruct" in slot.loss:
@@ -382,7 +408,7 @@ def load_model(path):
 def build_model(cfg, slots, classes):
     try:
         return UML(slots, len(classes), **{key: cfg[key] for key in ("width", "layers", "heads", "bottleneck",
-                                                                             "mask_ratio", "image_embed", "seed") if key in cfg})
+                                                                             "mask_ratio", "image_embed", "temperature", "seed") if key in cfg})
     except ValueError as problem:
         raise UserError(str(problem)) from None
 
@@ -394,6 +420,15 @@ def start_trunk_from(model, folder):
     if own != {k: v.shape for k, v in state.items()}:
         raise UserError(f"init_from={folder} has a trunk of another width or depth than this config")
     model.load_state_dict(state, strict=False)
+
+
+@torch.no_grad()
+def start_head_from(model, slot, device):
+    """Set the label head's rows to the slot's mean feature of each class, at unit length: 'zero-shot init' of the method's release."""
+    features, labels = extract(model, slot, slot.train, slot.rows, device), slot.head_rows[slot.train["labels"][slot.rows]]
+    for row in np.unique(labels):
+        mean = features[labels == row].mean(0) - features.mean(0)
+        model.label_head.weight[row] = (mean / mean.norm().clamp_min(1e-6)).to(device)
 
 
 def finished_result(cfg):
@@ -524,6 +559,8 @@ def run(cfg, say=print):
         if logging or saving:
             clock = time.perf_counter()
 
+        if step == warm and cfg["head_from"]:
+            start_head_from(model, slots[cfg["head_from"]], device)
         if step >= warm and cfg["freeze_trunk"]:
             for name, parameter in model.trunk.named_parameters():
                 parameter.requires_grad = "norm" in name

@@ -1,0 +1,21 @@
+"""The paper's frozen-encoder setting: features of any encoder, one vector an item, through shared layers and one label head.
+
+Make the two files with any torch model, here `encoder` for pictures (the text file likewise, with the same `classes`):
+    features, labels = [], []
+    with torch.inference_mode():
+        for pictures, targets in loader:               # any DataLoader
+            features.append(encoder(pictures).float().cpu())
+            labels.append(targets)
+    numpy.savez("image.npz", features=torch.cat(features).numpy(), labels=torch.cat(labels).numpy(),
+                classes=numpy.array(["cat", "dog"]))   # optional: split=numpy.array(["train", "test", ...]) for every row
+    python train.py sample_configs/features.py --image=npz:image.npz --text=npz:text.npz
+"""
+image = "npz:image.npz"
+text = "npz:text.npz"
+text_loss = "label"
+layers = 0                # a projection per slot and the shared label head, nothing else
+width = 384
+head_from = "text"        # the head starts at the text's class means
+temperature = True
+learning_rate = 1e-3
+steps = 500

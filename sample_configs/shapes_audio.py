@@ -1,0 +1,18 @@
+"""Sounds of the shapes world, 4 labelled ones a class, helped by sentences about other scenes.
+
+Offline. Two CPU cores: about 3 minutes.
+    python train.py sample_configs/shapes_audio.py
+    python train.py sample_configs/shapes_audio.py --text= --out_dir=out/shapes_audio_alone
+"""
+target = "audio"
+audio = "shapes"
+text = "shapes"
+text_loss = "label"
+audio_examples = 256
+
+width = 96
+layers = 3
+learning_rate = 4e-3
+warm_start_steps = 300
+steps = 1200
+eval_interval = 200
