@@ -29,7 +29,7 @@ quiet = lambda line: None
 @pytest.fixture(scope="session", autouse=True)
 def small_world():
     """A world of a few hundred scenes instead of thousands."""
-    P.SHAPES_COUNTS.update(image=704, text=1280, test=256)
+    P.SHAPES_COUNTS.update(image=704, text=1280, audio=704, test=256)
     torch.set_num_threads(1)  # these models are too small for more
 
 
@@ -128,7 +128,7 @@ def all_bytes(folder):
     return {f: open(os.path.join(folder, f), "rb").read() for f in sorted(os.listdir(folder))}
 
 
-@pytest.mark.parametrize("source", ["--image=shapes", "--text=shapes", "--text=pydoc"])
+@pytest.mark.parametrize("source", ["--image=shapes", "--text=shapes", "--audio=shapes", "--text=pydoc"])
 def test_offline_sources_prepare_and_are_byte_equal_twice(tmp_path, source):
     one, two = prepared(tmp_path / "a", source), prepared(tmp_path / "b", source)
     assert all_bytes(one) == all_bytes(two) and not [f for f in os.listdir(tmp_path / "a") if "tmp" in f]
@@ -140,13 +140,13 @@ def test_offline_sources_prepare_and_are_byte_equal_twice(tmp_path, source):
             assert arrays["lengths"].min() > 0 and arrays["tokens"][np.arange(len(arrays["tokens"]))].max() < meta["vocab"]
 
 
-def test_images_and_sentences_of_shapes_cannot_be_paired(data):
-    """Row order, latents and labels of the two modalities agree no more than chance, and no scene occurs in both."""
-    image, text = (P.load_split(prepared(data, f"--{m}=shapes"), "train") for m in ("image", "text"))
-    n = min(len(image["labels"]), len(text["labels"]))
-    assert (image["labels"][:n] == text["labels"][:n]).mean() < 5 / 64
-    scenes = lambda arrays: {tuple(row) for row in arrays["latents"]}
-    assert not scenes(image) & scenes(text)
+def test_modalities_of_shapes_cannot_be_paired(data):
+    """Row order, latents and labels of any two modalities agree no more than chance, and no scene occurs in both."""
+    splits = [P.load_split(prepared(data, f"--{m}=shapes"), "train") for m in ("image", "text", "audio")]
+    for one, two in ((0, 1), (0, 2), (1, 2)):
+        n = min(len(splits[one]["labels"]), len(splits[two]["labels"]))
+        assert (splits[one]["labels"][:n] == splits[two]["labels"][:n]).mean() < 5 / 64
+        assert not {tuple(row) for row in splits[one]["latents"]} & {tuple(row) for row in splits[two]["latents"]}
 
 
 def test_patchify_is_undone_by_unpatchify():
@@ -256,6 +256,111 @@ def test_a_folder_that_changed_is_prepared_anew(tmp_path):
     one = prepared(tmp_path / "d", f"--image=folder:{root}")
     Image.new("RGB", (9, 9)).save(f"{root}/train/cat/new.png")
     assert prepared(tmp_path / "d", f"--image=folder:{root}") != one
+
+
+def write_wave(path, width=2, channels=1, rate=8000, seconds=0.3, pitch=440):
+    """A tone as PCM WAV of any sample width."""
+    clock = np.arange(int(rate * seconds)) / rate
+    tone = np.repeat(0.5 * np.sin(2 * np.pi * pitch * clock)[:, None], channels, 1).ravel()
+    whole = (tone * 127 + 128).astype(np.uint8) if width == 1 else (tone * (2 ** (8 * width - 1) - 1)).astype("<i4")
+    data = whole.tobytes() if width == 1 else whole.view(np.uint8).reshape(-1, 4)[:, :width].tobytes()
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with P.wave.open(str(path), "wb") as f:
+        f.setnchannels(channels), f.setsampwidth(width), f.setframerate(rate)
+        f.writeframes(data)
+    return str(path)
+
+
+AUDIO = P.read_config([], P.PREPARE_KEYS)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("channels, rate", [(1, 8000), (2, 8000), (1, 22050)])
+def test_wave_files_of_every_width_channel_count_and_rate_sound_the_same(tmp_path, width, channels, rate):
+    path = write_wave(tmp_path / "a.wav", width, channels, rate)
+    with open(path, "rb") as f:
+        samples = P.read_recording(AUDIO, f, path)
+    wanted = 0.5 * np.sin(2 * np.pi * 440 * np.arange(2400) / 8000)
+    assert len(samples) == pytest.approx(2400, abs=2) and np.abs(samples[100:2300] - wanted[100:2300]).max() < 0.02
+
+
+def test_recordings_become_log_mel_tokens_with_their_true_length():
+    """A higher tone lies in a higher band; a clip of 0.3 s has 30 frames, so 8 tokens of 4; padding is zero."""
+    tones = [0.5 * np.sin(2 * np.pi * pitch * np.arange(2400) / 8000).astype(np.float32) for pitch in (300, 2000)]
+    arrays, info = P.encode_recordings(AUDIO, dict(train=tones + [np.zeros(100000, np.float32)]))
+    tokens, lengths = arrays["train"]["tokens"], arrays["train"]["lengths"]
+    assert tokens.shape == (3, 16, 160) and tokens.dtype == np.uint8 and lengths.tolist() == [8, 8, 16] and not tokens[0, 8:].any()
+    bands = tokens[:2, :7].reshape(2, 28, 40).astype(int).mean(1).argmax(1)
+    assert bands[0] < bands[1] and len(info["mean"]) == 40
+
+
+def speaker_folder(path, speakers=("ann", "bob", "cy", "di")):
+    for k, digit in enumerate(("one", "two")):
+        for i, name in enumerate(speakers):
+            for take in range(3):
+                write_wave(os.path.join(path, digit, f"{digit}_{name}_{take}.wav"), pitch=300 * (k + 1) + 20 * i)
+    return str(path)
+
+
+def test_folders_of_recordings_are_split_by_speaker(tmp_path):
+    root = speaker_folder(tmp_path / "r")
+    argv = [f"--audio=folder:{root}", r"--audio_groups=_([a-z]+)_", "--audio_test_group=cy", "--audio_val_group=ann"]
+    meta = P.read_meta(prepared(tmp_path / "d", *argv))
+    assert [meta["splits"][s]["count"] for s in ("train", "val", "test")] == [12, 6, 6] and meta["classes"] == ["one", "two"]
+    for words, more in (("'eve' is not there", "--audio_test_group=eve"), ("both 'ann'", "--audio_test_group=ann"), ("no group in every", "--audio_groups=x(y)")):
+        with pytest.raises(P.UserError, match=words):
+            prepared(tmp_path / "d", *argv, more)
+    with pytest.raises(P.UserError, match="three of them"):
+        prepared(tmp_path / "d", f"--audio=folder:{speaker_folder(tmp_path / 'solo', ['ann'])}", argv[1])
+
+
+def test_bad_recordings_are_named(tmp_path):
+    """Empty, cut short, not sound at all, no samples; an hour-long clip is read only as far as it is used; silence is sound."""
+    root = speaker_folder(tmp_path / "r")
+    whole = open(f"{root}/one/one_ann_0.wav", "rb").read()
+    for body, words in ((b"", "not a readable PCM WAV"), (whole[:1000], "cut short"), (b"hello" * 99, "not a readable PCM WAV"), (whole[:44], "cut short")):
+        open(f"{root}/one/bad.wav", "wb").write(body)
+        with pytest.raises(P.UserError, match=f"bad.wav.*{words}"):
+            prepared(tmp_path / "d", f"--audio=folder:{root}")
+    assert P.read_meta(prepared(tmp_path / "d", f"--audio=folder:{root}", "--skip_bad=True"))["splits"]["train"]["count"] > 0
+    os.rename(f"{root}/one/bad.wav", f"{root}/one/bad.mp3")
+    with pytest.raises(P.UserError, match="convert it with .ffmpeg"):
+        prepared(tmp_path / "d", f"--audio=folder:{root}")
+    long = write_wave(tmp_path / "long.wav", seconds=3600)
+    with open(long, "rb") as f:
+        assert len(P.read_recording(AUDIO, f, long)) < 8000
+    silent, _ = P.encode_recordings(AUDIO, dict(train=[np.zeros(3000, np.float32)] * 2))
+    assert np.isfinite(silent["train"]["tokens"]).all()
+
+
+def test_fsdd_is_checked_and_split_by_speaker(tmp_path, monkeypatch):
+    names = [f"{d}_{s}_0.wav" for d in range(10) for s in ("theo", "lucas", "george", "jackson")]
+    digest = P.hashlib.sha256()
+    for name in sorted(names):
+        digest.update(name.encode() + open(write_wave(tmp_path / "raw/fsdd/recordings" / name), "rb").read())
+    with pytest.raises(P.UserError, match="holds 40 recordings"):
+        prepared(tmp_path / "d", "--audio=fsdd", f"--raw_dir={tmp_path}/raw")
+    monkeypatch.setattr(P, "FSDD_COUNT", 40), monkeypatch.setattr(P, "FSDD_SHA256", digest.hexdigest())
+    meta = P.read_meta(prepared(tmp_path / "d", "--audio=fsdd", f"--raw_dir={tmp_path}/raw"))
+    assert [meta["splits"][s]["count"] for s in ("train", "val", "test")] == [20, 10, 10] and meta["classes"][7] == "seven"
+
+
+def test_npz_features_come_in_with_labels_names_and_splits(tmp_path):
+    rng, path = np.random.default_rng(0), str(tmp_path / "f.npz")
+    good = dict(features=rng.normal(3, 2, (60, 5)), labels=np.arange(60) % 3, classes=np.array(["a", "b", "c"]), split=np.array(["train", "train", "val", "test"] * 15))
+    np.savez(path, **good)
+    folder = prepared(tmp_path / "d", f"--image=npz:{path}")
+    meta, train = P.read_meta(folder), P.load_split(folder, "train")
+    assert meta["classes"] == ["a", "b", "c"] and meta["arrays"]["tokens"]["shape"] == [1, 5] and len(train["labels"]) == 30
+    assert np.allclose(train["tokens"][np.arange(2)][:, 0], good["features"][:2], atol=1e-5)
+    for change, words in ((dict(features=np.full((60, 5), np.nan)), "NaN"), (dict(labels=np.arange(59)), "60 whole numbers"), (dict(labels=np.arange(60)), "0 to 2"),
+                          (dict(split=np.array(["dev"] * 60)), "train, val or test"), (dict(features=np.zeros(60)), "needs an array")):
+        np.savez(path, **{**good, **change})
+        with pytest.raises(P.UserError, match=words):
+            prepared(tmp_path / "d", f"--image=npz:{path}")
+    np.savez(path, features=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(P.UserError, match="not a readable .npz"):
+        prepared(tmp_path / "d", f"--image=npz:{path}")
 
 
 def test_bad_input_is_refused_in_one_sentence(tmp_path):
@@ -412,6 +517,19 @@ def test_shift_and_flip_move_pixels_and_invent_none():
         assert any(np.array_equal(after, v) or np.array_equal(after, v[:, ::-1]) for v in views)
 
 
+def test_moving_and_masking_recordings_keeps_their_length_true():
+    tokens = np.random.default_rng(0).integers(1, 255, (200, 16, 160)).astype(np.uint8)
+    same, lengths = T.move_and_mask(tokens, np.full(200, 9), 40, 0, 0.0, 0, np.random.default_rng(1))
+    assert np.array_equal(same, tokens) and (lengths == 9).all()
+    moved, lengths = T.move_and_mask(tokens, np.full(200, 9), 40, 8, 0.0, 0, np.random.default_rng(1))
+    assert set(lengths) == {7, 8, 9, 10, 11}
+    i = int(np.flatnonzero(lengths == 11)[0])  # moved 8 frames, two tokens, or a little less, to the right
+    frames = lambda t: t.reshape(64, 40)
+    assert any(np.array_equal(frames(moved[i])[m:], frames(tokens[i])[:64 - m]) for m in range(5, 9))
+    masked, _ = T.move_and_mask(tokens, np.full(200, 9), 40, 0, 0.0, 8, np.random.default_rng(1))
+    assert 0.02 < (masked != tokens).mean() < 0.3
+
+
 def test_slots_alternate_in_the_printed_order():
     cfg = dict(target="image", text_updates=2, audio_updates=1, warm_start_steps=4, schedule="alternate")
     slots = dict(image=0, text=0, audio=0)
@@ -519,6 +637,32 @@ def test_one_two_and_three_slots_run_through_the_same_lines(data, tmp_path):
     assert three["losses"] == dict(image="label", text="label", text2="next")
 
 
+def test_sound_can_be_the_target_with_pictures_and_text_beside_it(data, tmp_path):
+    result = train(data, f"{tmp_path}/o", "--target=audio", "--audio=shapes", "--audio_examples=128", "--audio_batch=16", "--image_loss=next", "--text2=shapes")
+    assert result["losses"] == dict(audio="label", image="next", text="label", text2="next") and result["examples"]["audio"] == 128
+    report, _ = B.analyse(f"{tmp_path}/o")
+    assert set(report["robustness"]) == set(B.SOUND_CORRUPTIONS) and set(report["alignment"]) == {"image", "text", "text2"}
+
+
+def test_frozen_features_through_a_bare_head_learn_and_start_from_class_means(tmp_path):
+    """With layers=0, head_from and temperature this is the paper's frozen-encoder setting; text says where classes lie."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(0, 1, (6, 8))
+    for name, n in (("image", 120), ("text", 300)):
+        labels = np.arange(n) % 6
+        np.savez(tmp_path / f"{name}.npz", features=centres[labels] + rng.normal(0, 0.3, (n, 8)), labels=labels)
+    argv = [f"--image=npz:{tmp_path}/image.npz", f"--text=npz:{tmp_path}/text.npz", "--text_loss=label", "--layers=0", "--width=32", "--head_from=text",
+            "--temperature=True", "--image_examples=30", "--steps=150", "--learning_rate=0.01", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"]
+    assert T.run(T.read_run_config(argv), quiet)["test_accuracy"] > 0.8
+    cfg, slots, classes = (c := T.resolve(T.read_run_config(argv), quiet)), *T.open_slots(c, quiet)
+    model = T.build_model(cfg, T.model_slots(slots), classes)
+    T.start_head_from(model, slots["text"], B.CPU)
+    features = T.extract(model, slots["text"], slots["text"].val, np.arange(24), B.CPU)
+    assert ((features @ model.label_head.weight.T).argmax(1).numpy() == slots["text"].val["labels"][:24]).mean() > 0.8
+    with pytest.raises(P.UserError, match="must name an auxiliary slot"):
+        T.run(T.read_run_config([*argv, "--head_from=audio"]), quiet)
+
+
 def test_a_handful_of_pictures_is_learned_by_heart(data):
     cfg, slots, classes = opened(data, "--image_examples=64", "--text=", "--image_shift=0", "--image_batch=64")
     model = T.build_model(cfg, T.model_slots(slots), classes)
@@ -591,6 +735,13 @@ def test_statistics_agree_with_tables():
 def test_corruptions_grow_with_severity(kind):
     pictures = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
     damage = [np.abs(B.corrupt_pictures(pictures, kind, s).astype(int) - pictures).mean() for s in (1, 2, 3)]
+    assert 0 < damage[0] < damage[1] < damage[2]
+
+
+@pytest.mark.parametrize("kind", B.SOUND_CORRUPTIONS)
+def test_sound_corruptions_grow_with_severity(kind):
+    tokens = np.random.default_rng(0).integers(60, 200, (4, 16, 160)).astype(np.uint8)
+    damage = [np.abs(B.corrupt_frames(tokens, 40, kind, s).astype(int) - tokens).mean() for s in (1, 2, 3)]
     assert 0 < damage[0] < damage[1] < damage[2]
 
 
@@ -674,4 +825,3 @@ def test_the_readmes_commands_parse_and_its_tables_are_current(tmp_path, monkeyp
 @pytest.mark.parametrize("script", ["prepare.py", "train.py", "probe.py"])
 def test_help_lists_the_keys(script):
     done = subprocess.run([sys.executable, os.path.join(HERE, script), "--help"], capture_output=True, text=True, cwd=HERE)
-    assert done.returncode == 0 and f"{script}:" in done.stdout and " = " in done.stdout
