@@ -73,8 +73,8 @@ PREPARE_KEYS = dict(
     audio_frames=(64, "recordings are cut or padded to this many frames"),
     audio_group=(4, "frames in a token"),
     audio_groups=("", "regular expression whose first group, in a file's name, names its speaker; then splits are by speaker"),
-    audio_test_group=("", "the speaker of the test split"),
-    audio_val_group=("", "the speaker of the validation split"),
+    audio_test_group=("", "the speaker of the test split: a name, or a number to count through the sorted names"),
+    audio_val_group=("", "the speaker of the validation split, likewise"),
     val_fraction=(0.1, "share of the training items that becomes the validation split"),
     split_seed=(0, "seed of the draw of the validation split (and of the test split where a source has none)"),
     skip_bad=(False, "skip (and count) unreadable files instead of stopping at the first"),
@@ -911,7 +911,8 @@ def draw_groups(cfg, slot, raw):
         raise UserError(f"{slot}={cfg[slot]}: a split by speaker needs three of them at least, found {', '.join(there)}")
     test, val = raw.get("default_groups", there[:2])
     if modality_of(slot) == "audio" and raw.get("encode") != "features":
-        test, val = cfg["audio_test_group"] or test, cfg["audio_val_group"] or val
+        number = lambda name: there[int(name) % len(there)] if name.isdigit() and name not in there else name
+        test, val = number(cfg["audio_test_group"]) or test, number(cfg["audio_val_group"]) or val
     for key, group in (("audio_test_group", test), ("audio_val_group", val)):
         if group is not None and group not in there:
             raise UserError(f"{key}='{group}' is not there: {slot}={cfg[slot]} has {', '.join(there)}")

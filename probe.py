@@ -20,6 +20,7 @@ import os
 import platform
 import shutil
 import sys
+import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
@@ -29,8 +30,9 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from model import linear_probe
-from prepare import (LOG_MEL_RANGE, UserError, active_slots, encode_recordings, exit_on_user_error, load_bpe, load_split,
-                     modality_of, patchify, plain_name, prepare, read_pictures, read_recordings, read_text, unpatchify, write_json)
+from prepare import (LOG_MEL_RANGE, SHAPE_CLASSES, UserError, active_slots, draw_scenes, encode_recordings, exit_on_user_error,
+                     load_bpe, load_split, modality_of, paint_scenes, patchify, plain_name, prepare, read_pictures,
+                     read_recordings, read_text, sound_scenes, tell_scenes, unpatchify, write_json)
 from train import (FREE_KEYS, KEYS, choose_examples, evaluate, extract, fit_probe, load_model, open_slots, read_run_config,
                    resolve, run)
 
@@ -291,17 +293,17 @@ def show_side_by_side(reports):
                       f"target, '{unit['other_class']}' in {name}")
 
 
-def figure(width=7, height=4.2):
-    """A matplotlib figure that reads on light and dark pages; matplotlib is imported only when something is drawn."""
+def figure(width=7, height=4.2, **grid):
+    """(figure, axes) that read on light and dark pages; matplotlib is imported only when something is drawn."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    return plt.subplots(figsize=(width, height), dpi=130, layout="constrained")
+    return plt.subplots(figsize=(width, height), dpi=130, layout="constrained", facecolor="white", **grid)
 
 
 def save_figure(fig, path):
     import matplotlib.pyplot as plt
-    fig.savefig(path + ".tmp", format="png", facecolor="white")
+    fig.savefig(path + ".tmp", format="png")
     os.replace(path + ".tmp", path)
     plt.close(fig)
 
@@ -335,10 +337,7 @@ def draw_pca(path, features, truth, classes):
 
 def draw_side_by_side(path, reports, margin_lists):
     """Few-shot curves, margins and robustness of several runs in one figure."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), dpi=130, layout="constrained")
+    fig, (left, middle, right) = figure(12, 3.6, ncols=3)
     for report, margin in zip(reports, margin_lists):
         shots = sorted(report["few_shot"])
         mean, spread = np.array([report["few_shot"][k] for k in shots]).T
@@ -682,11 +681,60 @@ def report(readme="README.md", folder=os.path.join("assets", "results")):
     print(f"rewrote the tables of {readme}")
 
 
+def draw_assets(folder="assets"):
+    draw_architecture(os.path.join(folder, "architecture.png"))
+    draw_world(os.path.join(folder, "shapes.png"))
+
+
 def table_row(r):
     show = lambda arm: f"{100 * r['arms'][arm]['mean']:.1f} ± {100 * r['arms'][arm]['half']:.1f}" if arm in r["arms"] else "-"
     d = r["arms"]["uml"]["minus_alone"]
     return (f"| {r['target'].split('=')[1].split(':')[0]}, {r['examples']}, {r['target_loss']} | {', '.join(r['auxiliaries'].values())} | {show('alone')} | "
             f"{show('uml')} | {show('control')} | **{100 * d['mean']:+.1f}** ± {100 * d['half']:.1f} | {d['p']:.2g} | {r['seeds']} |")
+
+
+def draw_architecture(path):
+    """Two unpaired streams, one trunk, one better target."""
+    fig, ax = figure(8.6, 3.3)
+    def box(x, y, width, height, words, colour):
+        ax.add_patch(matplotlib_patch(x, y, width, height, colour))
+        ax.text(x + width / 2, y + height / 2, words, ha="center", va="center", fontsize=9)
+    def arrow(x, y, to_x, to_y):
+        ax.annotate("", (to_x, to_y), (x, y), arrowprops=dict(arrowstyle="-|>", color="black", lw=1.2))
+    for y, name, example, colour in ((2.1, "image", "pictures (target)", "#cfe3f7"), (0.2, "text", "sentences, never paired\nwith any picture", "#fbe3c4")):
+        box(0, y, 2.1, 1, example, colour)
+        box(2.6, y, 1.3, 1, f"embed\n{name}", colour)
+        box(7.1, y, 1.5, 1, f"head {name}\nnext / reconstruct", colour)
+        arrow(2.1, y + 0.5, 2.6, y + 0.5), arrow(3.9, y + 0.5, 4.5, y + 0.5), arrow(6.4, y + 0.5, 7.1, y + 0.5)
+    box(4.5, 0.2, 1.9, 2.9, "ONE trunk\n\nthe same weights\nfor every modality,\ntaken in turn", "#d9d2e9")
+    box(7.1, 1.4, 1.5, 0.5, "one label head", "#d9d2e9")
+    arrow(6.4, 1.65, 7.1, 1.65), arrow(8.6, 1.65, 9.1, 1.65)
+    ax.text(9.15, 1.65, "a better image\nrepresentation", va="center", fontsize=9)
+    ax.set(xlim=(-0.1, 10.7), ylim=(0, 3.3))
+    ax.axis("off")
+    save_figure(fig, path)
+
+
+def matplotlib_patch(x, y, width, height, colour):
+    from matplotlib.patches import FancyBboxPatch
+    return FancyBboxPatch((x + 0.05, y + 0.05), width - 0.1, height - 0.1, boxstyle="round,pad=0.05", facecolor=colour, edgecolor="black", lw=0.8)
+
+
+def draw_world(path):
+    """Pictures, spectrograms and sentences of the shapes world, every column of other scenes."""
+    fig, axes = figure(11, 3.9, nrows=3, ncols=8, height_ratios=(1, 1, 0.75))
+    scenes = {m: (latents[:8], labels[:8], rng) for m in ("image", "audio", "text") for latents, labels, rng in [draw_scenes(m, "figure", 64)]}
+    pictures, sentences = paint_scenes(scenes["image"][0], scenes["image"][2]), tell_scenes(scenes["text"][0], scenes["text"][2])
+    sounds = encode_recordings(read_run_config([]), dict(train=list(sound_scenes(scenes["audio"][0], scenes["audio"][2]))))[0]["train"]["tokens"]
+    for i in range(8):
+        axes[0, i].imshow(pictures[i])
+        axes[1, i].imshow(sounds[i].reshape(64, 40).T, origin="lower", aspect="auto")
+        axes[2, i].text(0.5, 1, "\n".join(textwrap.wrap(sentences[i], 20)), ha="center", va="top", fontsize=8)
+        for row, modality in ((0, "image"), (1, "audio")):
+            axes[row, i].set_title(SHAPE_CLASSES[scenes[modality][1][i]], fontsize=8)
+    for ax in axes.flat:
+        ax.axis("off")
+    save_figure(fig, path)
 
 
 def main():
@@ -704,6 +752,7 @@ def main():
         embed(*argv[1:])
     elif argv[0] == "report":
         report()
+        draw_assets()
     else:
         reports, margin_lists = zip(*[analyse(folder) for folder in argv])
         show_side_by_side(reports)

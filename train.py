@@ -92,6 +92,8 @@ def resolve(cfg, say=print):
         if cfg[f"{slot}_examples"] == 0:
             cfg[slot] = ""
     slots = active_slots(cfg)
+    if cfg["audio_test_group"] == "each":  # cross-validation: seed 0 is tested on the first speaker, seed 1 on the second, ...
+        cfg.update(audio_test_group=str(cfg["seed"]), audio_val_group=str(cfg["seed"] + 1))
     if cfg["target"] not in slots:
         raise UserError(f"target='{cfg['target']}' is not a slot with a source and examples (there are: {', '.join(slots) or 'none'})")
     off = [key for key in cfg if SLOT_NAME.fullmatch(key) and not cfg[key]]

@@ -7,8 +7,7 @@ FSDD (10 MB) and CIFAR-10 (170 MB) are fetched once; offline, --image=shapes. Tw
 target = "audio"
 audio = "fsdd"
 image = "cifar10"
-audio_test_group = "theo"
-audio_val_group = "lucas"
+audio_test_group = "each"  # seed 0 is tested on the first speaker and validated on the second, seed 1 ...
 audio_examples = 200
 image_loss = "next"
 

@@ -7,8 +7,7 @@ FSDD (10 MB) and CuPL are fetched once. Two CPU cores: about 3 minutes.
 target = "audio"
 audio = "fsdd"
 text = "cupl"
-audio_test_group = "theo"
-audio_val_group = "lucas"
+audio_test_group = "each"  # seed 0 is tested on the first speaker and validated on the second, seed 1 ...
 audio_examples = 200
 text_loss = "next"
 
