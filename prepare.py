@@ -75,6 +75,13 @@ PREPARE_KEYS = dict(
     audio_groups=("", "regular expression whose first group, in a file's name, names its speaker; then splits are by speaker"),
     audio_test_group=("", "the speaker of the test split: a name, or a number to count through the sorted names"),
     audio_val_group=("", "the speaker of the validation split, likewise"),
+    gaussian_count=(10000, "items of gaussian:x and gaussian:y, the linear world of the theory (val and test besides)"),
+    gaussian_observed=(50, "its observed dimensions"),
+    gaussian_shared=(10, "its latents that x and y share"),
+    gaussian_private=(5, "its latents that only one of them has"),
+    gaussian_noise=(0.09, "standard deviation of its noise"),
+    gaussian_clear=(1, "shared latents that x shows in full; the others are attenuated"),
+    gaussian_weak=(0.05, "the factor of that attenuation"),
     val_fraction=(0.1, "share of the training items that becomes the validation split"),
     split_seed=(0, "seed of the draw of the validation split (and of the test split where a source has none)"),
     skip_bad=(False, "skip (and count) unreadable files instead of stopping at the first"),
@@ -882,12 +889,38 @@ def npz_source(cfg, modality, path):
                 default_groups=("test", "val" if "val" in names else None))
 
 
+def gaussian_mixing(cfg, side):
+    """(A_c, A_private) of one side of the linear world: (observed, shared), (observed, private). x attenuates most of theta_c."""
+    rng = np.random.default_rng([zlib.crc32(f"gaussian mixing {side}".encode())])
+    shared, private = (rng.normal(0, 1, (cfg["gaussian_observed"], cfg[f"gaussian_{k}"])) for k in ("shared", "private"))
+    if side == "x":
+        shared = shared * np.where(np.arange(cfg["gaussian_shared"]) < cfg["gaussian_clear"], 1, cfg["gaussian_weak"])
+    return shared, private
+
+
+def gaussian_source(cfg, modality, side):
+    """The linear world of the theory: x = A_c theta_c + A_x theta_x + noise, or y likewise, of its own independent latents."""
+    if side not in ("x", "y"):
+        raise UserError(f"gaussian:{side} is not there: there are gaussian:x and gaussian:y")
+    if min(cfg["gaussian_count"], cfg["gaussian_observed"], cfg["gaussian_shared"], cfg["gaussian_private"]) < 1 or not cfg["gaussian_noise"] > 0:
+        raise UserError(f"gaussian_noise={cfg['gaussian_noise']} must be above 0, and every dimension and count at least 1")
+    shared, private = gaussian_mixing(cfg, side)
+    out = dict(classes=[], encode="features")
+    for part, count in dict(train=round(cfg["gaussian_count"] / (1 - cfg["val_fraction"])), test=5000).items():
+        rng = np.random.default_rng([zlib.crc32(f"gaussian {side} {part}".encode())])
+        theta_c, theta_own = rng.normal(0, 1, (count, shared.shape[1])), rng.normal(0, 1, (count, private.shape[1]))
+        noise = rng.normal(0, cfg["gaussian_noise"], (count, len(shared)))
+        out[part], out[f"{part}_latents"] = (theta_c @ shared.T + theta_own @ private.T + noise, None), theta_c.astype(np.float32)
+    return out
+
+
 SOURCES = {  # source: (function, modalities it can fill)
     "shapes": (shapes_source, ("image", "text", "audio")), "cifar10": (cifar10_source, ("image",)),
     "cupl": (cupl_source, ("text",)), "pydoc": (pydoc_source, ("text",)), "fsdd": (fsdd_source, ("audio",)),
     "folder": (folder_source, ("image", "audio")), "file": (file_source, ("text",)), "npz": (npz_source, ("image", "text", "audio")),
+    "gaussian": (gaussian_source, ("image", "text", "audio")),
 }
-WITH_PATH = ("folder", "file", "npz")
+WITH_PATH = ("folder", "file", "npz", "gaussian")
 MADE_BY = dict(image=("image_size", "patch_size"), text=("text_length", "vocab_size"),
                audio=tuple(key for key in PREPARE_KEYS if key.startswith("audio_")))  # keys that decide a modality's bytes
 
@@ -935,9 +968,10 @@ def shard_folder(cfg, slot):
         near = difflib.get_close_matches(name, fitting, n=1)
         raise UserError(f"{slot}='{source}' is no source of {modality}" + (f", did you mean '{near[0]}'?" if near else "")
                         + f" (there are {', '.join(fitting)})")
+    keys = [key for key in PREPARE_KEYS if key.startswith("gaussian_")] if name == "gaussian" else MADE_BY[modality]
     made_from = dict(format=FORMAT, modality=modality, source=source, skip_bad=cfg["skip_bad"], shard_mb=cfg["shard_mb"],
-                     **{key: cfg[key] for key in (*MADE_BY[modality], "val_fraction", "split_seed")})
-    if path:  # files of the user's own: their names, sizes and times, so that a changed folder is prepared anew
+                     **{key: cfg[key] for key in (*keys, "val_fraction", "split_seed")})
+    if path and name != "gaussian":  # files of the user's own: their names, sizes and times, so that a changed folder is prepared anew
         files = sorted(os.path.join(d, f) for d, _, inside in os.walk(path) for f in inside) if os.path.isdir(path) else [path]
         listing = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f)]
         made_from["files"] = hashlib.sha256(repr(listing).encode()).hexdigest()

@@ -3,6 +3,7 @@
     python probe.py out/shapes_text [out/shapes_alone ...]           # analyses of finished runs, side by side
     python probe.py compare sample_configs/shapes_text.py --seeds=3  # alone against uml against control, with the verdict
     python probe.py embed out/shapes_text /my/pictures               # features and predictions for new files
+    python probe.py theory                                           # the linear world: bounds, blind directions, rates
     python probe.py report                                           # rewrite the README's tables from assets/results/
 
 Analyses read the target's test split (val, if the run was told never to open test); whatever is fitted is fitted on the
@@ -552,9 +553,10 @@ def compare(argv):
 
 
 def score_of(result, split):
-    """What arms are compared by: accuracy, or where the target has no labels minus its loss."""
-    accuracy = result[f"{split}_accuracy"]
-    return accuracy if accuracy is not None else -result[f"{split}_loss"]
+    """What arms are compared by: accuracy; without labels the R^2 of the known latents; without either minus the loss."""
+    for key, sign in (("accuracy", 1), ("r2", 1), ("loss", -1)):
+        if result.get(f"{split}_{key}") is not None:
+            return sign * result[f"{split}_{key}"]
 
 
 def verdict(out):
@@ -599,6 +601,116 @@ def draw_compare(path, out):
     ax.set_ylabel(f"{out['split']} accuracy" if out["chance"] else f"minus {out['split']} loss")
     ax.set_title(f"{out['target']}, {out['examples']} examples\nwith {', '.join(out['auxiliaries'].values())}", fontsize=9)
     save_figure(fig, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# theory: what unpaired data adds in a linear world, exactly
+
+
+def information(shared, private, noise):
+    """What ONE sample of a modality says about theta_c: the Schur complement j = I_cc - I_cx I_xx^+ I_xc.
+
+    A sample is x = A_c theta_c + A_x theta_x + e, e ~ N(0, noise^2 I), with A_c = shared (D, d) and A_x = private (D, p), so
+    the Fisher information of (theta_c, theta_x) has the blocks I_cc = A_c'A_c / noise^2, I_cx = A_c'A_x / noise^2 and
+    I_xx = A_x'A_x / noise^2. theta_x is a nuisance; eliminating it leaves j. N samples say J = N j. Two modalities share
+    neither nuisance nor noise, hence J_{X,Y} = J_X + J_Y: never less than J_X in the Loewner order, and strictly more in
+    every direction v with J_Y v != 0 (Gupta et al. 2025, section 3). Raises UserError for noise that is not positive.
+    """
+    if not noise > 0:
+        raise UserError(f"noise={noise} must be positive: without it one sample would say everything")
+    return (shared.T @ shared - shared.T @ private @ np.linalg.pinv(private.T @ private) @ private.T @ shared) / noise**2
+
+
+def exchange_rates(j_x, j_y):
+    """How many X samples one Y sample is worth, along each generalised eigenvector of (j_Y, j_X) -> (rates, vectors).
+
+    j_Y v = rate j_X v. Both are diagonal in these directions, so only there does the ratio of informations speak of variances.
+    With S = j_X + j_Y and S^(-1/2) j_X S^(-1/2) = U mu U', v = S^(-1/2) u and rate = (1 - mu) / mu, which is infinite where X is
+    blind (mu = 0). Raises UserError where S itself is singular: neither modality ever sees that direction.
+    """
+    value, vector = np.linalg.eigh(j_x + j_y)
+    if value[0] < 1e-9 * value[-1]:
+        raise UserError(f"no modality sees the direction {np.round(vector[:, 0], 2).tolist()} of theta_c: nothing can estimate it")
+    root = vector / np.sqrt(value) @ vector.T
+    mu, u = np.linalg.eigh(root @ j_x @ root)
+    mu = np.where(mu < 1e-9, 0, mu)
+    with np.errstate(divide="ignore"):
+        return (1 - mu) / mu, root @ u
+
+
+def monte_carlo(sides, repetitions, seed=0):
+    """(traces of the sample covariance, its standard error) of the joint maximum-likelihood estimate of theta_c.
+
+    sides: [(shared, private, noise, N)]. The mean of N samples is sufficient; with M = I - A_x A_x^+ projecting the nuisance out,
+    the estimate solves (sum J) theta = sum N A_c' M mean / noise^2. Its covariance is the Cramer-Rao bound (sum J)^-1.
+    """
+    rng, total, score = np.random.default_rng(seed), 0, 0
+    truth = rng.normal(0, 1, sides[0][0].shape[1])
+    for shared, private, noise, n in sides:
+        means = (shared @ truth + private @ rng.normal(0, 1, private.shape[1])) + rng.normal(0, noise / n**0.5, (repetitions, len(shared)))
+        project = np.eye(len(shared)) - private @ np.linalg.pinv(private)
+        total, score = total + n * information(shared, private, noise), score + n * means @ project @ shared / noise**2
+    squares = ((score @ np.linalg.inv(total) - truth) ** 2).sum(1)
+    return squares.mean(), squares.std() / repetitions**0.5
+
+
+def theory(folder="out/theory", repetitions=100_000):
+    """Demonstrate, in float64 and under a minute, what METHOD's linear model says; a table, theory.png and theory.json."""
+    rng, d, observed, private, noise = np.random.default_rng(0), 6, 12, 3, 0.5
+    mix = lambda width: rng.normal(0, 1, (observed, width))
+    a_x, b_y, b_c, full = mix(private), mix(private), mix(d), mix(d)
+    weak = np.array([1, 1, 0.5, 0.2, 0.05, 0.0])  # how strongly X shows each direction of theta_c; the last one not at all
+    a_c, n_x, n_y = full * weak, 200, 200
+    j_x, j_y = information(a_c, a_x, noise), information(b_c, b_y, noise)
+    print(f"theta_c has {d} directions, which X shows with strengths {weak.tolist()} and Y in full; {n_x} samples of either, noise {noise}")
+
+    gain = np.linalg.eigvalsh((n_x * j_x + n_y * j_y) - n_x * j_x)
+    print(f"1. J_XY - J_X has eigenvalues from {gain[0]:.1f} to {gain[-1]:.1f}: all positive, so adding Y helps in every direction")
+    seen = [(a_c[:, :5], a_x, noise, n_x), (b_c[:, :5], b_y, noise, n_y)]  # the five directions that X sees at all
+    rows = []
+    for label, sides in (("X alone", seen[:1]), ("Y alone", seen[1:]), ("X and Y, unpaired", seen)):
+        bound = np.trace(np.linalg.inv(sum(n * information(a, p, s) for a, p, s, n in sides)))
+        measured, error = monte_carlo(sides, repetitions)
+        rows.append(dict(data=label, bound=bound, measured=measured, error=error))
+        print(f"   {label:18} trace of the covariance: Cramer-Rao {bound:.5f}, measured {measured:.5f} +- {error:.5f} ({measured / bound - 1:+.2%})")
+    blind = [dict(n_x=n, x_alone=float(np.linalg.eigvalsh(n * j_x)[0]), x_and_y=float(np.linalg.eigvalsh(n * j_x + n_y * j_y)[0])) for n in (10, 1000, 100000)]
+    print("2. information about the worst direction, " + "; ".join(f"N_x = {b['n_x']}: X alone {abs(b['x_alone']):.1g}, with {n_y} Y {b['x_and_y']:.3g}" for b in blind)
+          + ": no number of X samples identifies what X is blind to")
+    rates, vectors = exchange_rates(j_x, j_y)
+    print("3. one Y sample is worth this many X samples, along each generalised eigenvector: "
+          + ", ".join("unbounded" if np.isinf(r) else f"{r:.3g}" for r in rates))
+
+    attenuations, noises, sizes = np.geomspace(0.02, 1, 25), (0.25, 0.5, 1.0), range(2, 11)
+    def best_rate(w, noise_y, width):
+        strength = np.where(np.arange(width) < width - 1, 1, w)
+        r = np.random.default_rng(1)
+        side_x, side_y = (r.normal(0, 1, (24, width)) * strength, r.normal(0, 1, (24, private))), (r.normal(0, 1, (24, width)), r.normal(0, 1, (24, private)))
+        return exchange_rates(information(*side_x, noise), information(*side_y, noise_y))[0].max()
+    curves = {s: [best_rate(w, s, 4) for w in attenuations] for s in noises}
+    widths = {w: [best_rate(w, noise, k) for k in sizes] for w in (1.0, 0.3, 0.1)}
+    fig, (left, middle, right) = figure(12, 3.6, ncols=3)
+    budget = np.arange(0, 401, 25)
+    for n, colour in ((50, "C0"), (200, "C1")):
+        trace = lambda y: np.trace(np.linalg.inv(n * information(*seen[0][:3]) + y * information(*seen[1][:3])))
+        left.plot(budget, [trace(y) for y in budget], color=colour, label=f"bound, {n} X samples")
+        left.plot([100, 400], [monte_carlo([(*seen[0][:3], n), (*seen[1][:3], y)], 20000)[0] for y in (100, 400)], "o", color=colour)
+    left.set(xlabel="unpaired Y samples", ylabel="variance of the estimate (trace)", yscale="log")
+    for s, values in curves.items():
+        middle.loglog(attenuations, values, label=f"noise of Y {s}")
+    middle.axhline(1, color="grey", lw=0.8, ls=":")
+    middle.set(xlabel="strength with which X shows the direction", ylabel="X samples that one Y sample is worth")
+    for w, values in widths.items():
+        right.semilogy(list(sizes), values, marker="o", ms=3, label=f"strength {w}")
+    right.set(xlabel="shared dimensions", ylabel="best exchange rate")
+    for ax in (left, middle, right):
+        ax.legend(fontsize=8)
+    os.makedirs(folder, exist_ok=True)
+    save_figure(fig, os.path.join(folder, "theory.png"))
+    out = dict(kind="theory", traces=rows, loewner_gain=[gain[0], gain[-1]], blind=blind, exchange_rates=[None if np.isinf(r) else r for r in rates],
+               slope=float(np.polyfit(np.log(attenuations[:8]), np.log(curves[0.5][:8]), 1)[0]), repetitions=repetitions)
+    print(f"   the best rate grows as strength^{out['slope']:.2f}; quieter Y is worth more; {folder}/theory.png shows how")
+    write_json(os.path.join(folder, "theory.json"), out)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -750,6 +862,8 @@ def main():
         if len(argv) != 3:
             raise UserError("usage: python probe.py embed OUT_DIR PATH")
         embed(*argv[1:])
+    elif argv[0] == "theory":
+        print(json.dumps(theory()))
     elif argv[0] == "report":
         report()
         draw_assets()

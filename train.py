@@ -76,12 +76,13 @@ KEYS = dict(
     stop_after=(0, "save and stop after this many steps, the schedule unchanged (0: run to the end)"),
     resume=(False, "go on from last.pt; from scratch if there is none"),
     score_test=(True, "score the target's test split, once, at the end (False: never open it)"),
+    benchmark=(False, "do not train: measure speed, and where a step's time goes"),
     device=("auto", "auto, cpu, cuda or mps"),
     compile=(None, "torch.compile (None: on GPU; on CPU it does not pay within runs of minutes)"),
     threads=(0, "torch CPU threads (0: torch's choice)"),
 )
 # Keys that may differ between a run and its continuation or repetition: they decide where and how long, not what.
-FREE_KEYS = {"out_dir", "resume", "stop_after", "log_interval", "raw_dir", "data_dir"}
+FREE_KEYS = {"out_dir", "resume", "stop_after", "benchmark", "log_interval", "raw_dir", "data_dir"}
 FREE_ON_RESUME = FREE_KEYS | {"eval_interval", "device", "steps"}
 
 
@@ -352,6 +353,21 @@ def fit_probe(known, val, classes):
     return max(fitted, key=lambda one: right(one[0]))
 
 
+def latent_r2(model, slot, arrays, device):
+    """Share of the latents' variance on a split that is read linearly off the features, mean over latents; None without latents.
+
+    The linear map is least squares on the run's training items.
+    """
+    if "latents" not in arrays:
+        return None
+    def side(of, rows):
+        features = extract(model, slot, of, rows, device).double()
+        return torch.cat([features, torch.ones(len(features), 1).double()], 1), torch.from_numpy(of["latents"][rows]).double()
+    (known, truth), (new, wanted) = side(slot.train, slot.rows), side(arrays, np.arange(len(arrays["tokens"])))
+    found = new @ torch.linalg.lstsq(known, truth).solution
+    return (1 - (found - wanted).square().sum(0) / (wanted - wanted.mean(0)).square().sum(0)).mean().item()
+
+
 @torch.no_grad()
 def evaluate(model, slot, arrays, device, probe=None):
     """How good the target is on a split -> dict(score, accuracy, unseen_accuracy, and the probe that was used).
@@ -364,7 +380,7 @@ def evaluate(model, slot, arrays, device, probe=None):
     if labels is None:
         batches = [(len(part), collate(slot, arrays, part, device, np.random.default_rng([0]))) for part in np.array_split(rows, -(-len(rows) // 500))]
         loss = sum(n * model(slot.name, **batch).item() for n, batch in batches) / len(rows)
-        return dict(score=-loss, accuracy=None, balanced_accuracy=None, unseen_accuracy=None, probe=None)
+        return dict(score=-loss, accuracy=None, balanced_accuracy=None, unseen_accuracy=None, probe=None, r2=latent_r2(model, slot, arrays, device))
     classes, features = len(slot.meta["classes"]), extract(model, slot, arrays, rows, device)
     truth, unseen = torch.from_numpy(labels).long(), torch.from_numpy(np.isin(labels, slot.banned))
 
@@ -604,9 +620,72 @@ def run(cfg, say=print):
     if slots[target.name].banned:
         result.update(val_unseen_accuracy=val["unseen_accuracy"], test_unseen_accuracy=test.get("unseen_accuracy"))
     if val["accuracy"] is None:
-        result.update(val_loss=-val["score"], test_loss=-test["score"] if test else None)
+        result.update(val_loss=-val["score"], test_loss=-test["score"] if test else None, val_r2=val["r2"], test_r2=test.get("r2"))
     write_json(os.path.join(cfg["out_dir"], "result.json"), result)
     return result
+
+
+def benchmark(cfg, say=print, repeats=20):
+    """Time the steps of every slot and print where the time goes; returns the dict that the last line prints as JSON.
+
+    GFLOP/s is count_flops() of the slot's batch over the median step time. The peak it is held against is the best of
+    20 square matmuls (2 n^3 FLOPs) in this process, at the same dtype and threads.
+    """
+    cfg = resolve(cfg, say)
+    if cfg["threads"]:
+        torch.set_num_threads(cfg["threads"])
+    device, autocast, device_line = pick_device(cfg)
+    slots, classes = open_slots(cfg, say)
+    model = build_model(cfg, model_slots(slots), classes).to(device)
+    compiled = cfg["compile"] if cfg["compile"] is not None else device.type == "cuda"
+    loss_of, optimizer = torch.compile(model) if compiled else model, make_optimizer(model, cfg, device)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def now():
+        synchronize()
+        return time.perf_counter()
+
+    def step(name, update):
+        """Seconds of (data, forward, backward, optimizer)."""
+        times = [now()]
+        batch = train_batch(slots[name], cfg["seed"], update, device)
+        times.append(now())
+        with autocast:
+            loss = loss_of(name, **batch)
+        times.append(now())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        times.append(now())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return np.diff(times + [now()])
+
+    matrix, seconds = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if "bf16" in device_line else torch.float32), []
+    for _ in range(20):
+        start = now()
+        matrix @ matrix
+        seconds.append(now() - start)
+    peak = 2 * 2048**3 / min(seconds) / 1e9
+    say(f"{device_line}, {torch.get_num_threads()} threads, {'compiled' if compiled else 'eager'}; matmul peak {peak:,.0f} GFLOP/s")
+    out = {}
+    for name, slot in slots.items():
+        start = now()
+        step(name, 0)
+        first = now() - start  # holds the compilation, if any
+        for update in range(1, 4):
+            step(name, update)
+        parts = np.array([step(name, update) for update in range(4, 4 + repeats)])
+        low, ms, high = np.percentile(1e3 * parts.sum(1), (10, 50, 90))
+        batch = train_batch(slot, cfg["seed"], 4, device)
+        tokens = batch["real"].sum().item() if "real" in batch else slot.batch * batch["tokens"].shape[1]
+        gflops = count_flops(model, name, batch) / ms / 1e6
+        share = dict(zip(("data", "forward", "backward", "optimizer"), (parts.sum(0) / parts.sum()).round(4).tolist()))
+        out[name] = dict(ms_per_step=ms, ms_p10=low, ms_p90=high, first_step_seconds=first, samples_per_second=1e3 * slot.batch / ms,
+                         tokens_per_second=1e3 * tokens / ms, gflops=gflops, fraction_of_peak=gflops / peak, share=share)
+        say(f"{name}: {ms:.1f} ms/step (10-90%: {low:.1f}-{high:.1f}; first {first:.1f} s), {1e3 * slot.batch / ms:,.0f} samples/s, {1e3 * tokens / ms:,.0f} tokens/s, "
+            f"{gflops:,.0f} GFLOP/s = {gflops / peak:.0%} of peak; " + ", ".join(f"{k} {v:.1%}" for k, v in share.items()))
+    return dict({key: out[cfg["target"]][key] for key in ("ms_per_step", "gflops", "fraction_of_peak")}, peak_gflops=peak,
+                peak_memory=peak_memory(device), slots=out)
 
 
 def peak_memory(device):
@@ -628,7 +707,8 @@ def read_run_config(argv, keys=KEYS):
 def main():
     if "--help" in sys.argv or "-h" in sys.argv or len(sys.argv) == 1:
         return print_help(__doc__, KEYS)
-    result = run(read_run_config(sys.argv[1:]))
+    cfg = read_run_config(sys.argv[1:])
+    result = benchmark(cfg) if cfg["benchmark"] else run(cfg)
     if result is not None:
         print(json.dumps(result))
 
