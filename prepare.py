@@ -20,9 +20,11 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 import tarfile
+import time
 import urllib.request
 import warnings
 import wave
@@ -702,6 +704,8 @@ def cifar10_source(cfg, modality, _):
 
     def part(names):
         records = np.frombuffer(b"".join(found[name] for name in names), np.uint8).reshape(-1, row)
+        if len(records) != CIFAR10_ROWS * len(names):
+            raise UserError(f"{path} holds {len(records)} pictures in {len(names)} files, expected {CIFAR10_ROWS} in each")
         return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0].astype(np.int64)
 
     return dict(train=part(wanted[:5]), test=part(wanted[5:6]), classes=found[wanted[6]].decode().split())
@@ -734,6 +738,8 @@ def cupl_source(cfg, modality, _):
         with open(raw_file(cfg, "cupl", file, CUPL_URL + file, sha256), encoding="utf-8") as f:
             for label, sentences in json.load(f).items():
                 described.setdefault(plain_name(label), (label, []))[1].extend(sentences)
+    if (count := sum(len(sentences) for _, sentences in described.values())) != 97840:
+        raise UserError(f"CuPL came out as {count} sentences, expected 97840")
     return described_documents(dict(described.values()))
 
 
@@ -988,6 +994,7 @@ def prepare(cfg, slot, say=print):
     if os.path.exists(os.path.join(folder, "meta.json")):
         return folder
     say(f"preparing {slot}={cfg[slot]} in {folder}")
+    start = time.perf_counter()
     name, _, path = cfg[slot].partition(":")
     raw = SOURCES[name][0](cfg, modality_of(slot), path)
     items, labels = raw["train"]
@@ -1033,7 +1040,8 @@ def prepare(cfg, slot, say=print):
         os.replace(making, folder)
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    say(describe(folder, meta))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    say(f"{describe(folder, meta)}; {time.perf_counter() - start:.1f} s, peak memory {peak / 2**20:,.0f} MiB")
     return folder
 
 
@@ -1052,8 +1060,10 @@ def main():
     if not active_slots(cfg):
         raise UserError("no slot holds a source: name one, for example --image=shapes --text=shapes")
     for slot in active_slots(cfg):
-        folder = prepare(cfg, slot, say=lambda line: print(line) if line.startswith("preparing") else None)
-        print(describe(folder, read_meta(folder)))
+        lines = []
+        folder = prepare(cfg, slot, say=lambda line: (lines.append(line), print(line)))
+        if not lines:  # it was there already
+            print(describe(folder, read_meta(folder)))
 
 
 if __name__ == "__main__":

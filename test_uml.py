@@ -213,7 +213,7 @@ def test_cifar10_is_read_from_its_archive_planes_and_all(tmp_path, monkeypatch):
     path = str(tmp_path / "raw/cifar10/cifar-10-binary.tar.gz")
     cifar_archive(path, 40)
     digest = P.hashlib.sha256(open(path, "rb").read()).hexdigest()
-    monkeypatch.setattr(P, "CIFAR10_SHA256", digest)
+    monkeypatch.setattr(P, "CIFAR10_SHA256", digest), monkeypatch.setattr(P, "CIFAR10_ROWS", 40)
     folder = prepared(tmp_path, "--image=cifar10", f"--raw_dir={tmp_path}/raw")
     meta, test = P.read_meta(folder), P.load_split(folder, "test")
     assert [meta["splits"][s]["count"] for s in ("train", "val", "test")] == [180, 20, 40] and meta["classes"][3] == "class3"

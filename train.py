@@ -93,7 +93,7 @@ def resolve(cfg, say=print):
         if cfg[f"{slot}_examples"] == 0:
             cfg[slot] = ""
     slots = active_slots(cfg)
-    if cfg["audio_test_group"] == "each":  # cross-validation: seed 0 is tested on the first speaker, seed 1 on the second, ...
+    if cfg.get("audio_test_group") == "each":  # cross-validation: seed 0 is tested on the first speaker, seed 1 on the second, ...
         cfg.update(audio_test_group=str(cfg["seed"]), audio_val_group=str(cfg["seed"] + 1))
     if cfg["target"] not in slots:
         raise UserError(f"target='{cfg['target']}' is not a slot with a source and examples (there are: {', '.join(slots) or 'none'})")
@@ -526,8 +526,8 @@ def run(cfg, say=print):
         f"in the shared trunk; {device_line}, {torch.get_num_threads()} threads, {'compiled' if compiled else 'eager'}")
     for slot in slots.values():
         say(f"{slot.name}: {cfg[slot.name]}, {len(slot.rows):,} training items, loss {slot.loss}" + (" (target)" if slot is target else ""))
-    say(f"{warm} warm-start steps of {pattern(cfg, slots, 0)}, then " * (warm > 0) +
-        f"{cfg['steps']} steps of " + " then ".join("+".join(group) for group in pattern(cfg, slots, warm)))
+    order = lambda step: " then ".join("+".join(group) for group in pattern(cfg, slots, step))
+    say(f"{warm} warm-start steps of {order(0)}, then " * (warm > 0) + f"{cfg['steps']} steps of {order(warm)}")
     bar = tqdm(total=total, initial=step, disable=not sys.stdout.isatty() or say is not print, leave=False)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 

@@ -15,7 +15,8 @@ image_flip = True
 
 width = 96
 layers = 3
-learning_rate = 4e-3
+text_batch = 32
+learning_rate = 6e-3
 warm_start_steps = 300    # text alone
-steps = 1200
+steps = 1000
 eval_interval = 200
