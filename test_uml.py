@@ -675,6 +675,17 @@ def test_a_handful_of_pictures_is_learned_by_heart(data):
     assert loss.item() < 0.1
 
 
+def test_the_linear_world_runs_through_the_ordinary_loop(tmp_path):
+    """An autoencoder whose bottleneck holds as many units as x has latents must read nearly all of them."""
+    argv = ["--image=gaussian:x", "--text=gaussian:y", "--image_loss=reconstruct", "--text_loss=reconstruct", "--mask_ratio=0", "--bottleneck=6", "--gaussian_shared=4",
+            "--gaussian_private=2", "--gaussian_weak=1.0", "--gaussian_count=2000", "--width=32", "--layers=1", "--heads=2", "--steps=400", "--eval_interval=400",
+            "--learning_rate=5e-3", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"]
+    result = T.run(T.read_run_config(argv), quiet)
+    assert result["test_accuracy"] is None and result["test_r2"] > 0.9
+    one, two = (P.load_split(prepared(tmp_path / "d", f"--image=gaussian:{side}", "--gaussian_count=2000"), "train")["latents"] for side in "xy")
+    assert not {tuple(row) for row in one} & {tuple(row) for row in two}
+
+
 def test_unseen_classes_have_no_labelled_examples(data):
     _, slots, _ = opened(data, "--unseen_classes=8", "--image_examples=112")
     slot = slots["image"]
@@ -743,6 +754,25 @@ def test_sound_corruptions_grow_with_severity(kind):
     tokens = np.random.default_rng(0).integers(60, 200, (4, 16, 160)).astype(np.uint8)
     damage = [np.abs(B.corrupt_frames(tokens, 40, kind, s).astype(int) - tokens).mean() for s in (1, 2, 3)]
     assert 0 < damage[0] < damage[1] < damage[2]
+
+
+def test_theory_agrees_with_what_can_be_worked_out_by_hand(tmp_path, capsys):
+    """No nuisance: information is A'A / noise^2. A nuisance hides its direction. Rates: 1/w^2 in a direction of strength w."""
+    eye, none = np.eye(3), np.zeros((3, 1))
+    assert np.allclose(B.information(eye, none, 0.5), 4 * eye)
+    assert np.allclose(B.information(eye, eye[:, :1], 1.0), np.diag([0, 1, 1]))  # a private cause of the first coordinate drowns it
+    rates, vectors = B.exchange_rates(B.information(eye * [1, 0.1, 0], none, 1.0), B.information(eye, none, 1.0))
+    assert np.allclose(np.sort(rates)[:2], [1, 100]) and np.isinf(rates).sum() == 1 and abs(vectors[2, np.isinf(rates)]) > 0.99
+    bound = np.trace(np.linalg.inv(200 * 4 * eye))
+    mean, error = B.monte_carlo([(eye, none, 0.5, 200)], 50_000)
+    assert abs(mean / bound - 1) < 0.02 and error < 0.01 * bound
+    with pytest.raises(P.UserError, match="no modality sees the direction"):
+        B.exchange_rates(np.diag([1.0, 0]), np.diag([1.0, 0]))
+    with pytest.raises(P.UserError, match="must be positive"):
+        B.information(eye, none, 0.0)
+    out = B.theory(str(tmp_path), repetitions=50_000)
+    assert all(abs(row["measured"] / row["bound"] - 1) < 0.02 for row in out["traces"]) and out["loewner_gain"][0] > 0
+    assert out["exchange_rates"].count(None) == 1 and out["slope"] == pytest.approx(-2, abs=0.1) and (tmp_path / "theory.png").exists()
 
 
 def test_compare_searches_without_the_test_split_shares_warm_starts_and_is_cached(tmp_path, monkeypatch, capsys):
