@@ -16,6 +16,7 @@ import ast
 import base64
 import difflib
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -51,7 +52,7 @@ def exit_on_user_error(main):
     """Run main(); print a UserError as its sentence and exit with code 2."""
     try:
         main()
-    except UserError as problem:
+    except (UserError, OSError) as problem:  # OSError: no room, no permission; it names the file
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
 
@@ -75,7 +76,7 @@ PREPARE_KEYS = dict(
     audio_frames=(64, "recordings are cut or padded to this many frames"),
     audio_group=(4, "frames in a token"),
     audio_groups=("", "regular expression whose first group, in a file's name, names its speaker; then splits are by speaker"),
-    audio_test_group=("", "the speaker of the test split: a name, or a number to count through the sorted names"),
+    audio_test_group=("", "the speaker of the test split: a name, #N for the N-th by name, or each: #SEED"),
     audio_val_group=("", "the speaker of the validation split, likewise"),
     gaussian_count=(10000, "items of gaussian:x and gaussian:y, the linear world of the theory (val and test besides)"),
     gaussian_observed=(50, "its observed dimensions"),
@@ -133,7 +134,7 @@ def checked(key, value, default, where):
     if default is None and value in (None, True, False):  # a switch whose third position is "decide by yourself"
         return value
     if type(value) is not type(default):
-        wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "a string", type(None): "True, False or None"}[type(default)]
+        wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}.get(type(default), "True, False or None")
         raise UserError(f"{where}: {key} must be {wanted}, found {value!r}")
     return value
 
@@ -173,6 +174,11 @@ def read_config(argv, keys, strict=True):
                 pass  # stays text, which checked() refuses
         cfg[key] = checked(key, value, defaults[key], where)
     return cfg
+
+
+def peak_memory():
+    """The most memory this process has held, in bytes (mapped shards included)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def print_help(doc, keys):
@@ -269,40 +275,41 @@ def load_split(folder, split):
 
 
 def raw_file(cfg, source, name, url, sha256, size=None):
-    """Path of RAW_DIR/SOURCE/NAME with the given sha256, downloaded if it is missing. Raises UserError with the way out."""
+    """Path of RAW_DIR/SOURCE/NAME with the given sha256 (None: not known), downloaded if missing. UserError has the way out."""
     path = os.path.join(cfg["raw_dir"], source, name)
     way_out = (f"put the file from {url} (sha256 {sha256}) at {path} by hand, "
                "or run the offline config sample_configs/shapes_text.py")
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            with urllib.request.urlopen(url, timeout=30) as response, open(path + ".tmp", "wb") as out:
-                total = int(response.headers.get("Content-Length") or 0) or size
-                with tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {name}") as bar:
-                    while chunk := response.read(1 << 20):
-                        out.write(chunk)
-                        bar.update(len(chunk))
-            if sha256:
-                check_sha256(path + ".tmp", sha256, way_out)
-            os.replace(path + ".tmp", path)
-        except OSError as problem:  # urllib's URLError is one too
-            raise UserError(f"cannot fetch {name} ({problem}): {way_out}") from None
-        finally:
-            if os.path.exists(path + ".tmp"):
-                os.remove(path + ".tmp")
-    elif sha256:
-        check_sha256(path, sha256, way_out)
+    if os.path.exists(path):
+        check_sha256(path, sha256, f"{path}: remove it and {way_out}")
+        return path
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    coming = f"{path}.{os.getpid()}.tmp"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response, open(coming, "wb") as out:
+            total = int(response.headers.get("Content-Length") or 0) or size
+            with tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {name}") as bar:
+                while chunk := response.read(1 << 20):
+                    out.write(chunk)
+                    bar.update(len(chunk))
+        if total and os.path.getsize(coming) != total:
+            raise OSError(f"{os.path.getsize(coming)} of {total} bytes came")
+        check_sha256(coming, sha256, f"what {url} sent: {way_out}")
+        os.replace(coming, path)
+    except (OSError, http.client.HTTPException) as problem:  # urllib's URLError is an OSError
+        raise UserError(f"cannot fetch {name} ({problem}): {way_out}") from None
+    finally:
+        if os.path.exists(coming):
+            os.remove(coming)
+        if not os.listdir(os.path.dirname(path)):
+            os.rmdir(os.path.dirname(path))
     return path
 
 
 def check_sha256(path, sha256, way_out):
-    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != sha256:
-        raise UserError(f"{path} has {os.path.getsize(path)} bytes and sha256 {digest.hexdigest()}, expected {sha256}: "
-                        f"remove it and {way_out}")
+        found = hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+    if sha256 and found != sha256:
+        raise UserError(f"wrong checksum: {os.path.getsize(path)} bytes of sha256 {found}, expected {sha256}, in {way_out}")
 
 
 def read_text(path):
@@ -350,7 +357,7 @@ def read_picture(path, size):
                     picture = picture.convert("RGBA")
                     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
                 return np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
+    except Exception as problem:  # Pillow's decoders raise nearly every kind; all mean the same to the user
         raise UserError(f"{path} is not a readable image ({problem})") from None
 
 
@@ -453,6 +460,8 @@ def read_recording(cfg, file, name):
             rate, channels, width = f.getframerate(), f.getnchannels(), f.getsampwidth()
             if rate <= 0 or channels <= 0:
                 raise wave.Error(f"{rate} samples a second, {channels} channels")
+            if f.getnframes() > 600 * rate:
+                raise UserError(f"{name} lasts {f.getnframes() / rate:,.0f} s, more than 600: cut it into clips")
             wanted = min(f.getnframes(), int(seconds * rate))
             data = f.readframes(wanted)
         if len(data) < wanted * channels * width:
@@ -466,11 +475,13 @@ def read_recording(cfg, file, name):
             samples = padded.view("<i4")[:, 0].astype(np.float32) / 2**31
         samples = samples.reshape(-1, channels).mean(1)
     except (wave.Error, EOFError, ValueError, OverflowError) as problem:
-        if name.lower().endswith(".wav"):
+        if name.lower().endswith(".wav") and "unknown format" not in str(problem):  # format 3, floats, is for torchaudio
             raise UserError(f"{name} is not a readable PCM WAV file ({problem or 'empty'})") from None
         samples, rate = decode_other(file, name)
-    if not len(samples) or not np.isfinite(samples).all():
-        raise UserError(f"{name} holds no sound" if not len(samples) else f"{name} holds values that are not numbers")
+    if not np.isfinite(samples).all():
+        raise UserError(f"{name} holds values that are not numbers")
+    if not samples.any():
+        raise UserError(f"{name} holds no sound, only silence")
     if rate != cfg["audio_rate"]:
         import torch
         from torchaudio.functional import resample
@@ -481,10 +492,11 @@ def read_recording(cfg, file, name):
 def decode_other(file, name):
     try:
         import torchaudio
+        file.seek(0)
         samples, rate = torchaudio.load(file)
-    except (ImportError, RuntimeError, OSError, ValueError) as problem:
-        raise UserError(f"{name} is not PCM WAV and torchaudio cannot decode it here ({str(problem).splitlines()[0]}): "
-                        f"convert it with `ffmpeg -i {name} -ac 1 out.wav`") from None
+    except Exception as problem:  # no decoder installed, or nothing it knows
+        raise UserError(f"{name} is not PCM WAV and torchaudio cannot decode it here ({type(problem).__name__}): "
+                        f"convert it with `ffmpeg -i {name} -ac 1 -c:a pcm_s16le out.wav`") from None
     return samples.mean(0).numpy(), rate
 
 
@@ -499,6 +511,8 @@ def read_recordings(cfg, paths):
             if not cfg["skip_bad"]:
                 raise UserError(f"{problem}: remove it, or pass --skip_bad=True") from None
             kept[i] = False
+    if not kept.all():
+        print(f"skipped {(~kept).sum()} of {len(paths)} files: not readable recordings")
     if not recordings:
         raise UserError(f"none of the {len(paths)} files is a readable recording")
     return recordings, kept
@@ -509,8 +523,6 @@ def encode_recordings(cfg, splits):
     import torch
     from torchaudio.transforms import MelSpectrogram
     rate, mels, frames, group = (cfg[f"audio_{key}"] for key in ("rate", "mels", "frames", "group"))
-    if rate < 1000 or mels < 1 or group < 1 or frames < 1 or frames % group:
-        raise UserError(f"audio_frames={frames} must be a multiple of audio_group={group}, audio_rate={rate} at least 1000, audio_mels={mels} at least 1")
     hop, (low, high) = rate // 100, LOG_MEL_RANGE
     to_mel = MelSpectrogram(rate, n_fft=512 if rate <= 16000 else 2048, win_length=hop * 5 // 2, hop_length=hop, n_mels=mels)
     arrays = {}
@@ -646,7 +658,8 @@ def sound_scenes(scenes, rng, rate=8000, seconds=0.64):
         weights = np.stack([harmonics == 1, harmonics % 2 / harmonics**2, harmonics % 2 / harmonics, 1 / harmonics, harmonics <= 3,
                             (harmonics == 1) | (harmonics == 6), harmonics % 2 == 0, np.exp(-((harmonics - 4) ** 2) / 2)])[int(shape)]
         weights = weights * (harmonics * pitch < 0.47 * rate)
-        tone = (weights[:, None] / np.linalg.norm(weights) * np.sin(2 * np.pi * np.outer(harmonics, clock) * pitch + rng.uniform(0, 6.28, (8, 1)))).sum(0)
+        waves = np.sin(2 * np.pi * pitch * np.outer(harmonics, clock) + rng.uniform(0, 6.28, (8, 1)))
+        tone = weights / np.linalg.norm(weights) @ waves
         start, strokes = (0.04, 0.14, 0.24)[int(column)] + rng.normal(0, 0.01), int(row) + 1
         since = clock - start
         beat = 0.33 / strokes
@@ -807,9 +820,12 @@ def folder_source(cfg, modality, path):
     if not folders:
         files = listing(path, os.DirEntry.is_file)
         if not files:
-            raise UserError(f"folder {path} is empty: expected PATH/CLASS/* or PATH/* with {'pictures' if modality == 'image' else 'recordings'}")
+            raise UserError(f"folder {path} is empty: expected files for the {modality} slot in PATH/CLASS/* or PATH/*")
         return dict(train=(read(cfg, files)[0], None), test=None, classes=[])
-    if "train" not in folders or "test" not in folders:
+    if ("train" in folders) != ("test" in folders):
+        raise UserError(f"{path} has {'train' if 'train' in folders else 'test'}/ but not the other of train/ and test/: add it, or name {path}'s "
+                        "subfolder itself")
+    if "train" not in folders:
         train, files = part(path, folders)
         groups = speakers(cfg["audio_groups"], files) if modality == "audio" and cfg["audio_groups"] else None
         return dict(train=train, test=None, classes=folders, groups=groups)
@@ -828,7 +844,7 @@ def speakers(pattern, files):
         found = [re.search(pattern, os.path.basename(file)) for file in files]
         return np.array([match[1] for match in found])
     except (re.error, IndexError, TypeError) as problem:
-        raise UserError(f"audio_groups='{pattern}' names no group in every file name, such as {os.path.basename(files[0])} ({problem})") from None
+        raise UserError(f"audio_groups='{pattern}' must find a group in every file name, as in {os.path.basename(files[0])} ({problem})") from None
 
 
 FSDD_URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz"
@@ -859,8 +875,9 @@ def fsdd_source(cfg, modality, _):
     for name in names:
         digest.update(name.encode() + files[name])
     if len(names) != FSDD_COUNT or digest.hexdigest() != FSDD_SHA256:
-        raise UserError(f"{folder if os.path.isdir(folder) else archive} holds {len(names)} recordings of digest {digest.hexdigest()[:12]}, expected "
-                        f"{FSDD_COUNT} of {FSDD_SHA256[:12]}: remove it, and put the recordings/ folder of {FSDD_URL} at {folder}")
+        where = folder if os.path.isdir(folder) else archive
+        raise UserError(f"{where} holds {len(names)} recordings of digest {digest.hexdigest()[:12]}, expected {FSDD_COUNT} of "
+                        f"{FSDD_SHA256[:12]}: remove it, and put the recordings/ folder of {FSDD_URL} at {folder}")
     items = [read_recording(cfg, io.BytesIO(files[name]), name) for name in names]
     labels = np.array([int(name[0]) for name in names])
     return dict(train=(items, labels), test=None, classes=DIGITS, groups=speakers(cfg["audio_groups"] or r"_([a-z]+)_", names),
@@ -873,25 +890,27 @@ def npz_source(cfg, modality, path):
     try:
         with np.load(path, allow_pickle=False) as f:
             found = {key: f[key] for key in f.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as problem:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as problem:  # TypeError: a bare .npy
         raise UserError(f"{path} is not a readable .npz file ({problem})") from None
     features, labels, split = found.get("features"), found.get("labels"), found.get("split")
-    if features is None or features.ndim not in (2, 3) or features.dtype.kind not in "fiu" or not np.prod(features.shape):
-        raise UserError(f"{path} needs an array `features` of numbers, (n, D) or (n, T, D), found {None if features is None else features.shape}")
+    if features is None or features.ndim not in (2, 3) or features.dtype.kind not in "fiu" or not features.size:
+        shape = "none" if features is None else f"{features.dtype} {features.shape}"
+        raise UserError(f"{path} needs an array `features` of numbers, (n, D) or (n, T, D), found {shape}")
     if not np.isfinite(features).all():
         raise UserError(f"{path}: `features` has NaN or infinite values, first in row {np.argwhere(~np.isfinite(features))[0][0]}")
-    classes = [str(c) for c in found["classes"]] if "classes" in found else []
+    classes = []
     if labels is not None:
-        classes = classes or [str(c) for c in range(int(labels.max(initial=0)) + 1)]
-        if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(classes):
-            raise UserError(f"{path}: `labels` must be {len(features)} whole numbers from 0 to {len(classes) - 1}, found shape {labels.shape}, "
-                            f"values {labels.min()} to {labels.max()}")
+        if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu":
+            raise UserError(f"{path}: `labels` must be {len(features)} whole numbers, found {labels.dtype} {labels.shape}")
+        classes = [str(c) for c in found["classes"].ravel()] if "classes" in found else [str(c) for c in range(int(labels.max()) + 1)]
+        if labels.min() < 0 or labels.max() >= len(classes):
+            raise UserError(f"{path}: `labels` run from {labels.min()} to {labels.max()}, expected 0 to {len(classes) - 1}")
     if split is None:
-        return dict(train=(features, labels), test=None, classes=classes if labels is not None else [], encode="features")
+        return dict(train=(features, labels), test=None, classes=classes, encode="features")
     names = np.array([str(s) for s in split])
-    if split.shape != features.shape[:1] or set(names) - {"train", "val", "test"}:
-        raise UserError(f"{path}: `split` must hold train, val or test for each of the {len(features)} rows")
-    return dict(train=(features, labels), test=None, classes=classes if labels is not None else [], encode="features", groups=names,
+    if split.shape != features.shape[:1] or not {"train", "test"} <= set(names) <= {"train", "val", "test"}:
+        raise UserError(f"{path}: `split` must hold train, test and perhaps val, one for each of the {len(features)} rows")
+    return dict(train=(features, labels), test=None, classes=classes, encode="features", groups=names,
                 default_groups=("test", "val" if "val" in names else None))
 
 
@@ -908,7 +927,7 @@ def gaussian_source(cfg, modality, side):
     """The linear world of the theory: x = A_c theta_c + A_x theta_x + noise, or y likewise, of its own independent latents."""
     if side not in ("x", "y"):
         raise UserError(f"gaussian:{side} is not there: there are gaussian:x and gaussian:y")
-    if min(cfg["gaussian_count"], cfg["gaussian_observed"], cfg["gaussian_shared"], cfg["gaussian_private"]) < 1 or not cfg["gaussian_noise"] > 0:
+    if min(cfg[f"gaussian_{k}"] for k in ("count", "observed", "shared", "private")) < 1 or not cfg["gaussian_noise"] > 0:
         raise UserError(f"gaussian_noise={cfg['gaussian_noise']} must be above 0, and every dimension and count at least 1")
     shared, private = gaussian_mixing(cfg, side)
     out = dict(classes=[], encode="features")
@@ -950,7 +969,7 @@ def draw_groups(cfg, slot, raw):
         raise UserError(f"{slot}={cfg[slot]}: a split by speaker needs three of them at least, found {', '.join(there)}")
     test, val = raw.get("default_groups", there[:2])
     if modality_of(slot) == "audio" and raw.get("encode") != "features":
-        number = lambda name: there[int(name) % len(there)] if name.isdigit() and name not in there else name
+        number = lambda name: there[int(name[1:]) % len(there)] if re.fullmatch(r"#\d+", name) else name
         test, val = number(cfg["audio_test_group"]) or test, number(cfg["audio_val_group"]) or val
     for key, group in (("audio_test_group", test), ("audio_val_group", val)):
         if group is not None and group not in there:
@@ -981,8 +1000,7 @@ def shard_folder(cfg, slot):
         files = sorted(os.path.join(d, f) for d, _, inside in os.walk(path) for f in inside) if os.path.isdir(path) else [path]
         listing = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f)]
         made_from["files"] = hashlib.sha256(repr(listing).encode()).hexdigest()
-    if name == "pydoc":
-        made_from["python"] = sys.version.split()[0]
+    made_from["version"] = dict(cifar10=CIFAR10_SHA256, cupl=CUPL_URL, fsdd=FSDD_URL, pydoc=sys.version.split()[0]).get(name, "")
     hash8 = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
     label = re.sub(r"\W+", "-", name + ("-" + os.path.basename(path.rstrip("/")) if path else "")).strip("-")
     return os.path.join(cfg["data_dir"], f"{modality}-{label}-{hash8}"), made_from
@@ -993,6 +1011,12 @@ def prepare(cfg, slot, say=print):
     folder, made_from = shard_folder(cfg, slot)
     if os.path.exists(os.path.join(folder, "meta.json")):
         return folder
+    rate, mels, frames, group = (cfg.get(f"audio_{key}", 1000) for key in ("rate", "mels", "frames", "group"))
+    if not 0 < cfg["val_fraction"] < 1 or cfg["split_seed"] < 0 or cfg["shard_mb"] < 1:
+        raise UserError(f"val_fraction={cfg['val_fraction']} must lie between 0 and 1, split_seed={cfg['split_seed']} be at least 0, "
+                        f"shard_mb={cfg['shard_mb']} at least 1")
+    if rate < 1000 or min(mels, group, frames) < 1 or frames % group:
+        raise UserError(f"audio_frames={frames} must be a multiple of audio_group={group}, audio_rate={rate} at least 1000, audio_mels={mels} at least 1")
     say(f"preparing {slot}={cfg[slot]} in {folder}")
     start = time.perf_counter()
     name, _, path = cfg[slot].partition(":")
@@ -1021,8 +1045,7 @@ def prepare(cfg, slot, say=print):
             raise UserError(f"{slot}={cfg[slot]}: too few items ({count}) to leave any for the {split} split")
 
     os.makedirs(cfg["data_dir"], exist_ok=True)
-    making = folder + ".tmp"
-    shutil.rmtree(making, ignore_errors=True)
+    making = f"{folder}.{os.getpid()}.tmp"  # another process may be making the same shards
     os.mkdir(making)
     try:
         parts = {split: splits[split][0] for split in ("train", "val", "test")}
@@ -1037,11 +1060,12 @@ def prepare(cfg, slot, say=print):
                 arrays[split]["latents"] = split_latents[rows]
         meta = write_shards(making, dict(modality=modality_of(slot), classes=raw["classes"], made_from=made_from, **info),
                             arrays, cfg["shard_mb"])
-        os.replace(making, folder)
+        if not os.path.exists(os.path.join(folder, "meta.json")):
+            shutil.rmtree(folder, ignore_errors=True)  # what is left of a damaged folder
+            os.replace(making, folder)
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    say(f"{describe(folder, meta)}; {time.perf_counter() - start:.1f} s, peak memory {peak / 2**20:,.0f} MiB")
+    say(f"{describe(folder, meta)}; {time.perf_counter() - start:.1f} s, peak memory {peak_memory() / 2**20:,.0f} MiB")
     return folder
 
 
@@ -1059,6 +1083,8 @@ def main():
     cfg = read_config(sys.argv[1:], PREPARE_KEYS, strict=False)
     if not active_slots(cfg):
         raise UserError("no slot holds a source: name one, for example --image=shapes --text=shapes")
+    if cfg["audio_test_group"] == "each":
+        cfg.update(audio_test_group="#0", audio_val_group="#1")
     for slot in active_slots(cfg):
         lines = []
         folder = prepare(cfg, slot, say=lambda line: (lines.append(line), print(line)))

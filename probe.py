@@ -6,8 +6,8 @@
     python probe.py theory                                           # the linear world: bounds, blind directions, rates
     python probe.py report                                           # rewrite the README's tables from assets/results/
 
-Analyses read the target's test split (val, if the run was told never to open test); whatever is fitted is fitted on the
-run's own training examples and chosen on validation. Their result is the last line, as JSON.
+Analyses read the target's test split (val, if the run was told never to open test); probes are fitted on the run's own
+training examples (few-shot ones on draws from the whole training split) and chosen on validation. The last line is JSON.
 
 Sections: measures on features, corruptions, runs side by side, statistics, compare, embed, report.
 """
@@ -33,9 +33,9 @@ from tqdm import tqdm
 from model import linear_probe
 from prepare import (LOG_MEL_RANGE, SHAPE_CLASSES, UserError, active_slots, draw_scenes, encode_recordings, exit_on_user_error,
                      load_bpe, load_split, modality_of, paint_scenes, patchify, plain_name, prepare, read_pictures,
-                     read_recordings, read_text, sound_scenes, tell_scenes, unpatchify, write_json)
-from train import (FREE_KEYS, KEYS, choose_examples, evaluate, extract, fit_probe, load_model, open_slots, read_run_config,
-                   resolve, run)
+                     read_recordings, read_text, shard_folder, sound_scenes, tell_scenes, unpatchify, write_json)
+from train import (FREE_KEYS, KEYS, choose_examples, evaluate, extract, fit_probe, load_checkpoint, load_model, open_slots,
+                   read_run_config, resolve, run)
 
 CPU = torch.device("cpu")
 
@@ -140,8 +140,8 @@ def corrupt_pictures(pictures, kind, severity):
     elif kind == "pixelate":
         size = pictures.shape[1]
         small = (max(1, int(size * (0.6, 0.45, 0.3)[i])),) * 2
-        out = np.stack([np.asarray(Image.fromarray(p).resize(small, Image.Resampling.BOX).resize((size, size), Image.Resampling.NEAREST))
-                        for p in pictures])
+        coarse = [Image.fromarray(picture).resize(small, Image.Resampling.BOX) for picture in pictures]
+        out = np.stack([np.asarray(picture.resize((size, size), Image.Resampling.NEAREST)) for picture in coarse])
     else:
         raise UserError(f"unknown corruption '{kind}'")
     return np.clip(out, 0, 255).astype(np.uint8)
@@ -170,6 +170,13 @@ PICTURE_CORRUPTIONS, SOUND_CORRUPTIONS = ("noise", "blur", "contrast", "pixelate
 # runs side by side
 
 
+def check_shards(folder, cfg):
+    """Refuse a run whose data has changed: a new draw of the splits would let training items into its test."""
+    for slot, recorded in cfg["shards"].items():
+        if os.path.basename(shard_folder(cfg, slot)[0]) != recorded:
+            raise UserError(f"{folder} was trained on {recorded}, but {slot}={cfg[slot]} has changed since: train it again")
+
+
 def open_run(folder):
     """A finished run: its config, slots, best model, and the split its analyses may read."""
     path = os.path.join(folder, "config.json")
@@ -178,6 +185,7 @@ def open_run(folder):
                         "`python train.py sample_configs/shapes_text.py`")
     with open(path, encoding="utf-8") as f:
         cfg = json.load(f)
+    check_shards(folder, cfg)
     slots, classes = open_slots(cfg, say=lambda line: None)
     model, _ = load_model(os.path.join(folder, "best.pt"))
     split = "test" if cfg["score_test"] else "val"
@@ -206,7 +214,7 @@ def layer_table(run_):
 
 
 def robustness(run_):
-    """{corruption: accuracy at severities 1..3} of a picture or sound target, answered by its label head or probe."""
+    """{corruption: accuracy at severities 0 (clean) .. 3} of a picture or sound target, answered by its label head or probe."""
     meta, probe = run_.target.meta, evaluate(run_.model, run_.target, run_.target.val, CPU)["probe"]
     tokens = run_.held["tokens"][np.arange(len(run_.held["tokens"]))]
     if "patch" in meta:
@@ -216,8 +224,9 @@ def robustness(run_):
         kinds, corrupt = SOUND_CORRUPTIONS, lambda kind, severity: corrupt_frames(tokens, meta["mels"], kind, severity)
     else:
         return {}
-    answer = lambda kind, severity: evaluate(run_.model, run_.target, dict(run_.held, tokens=corrupt(kind, severity)), CPU, probe)["accuracy"]
-    return {kind: [answer(kind, severity) for severity in (1, 2, 3)] for kind in kinds}
+    answer = lambda tokens: evaluate(run_.model, run_.target, dict(run_.held, tokens=tokens), CPU, probe)["accuracy"]
+    clean = answer(tokens)
+    return {kind: [clean] + [answer(corrupt(kind, severity)) for severity in (1, 2, 3)] for kind in kinds}
 
 
 def class_centroids(run_, slot, names):
@@ -230,8 +239,9 @@ def class_centroids(run_, slot, names):
 
 def alignment(run_, other):
     """Do the classes lie alike in the target and in another slot, though no item was ever paired? None if under 4 are shared."""
-    has = lambda slot: {plain_name(c) for c, k in zip(slot.meta["classes"], slot.meta["splits"][run_.split].get("class_counts", [])) if k}
-    names = sorted(has(run_.target) & has(other))
+    def held_classes(slot):
+        return {plain_name(c) for c, count in zip(slot.meta["classes"], slot.meta["splits"][run_.split]["class_counts"]) if count}
+    names = sorted(held_classes(run_.target) & held_classes(other))
     if len(names) < 4:
         return None
     a, b = class_centroids(run_, run_.target, names), class_centroids(run_, other, names)
@@ -239,8 +249,8 @@ def alignment(run_, other):
     agree, unit_p = permutation_p(lambda p, q: unit_agreement(p, q).mean().item(), a, b)
     top, shown = units.argsort(descending=True)[:8], {plain_name(c): c for c in run_.target.meta["classes"]}
     (cka_value, cka_p), (knn_value, knn_p) = permutation_p(cka, a, b), permutation_p(lambda p, q: mutual_knn(p, q, k), a, b)
-    return dict(classes=len(names), cka=cka_value, cka_p=cka_p, mutual_knn=knn_value, mutual_knn_p=knn_p, k=k, unit_agreement=agree, unit_p=unit_p,
-                units=[dict(unit=int(u), correlation=units[u].item(), target_class=shown[names[int(a[:, u].argmax())]],
+    return dict(classes=len(names), cka=cka_value, cka_p=cka_p, mutual_knn=knn_value, mutual_knn_p=knn_p, k=k,
+                unit_agreement=agree, unit_p=unit_p, units=[dict(unit=int(u), correlation=units[u].item(), target_class=shown[names[int(a[:, u].argmax())]],
                             other_class=shown[names[int(b[:, u].argmax())]]) for u in top])
 
 
@@ -255,10 +265,10 @@ def analyse(folder):
     (weight, bias), l2 = fit_probe(known, val, len(classes))
     margin, scores = margins(new, truth, weight, bias), new @ weight.T + bias
     every = features_of(run_, target, target.train)
+    labelled = {name: slot for name, slot in run_.slots.items() if slot is not target and "labels" in slot.train}
     out = dict(name=run_.name, split=run_.split, layers=layer_table(run_), few_shot=few_shot(*every, new, truth), probe_l2=l2,
                margin=[margin.quantile(q).item() for q in (0.1, 0.5, 0.9)], class_spread=class_spread(new, truth),
-               robustness=robustness(run_),
-               alignment={name: alignment(run_, slot) for name, slot in run_.slots.items() if slot is not target and "labels" in slot.train})
+               robustness=robustness(run_), alignment={name: alignment(run_, slot) for name, slot in labelled.items()})
     draw_confusion(os.path.join(folder, "confusion.png"), truth, scores.argmax(1), classes)
     draw_pca(os.path.join(folder, "pca.png"), new, truth, classes)
     return out, margin.numpy()
@@ -279,8 +289,8 @@ def show_side_by_side(reports):
         row(f"margin {name}", [number(r["margin"][i]) for r in reports])
     row("class spread", [number(r["class_spread"]) for r in reports])
     for kind in dict.fromkeys(kind for r in reports for kind in r["robustness"]):
-        for severity in range(3):
-            row(f"{kind} {severity + 1}", [number(r["robustness"].get(kind, [None] * 3)[severity]) for r in reports])
+        for severity in (1, 2, 3):
+            row(f"{kind} {severity}", [number(r["robustness"].get(kind, [None] * 4)[severity]) for r in reports])
     for r in reports:
         for name, found in r["alignment"].items():
             if found is None:
@@ -290,8 +300,8 @@ def show_side_by_side(reports):
                   f"(p {found['cka_p']:.3f}), mutual {found['k']}-NN {found['mutual_knn']:.3f} (p {found['mutual_knn_p']:.3f}), "
                   f"units' agreement {found['unit_agreement']:.3f} (p {found['unit_p']:.3f})")
             for unit in found["units"]:
-                print(f"    unit {unit['unit']:4}  correlation {unit['correlation']:.3f}  most active for '{unit['target_class']}' in the "
-                      f"target, '{unit['other_class']}' in {name}")
+                print(f"    unit {unit['unit']:4}  correlation {unit['correlation']:.3f}  most active for '{unit['target_class']}' "
+                      f"in the target, '{unit['other_class']}' in {name}")
 
 
 def figure(width=7, height=4.2, **grid):
@@ -341,15 +351,14 @@ def draw_side_by_side(path, reports, margin_lists):
     fig, (left, middle, right) = figure(12, 3.6, ncols=3)
     for report, margin in zip(reports, margin_lists):
         shots = sorted(report["few_shot"])
-        mean, spread = np.array([report["few_shot"][k] for k in shots]).T
-        left.errorbar(shots, mean, spread, marker="o", capsize=3, label=report["name"])
+        left.errorbar(shots, *[[report["few_shot"][k][i] for k in shots] for i in (0, 1)], marker="o", capsize=3, label=report["name"])
         middle.hist(margin, bins=60, density=True, histtype="step", label=report["name"])
         if report["robustness"]:
-            right.plot([0, 1, 2, 3], [report["layers"][-1]["linear"]] + np.mean(list(report["robustness"].values()), 0).tolist(), marker="o", label=report["name"])
+            right.plot([0, 1, 2, 3], np.mean(list(report["robustness"].values()), 0), marker="o", label=report["name"])
     left.set(xscale="log", xlabel="examples a class", ylabel="few-shot probe accuracy")
-    left.set_xticks(shots, shots)
+    left.set_xticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
     middle.set(xlabel="margin of held-out items (0: on the boundary)", ylabel="density")
-    right.set(xlabel="severity (mean of four corruptions)", ylabel="accuracy", xticks=[0, 1, 2, 3])
+    right.set(xlabel="severity of the corruption (mean over kinds)", ylabel="accuracy", xticks=[0, 1, 2, 3])
     left.legend()
     save_figure(fig, path)
 
@@ -367,10 +376,10 @@ def t_tail(t, df):
 
 
 def t_interval(values):
-    """(mean, half width of the 95% t-interval); half width nan for fewer than two values."""
+    """(mean, half width of the 95% t-interval). One value has no spread to show: its half width is given as 0."""
     n = len(values)
     if n < 2:
-        return float(np.mean(values)), float("nan")
+        return float(np.mean(values)), 0.0
     low, high = 0.0, 1000.0
     for _ in range(60):  # bisect for the t with 5% outside
         middle = (low + high) / 2
@@ -384,7 +393,10 @@ def paired(a, b):
     mean, half = t_interval(d)
     spread = np.std(d, ddof=1) if len(d) > 1 else 0.0
     p = t_tail(mean / (spread / math.sqrt(len(d))), len(d) - 1) if spread > 0 else (1.0 if mean == 0 or len(d) < 2 else 0.0)
-    signs = np.array(list(itertools.product((1, -1), repeat=len(d)))) if len(d) <= 16 else np.random.default_rng(0).choice((1, -1), (65536, len(d)))
+    if len(d) <= 16:
+        signs = np.array(list(itertools.product((1, -1), repeat=len(d))))
+    else:  # too many to list: a sample, with the observed signs among them so that p is never 0
+        signs = np.concatenate([np.ones((1, len(d))), np.random.default_rng(0).choice((1, -1), (65535, len(d)))])
     flips = np.abs(signs @ d / len(d)) >= abs(mean) - 1e-12
     return dict(mean=mean, half=half, p=p, sign_flip_p=float(flips.mean()), sign_flip_floor=2 / 2 ** len(d))
 
@@ -401,7 +413,8 @@ COMPARE_KEYS = dict(
 )
 ARMS = dict(alone="the target only", uml="the config as it stands", control="auxiliary with its structure destroyed",
             longer="alone, with all the FLOPs of uml", init="trunk warm-started on the auxiliary, then the target alone",
-            frozen="that trunk frozen: embed, norms and heads train (Lu et al. 2021, arXiv 2103.05247)", unrelated="a real auxiliary of another domain")
+            frozen="that trunk frozen: embed, norms and heads train (Lu et al. 2021, arXiv 2103.05247)",
+            unrelated="a real auxiliary of another domain")
 SEARCH_SEED = 1000
 
 
@@ -422,7 +435,7 @@ def arm_config(cfg, arm, unrelated="", flops_ratio=1.0):
         if not unrelated:
             raise UserError("arm 'unrelated' needs --unrelated=SOURCE")
         cfg.update({slot: unrelated for slot in auxiliaries})
-        cfg.update({f"{slot}_loss": "next" for slot in auxiliaries})  # its classes, if any, are not the target's
+        cfg.update({f"{slot}_loss": "next" for slot in auxiliaries}, head_from="")  # its classes, if any, are not the target's
     return cfg
 
 
@@ -430,14 +443,12 @@ def digest(*values):
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def code_and_data(cfg):
-    """A digest of what decides a run's result besides its config: the code of this folder and the shards."""
-    here, parts = os.path.dirname(os.path.abspath(__file__)), []
-    for path in [os.path.join(here, f) for f in ("prepare.py", "model.py", "train.py")] + [
-            os.path.join(prepare(cfg, slot, say=lambda line: None), "meta.json") for slot in active_slots(cfg)]:
+def file_digests(paths):
+    out = []
+    for path in paths:
         with open(path, "rb") as f:
-            parts.append(hashlib.sha256(f.read()).hexdigest())
-    return parts
+            out.append(hashlib.sha256(f.read()).hexdigest())
+    return out
 
 
 def quiet_run(cfg):
@@ -447,34 +458,40 @@ def quiet_run(cfg):
 def run_all(configs, folder, jobs, bar):
     """Run every config to its result, at most `jobs` at a time; finished ones are read back, begun ones resumed.
 
+    A run's folder is named by what decides its result: the config (without paths), this code, the shards and init_from.
     Arms that start with the same warm start share it: it runs once, and its checkpoint is copied to where they begin.
     """
-    tasks, warm_of = [], {}
+    here = os.path.dirname(os.path.abspath(__file__))
+    code, tasks, warm_of = file_digests([os.path.join(here, f) for f in ("prepare.py", "model.py", "train.py")]), [], {}
     for cfg in configs:
         cfg = resolve(cfg, say=lambda line: None)
-        identity = [{k: v for k, v in cfg.items() if k not in FREE_KEYS}, code_and_data(cfg)]
-        cfg.update(out_dir=os.path.join(folder, "run-" + digest(identity)), resume=True)
+        data = [os.path.join(prepare(cfg, slot, say=lambda line: None), "meta.json") for slot in active_slots(cfg)]
+        decides = code + file_digests(data + [os.path.join(cfg["init_from"], "best.pt")] * bool(cfg["init_from"]))
+        identity = {key: value for key, value in cfg.items() if key not in FREE_KEYS}
+        cfg.update(out_dir=os.path.join(folder, "run-" + digest(identity, decides)), resume=True)
         tasks.append(cfg)
         if cfg["warm_start_steps"]:
-            later = {"steps", "score_test", "freeze_trunk", "eval_interval"} | {f"{s}_updates" for s in active_slots(cfg)}
-            same = [{k: v for k, v in identity[0].items() if k not in later}, {s: cfg[f"{s}_updates"] or 1 for s in active_slots(cfg)}, identity[1]]
-            warm_of[cfg["out_dir"]] = dict(cfg, out_dir=os.path.join(folder, "warm-" + digest(same)), stop_after=cfg["warm_start_steps"],
-                                           freeze_trunk=False)
+            # what only the main phase uses is set alike, so that arms agree on the warm start where they can
+            same = dict(identity, steps=1, eval_interval=cfg["warm_start_steps"], score_test=False, freeze_trunk=False,
+                        **{f"{slot}_updates": cfg[f"{slot}_updates"] or 1 for slot in active_slots(cfg)})
+            warm_of[cfg["out_dir"]] = dict(cfg, **same, out_dir=os.path.join(folder, "warm-" + digest(same, decides)),
+                                           stop_after=cfg["warm_start_steps"])
     begun = lambda cfg: os.path.exists(os.path.join(cfg["out_dir"], "last.pt"))
-    warm = {w["out_dir"]: w for out_dir, w in warm_of.items() if not begun(dict(out_dir=out_dir)) and not is_warm(w)}
-    run_pool(list(warm.values()), jobs, bar)
+    warm_starts = {warm_of[cfg["out_dir"]]["out_dir"]: warm_of[cfg["out_dir"]] for cfg in tasks if cfg["out_dir"] in warm_of and not begun(cfg)}
+    run_pool([w for w in warm_starts.values() if not is_warm(w)], jobs, bar)
     for cfg in tasks:
         if cfg["out_dir"] in warm_of and not begun(cfg):
             os.makedirs(cfg["out_dir"], exist_ok=True)
             for name in ("log.jsonl", "last.pt"):  # last.pt last: it is what marks the folder as begun
-                shutil.copyfile(os.path.join(warm_of[cfg["out_dir"]]["out_dir"], name), os.path.join(cfg["out_dir"], name + ".tmp"))
-                os.replace(os.path.join(cfg["out_dir"], name + ".tmp"), os.path.join(cfg["out_dir"], name))
+                there = os.path.join(cfg["out_dir"], name)
+                shutil.copyfile(os.path.join(warm_of[cfg["out_dir"]]["out_dir"], name), there + ".tmp")
+                os.replace(there + ".tmp", there)
     return run_pool(tasks, jobs, bar)
 
 
 def is_warm(cfg):
     path = os.path.join(cfg["out_dir"], "last.pt")
-    return os.path.exists(path) and load_model(path)[1]["step"] == cfg["warm_start_steps"]
+    return os.path.exists(path) and load_checkpoint(path)["step"] == cfg["warm_start_steps"]
 
 
 def run_pool(configs, jobs, bar):
@@ -507,36 +524,48 @@ def compare(argv):
         factors = [float(value) for value in own["search"].split(",")]
     except ValueError:
         raise UserError(f"search='{own['search']}' must be numbers joined by commas") from None
+    cfg.update(stop_after=0, benchmark=False)
+    for arm in arms:
+        resolve(arm_config(cfg, arm, own["unrelated"]), say=lambda line: None)  # what is wrong with an arm shows now, not hours later
     folder = os.path.join(cfg["out_dir"], "compare")
     os.makedirs(folder, exist_ok=True)
     bar = tqdm(total=0, desc="runs", disable=None)
+    # Every speaker is tested in turn under "each": then no seed is free of test data, and each chooses on its own validation speaker.
+    per_seed = cfg.get("audio_test_group") == "each"
     chosen, results, searched = {}, {}, {}
 
-    def configs(arm, seeds, factors, **change):
+    def configs(arm, pairs, **change):
         ratio = results["uml"][0]["flops"] / results["alone"][0]["flops"] if arm == "longer" else 1.0
         return [arm_config(dict(cfg, seed=seed, learning_rate=cfg["learning_rate"] * factor, **change), arm, own["unrelated"], ratio)
-                for factor in factors for seed in seeds]
+                for seed, factor in pairs]
 
     for wave in (["alone", "uml"], [arm for arm in arms if arm not in ("alone", "uml")]):  # longer needs the FLOPs of the first two
-        found = run_all([c for arm in wave for c in configs(arm, [SEARCH_SEED], factors, score_test=False)], folder, own["jobs"], bar)
-        for i, arm in enumerate(wave):
-            searched[arm] = [score_of(r, "val") for r in found[i * len(factors):(i + 1) * len(factors)]]
-            chosen[arm] = factors[int(np.argmax(searched[arm]))]
-        found = run_all([c for arm in wave for c in configs(arm, range(n), [chosen[arm]])], folder, own["jobs"], bar)
-        results.update({arm: found[i * n:(i + 1) * n] for i, arm in enumerate(wave)})
+        if len(factors) > 1:
+            pairs = [(seed, factor) for seed in (range(n) if per_seed else [SEARCH_SEED]) for factor in factors]
+            found = iter(run_all([c for arm in wave for c in configs(arm, pairs, score_test=False)], folder, own["jobs"], bar))
+            for arm in wave:
+                searched[arm] = np.array([score_of(next(found), "val") for _ in pairs]).reshape(-1, len(factors))
+                chosen[arm] = [factors[i] for i in searched[arm].argmax(1)] * (1 if per_seed else n)
+        else:
+            for arm in wave:
+                searched[arm], chosen[arm] = np.zeros((0, 1)), factors * n
+        found = iter(run_all([c for arm in wave for c in configs(arm, list(zip(range(n), chosen[arm])))], folder, own["jobs"], bar))
+        results.update({arm: [next(found) for _ in range(n)] for arm in wave})
     bar.close()
 
-    scores = {arm: [score_of(r, "test" if cfg["score_test"] else "val") for r in results[arm]] for arm in arms}
-    first = results["alone"][0]
-    out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), target=f"{cfg['target']}={cfg[cfg['target']]}", split="test" if cfg["score_test"] else "val",
-               auxiliaries={s: f"{cfg[s]} ({cfg[f'{s}_loss']})" for s in active_slots(cfg) if s != cfg["target"]}, target_loss=cfg[f"{cfg['target']}_loss"],
-               examples=first["examples"][cfg["target"]], seeds=n, chance=first["chance"], steps=cfg["steps"], warm_start_steps=cfg["warm_start_steps"],
-               search_factors=factors, command="python probe.py compare " + " ".join(argv),
-               hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}", arms={})
+    split, target, first = "test" if cfg["score_test"] else "val", cfg["target"], results["alone"][0]
+    scores = {arm: [score_of(r, split) for r in results[arm]] for arm in arms}
+    out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), split=split, target=f"{target}={cfg[target]}", target_loss=cfg[f"{target}_loss"],
+               auxiliaries={s: f"{cfg[s]} ({cfg[f'{s}_loss']})" for s in active_slots(cfg) if s != target},
+               examples=first["examples"][target], seeds=n, chance=first["chance"], steps=cfg["steps"],
+               warm_start_steps=cfg["warm_start_steps"], search_factors=factors, command="python probe.py compare " + " ".join(argv),
+               hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}",
+               arms={})
     for arm in arms:
         mean, half = t_interval(scores[arm])
-        entry = dict(scores=scores[arm], mean=mean, half=half, learning_rate=cfg["learning_rate"] * chosen[arm], search_scores=searched[arm],
-                     gflops=float(np.mean([r["flops"] for r in results[arm]])) / 1e9, seconds=float(np.mean([r["seconds"] for r in results[arm]])))
+        entry = dict(scores=scores[arm], mean=mean, half=half, learning_rates=[cfg["learning_rate"] * factor for factor in chosen[arm]],
+                     search_scores=searched[arm].tolist(), gflops=float(np.mean([r["flops"] for r in results[arm]])) / 1e9,
+                     seconds=float(np.mean([r["seconds"] for r in results[arm]])))
         for key in ("test_balanced_accuracy", "test_unseen_accuracy"):
             if results[arm][0].get(key) is not None:
                 entry[key] = [r[key] for r in results[arm]]
@@ -562,7 +591,8 @@ def score_of(result, split):
 def verdict(out):
     """One sentence, for or against. Help is claimed only above alone AND above the control, each with p < 0.05."""
     d, unit = out["arms"]["uml"]["minus_alone"], 100 if out["chance"] else 1
-    said = f"{unit * d['mean']:+.1f} [{unit * (d['mean'] - d['half']):+.1f}, {unit * (d['mean'] + d['half']):+.1f}]" + (" points" if out["chance"] else "")
+    low, high = unit * (d["mean"] - d["half"]), unit * (d["mean"] + d["half"])
+    said = f"{unit * d['mean']:+.1f} [{low:+.1f}, {high:+.1f}]" + (" points" if out["chance"] else "")
     if out["seeds"] < 6:
         return f"too few seeds for a verdict ({out['seeds']}; 6 are needed): uml minus alone is {said}"
     if d["p"] >= 0.05:
@@ -572,20 +602,24 @@ def verdict(out):
     if "control" not in out["arms"]:
         return f"uml is above alone by {said}, p = {d['p']:.3g}, but no control was run to say why"
     c = out["arms"]["control"]["uml_minus"]
+    beyond = f"{unit * c['mean']:+.1f} above the control, p = {c['p']:.3g}"
     if c["mean"] <= 0 or c["p"] >= 0.05:
-        return f"uml is above alone by {said}, p = {d['p']:.3g}, but not above the control ({unit * c['mean']:+.1f}, p = {c['p']:.3g}): its structure is not what helped"
-    return f"the unpaired data helped: uml minus alone is {said}, p = {d['p']:.3g}, and {unit * c['mean']:+.1f} above the control, p = {c['p']:.3g}"
+        return f"uml is above alone by {said}, p = {d['p']:.3g}, but only {beyond}: the auxiliary's structure is not what helped"
+    return f"the unpaired data helped: uml minus alone is {said}, p = {d['p']:.3g}, and {beyond}"
 
 
 def show_compare(out):
-    print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary {out['auxiliaries']}; {out['seeds']} seeds, {out['split']} split, "
-          f"chance {out['chance'] or 0:.4f}")
+    print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary {', '.join(out['auxiliaries'].values())}; "
+          f"{out['seeds']} seeds, {out['split']} split, chance {out['chance'] or 0:.4f}")
     print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}{'rate':>9}{'GFLOP':>9}{'s':>7}")
     for arm, e in out["arms"].items():
-        d = e.get("minus_alone")
-        print(f"{arm:10}{e['mean']:10.4f} +- {e['half']:.4f}" + (f"{d['mean']:+11.4f} +- {d['half']:.4f}{d['p']:10.3g}"
-              f"{d['sign_flip_p']:12.3g} ({d['sign_flip_floor']:.2g})" if d else " " * 51) + f"{e['learning_rate']:9.1e}{e['gflops']:9,.0f}{e['seconds']:7.0f}"
-              + "".join(f"  {key[5:]} {np.mean(e[key]):.4f}" for key in ("test_balanced_accuracy", "test_unseen_accuracy") if key in e))
+        line = f"{arm:10}{e['mean']:10.4f} +- {e['half']:.4f}"
+        if d := e.get("minus_alone"):
+            line += f"{d['mean']:+11.4f} +- {d['half']:.4f}{d['p']:10.3g}{d['sign_flip_p']:12.3g} ({d['sign_flip_floor']:.3g})".ljust(51)
+        else:
+            line += " " * 51
+        line += f"{np.median(e['learning_rates']):9.1e}{e['gflops']:9,.0f}{e['seconds']:7.0f}"
+        print(line + "".join(f"  {key[5:]} {np.mean(e[key]):.4f}" for key in ("test_balanced_accuracy", "test_unseen_accuracy") if key in e))
     print("verdict: " + out["verdict"])
 
 
@@ -647,7 +681,8 @@ def monte_carlo(sides, repetitions, seed=0):
     rng, total, score = np.random.default_rng(seed), 0, 0
     truth = rng.normal(0, 1, sides[0][0].shape[1])
     for shared, private, noise, n in sides:
-        means = (shared @ truth + private @ rng.normal(0, 1, private.shape[1])) + rng.normal(0, noise / n**0.5, (repetitions, len(shared)))
+        means = shared @ truth + private @ rng.normal(0, 1, private.shape[1])
+        means = means + rng.normal(0, noise / n**0.5, (repetitions, len(shared)))
         project = np.eye(len(shared)) - private @ np.linalg.pinv(private)
         total, score = total + n * information(shared, private, noise), score + n * means @ project @ shared / noise**2
     squares = ((score @ np.linalg.inv(total) - truth) ** 2).sum(1)
@@ -662,7 +697,7 @@ def theory(folder="out/theory", repetitions=100_000):
     weak = np.array([1, 1, 0.5, 0.2, 0.05, 0.0])  # how strongly X shows each direction of theta_c; the last one not at all
     a_c, n_x, n_y = full * weak, 200, 200
     j_x, j_y = information(a_c, a_x, noise), information(b_c, b_y, noise)
-    print(f"theta_c has {d} directions, which X shows with strengths {weak.tolist()} and Y in full; {n_x} samples of either, noise {noise}")
+    print(f"theta_c has {d} directions; X shows them with strengths {weak.tolist()}, Y in full; {n_x} samples of either, noise {noise}")
 
     gain = np.linalg.eigvalsh((n_x * j_x + n_y * j_y) - n_x * j_x)
     print(f"1. J_XY - J_X has eigenvalues from {gain[0]:.1f} to {gain[-1]:.1f}: all positive, so adding Y helps in every direction")
@@ -672,10 +707,12 @@ def theory(folder="out/theory", repetitions=100_000):
         bound = np.trace(np.linalg.inv(sum(n * information(a, p, s) for a, p, s, n in sides)))
         measured, error = monte_carlo(sides, repetitions)
         rows.append(dict(data=label, bound=bound, measured=measured, error=error))
-        print(f"   {label:18} trace of the covariance: Cramer-Rao {bound:.5f}, measured {measured:.5f} +- {error:.5f} ({measured / bound - 1:+.2%})")
-    blind = [dict(n_x=n, x_alone=float(np.linalg.eigvalsh(n * j_x)[0]), x_and_y=float(np.linalg.eigvalsh(n * j_x + n_y * j_y)[0])) for n in (10, 1000, 100000)]
-    print("2. information about the worst direction, " + "; ".join(f"N_x = {b['n_x']}: X alone {abs(b['x_alone']):.1g}, with {n_y} Y {b['x_and_y']:.3g}" for b in blind)
-          + ": no number of X samples identifies what X is blind to")
+        print(f"   {label:18} trace of the covariance: Cramer-Rao {bound:.5f}, measured {measured:.5f} +- {error:.5f} "
+              f"({measured / bound - 1:+.2%})")
+    worst = lambda j: float(np.linalg.eigvalsh(j)[0])
+    blind = [dict(n_x=n, x_alone=worst(n * j_x), x_and_y=worst(n * j_x + n_y * j_y)) for n in (10, 1000, 100000)]
+    print("2. information about the worst direction: no number of X samples identifies what X is blind to; "
+          + "; ".join(f"N_x = {b['n_x']}: {abs(b['x_alone']):.1g} from X alone, {b['x_and_y']:.3g} with {n_y} Y" for b in blind))
     rates, vectors = exchange_rates(j_x, j_y)
     print("3. one Y sample is worth this many X samples, along each generalised eigenvector: "
           + ", ".join("unbounded" if np.isinf(r) else f"{r:.3g}" for r in rates))
@@ -709,8 +746,8 @@ def theory(folder="out/theory", repetitions=100_000):
         ax.legend(fontsize=8)
     os.makedirs(folder, exist_ok=True)
     save_figure(fig, os.path.join(folder, "theory.png"))
-    out = dict(kind="theory", traces=rows, loewner_gain=[gain[0], gain[-1]], blind=blind, exchange_rates=[None if np.isinf(r) else r for r in rates],
-               slope=float(np.polyfit(np.log(attenuations[:8]), np.log(curves[0.5][:8]), 1)[0]), repetitions=repetitions)
+    out = dict(kind="theory", traces=rows, loewner_gain=[gain[0], gain[-1]], blind=blind,
+               exchange_rates=[None if np.isinf(r) else r for r in rates], slope=float(np.polyfit(np.log(attenuations[:8]), np.log(curves[0.5][:8]), 1)[0]), repetitions=repetitions)
     print(f"   the best rate grows as strength^{out['slope']:.2f}; quieter Y is worth more; {folder}/theory.png shows how")
     write_json(os.path.join(folder, "theory.json"), out)
     return out
@@ -726,8 +763,11 @@ def embed(folder, path):
     cfg, name = checkpoint["config"], checkpoint["config"]["target"]
     slot, modality, real = checkpoint["slots"][name], modality_of(name), None
     if modality == "text" and slot["kind"] == "discrete":
-        names = [line for line in read_text(path).splitlines() if line.strip()]
-        coded = [load_bpe(prepare(cfg, name)).encode_ordinary(line)[:slot["length"]] for line in names]
+        check_shards(folder, cfg)  # the BPE lies with the shards
+        bpe, names = load_bpe(prepare(cfg, name)), [line for line in read_text(path).splitlines() if line.strip()]
+        if not names:
+            raise UserError(f"{path} is empty: expected one text a line")
+        coded = [bpe.encode_ordinary(line)[:slot["length"]] for line in names]
         tokens = torch.zeros(len(coded), slot["length"], dtype=torch.long)
         for row, ids in zip(tokens, coded):
             row[:len(ids)] = torch.tensor(ids)
@@ -738,7 +778,7 @@ def embed(folder, path):
         names = sorted(os.path.join(d, f) for d, _, inside in os.walk(path) for f in inside if not f.startswith("."))
         if not names:
             raise UserError(f"folder {path} is empty: expected files for the {name} slot")
-        items, kept = (read_pictures if "patch" in slot else read_recordings)(cfg, names)
+        items, kept = (read_pictures if "patch" in slot else read_recordings)(dict(cfg, skip_bad=True), names)
         names = [f for f, k in zip(names, kept) if k]
         if "patch" in slot:
             tokens = torch.from_numpy(patchify(items, slot["patch"]))
@@ -749,8 +789,13 @@ def embed(folder, path):
     else:
         raise UserError(f"embed reads folders of pictures or recordings, or a text file; the target of {folder} is {name}={cfg[name]}")
     with torch.inference_mode():
-        features = torch.cat([model.features(name, tokens[i:i + 500], None if real is None else real[i:i + 500]) for i in range(0, len(tokens), 500)])
-        scores = model.label_head(features) if "label" in slot["loss"] else None
+        parts = [model.features(name, tokens[i:i + 500], None if real is None else real[i:i + 500]) for i in range(0, len(tokens), 500)]
+        features, scores = torch.cat(parts), None
+        if "label" in slot["loss"]:
+            scores = model.label_head(features) * (model.temperature[name].exp() if name in model.temperature else 1)
+        elif checkpoint["target_classes"] > 1:  # no label head of its own: a linear probe on the run's training examples
+            weight, bias = evaluate(*(lambda r: (r.model, r.target, r.target.val))(open_run(folder)), CPU)["probe"]
+            scores = features @ weight.T + bias
     written = [os.path.join(folder, "embed.npy")]
     with open(written[0] + ".tmp", "wb") as f:
         np.save(f, features.numpy())
@@ -783,7 +828,7 @@ def report(readme="README.md", folder=os.path.join("assets", "results")):
             out.append(line)
         if line.startswith("<!-- results "):
             skipping = True
-            out += ["| target, examples | auxiliary | alone | uml | control | uml - alone | p | seeds |", "|---|---|---|---|---|---|---|---|"]
+            out += ["| target, examples | auxiliary | alone | uml | control | uml - alone | p | seeds |", "|---" * 8 + "|"]
             for name in line.split()[2:-1]:
                 path = os.path.join(folder, name + ".json")
                 if not os.path.exists(path):
@@ -802,21 +847,25 @@ def draw_assets(folder="assets"):
 
 
 def table_row(r):
-    show = lambda arm: f"{100 * r['arms'][arm]['mean']:.1f} ± {100 * r['arms'][arm]['half']:.1f}" if arm in r["arms"] else "-"
-    d = r["arms"]["uml"]["minus_alone"]
-    return (f"| {r['target'].split('=')[1].split(':')[0]}, {r['examples']}, {r['target_loss']} | {', '.join(r['auxiliaries'].values())} | {show('alone')} | "
-            f"{show('uml')} | {show('control')} | **{100 * d['mean']:+.1f}** ± {100 * d['half']:.1f} | {d['p']:.2g} | {r['seeds']} |")
+    def show(arm):
+        return f"{100 * r['arms'][arm]['mean']:.1f} ± {100 * r['arms'][arm]['half']:.1f}" if arm in r["arms"] else "-"
+    d, source = r["arms"]["uml"]["minus_alone"], r["target"].split("=")[1].split(":")
+    source = "CIFAR-10 (as JPEG)" if source[-1].endswith("cifar10-jpg") else source[0]
+    return (f"| {source}, {r['examples']}, {r['target_loss']} | {', '.join(r['auxiliaries'].values())} | {show('alone')} | {show('uml')} | "
+            f"{show('control')} | **{100 * d['mean']:+.1f}** ± {100 * d['half']:.1f} | {d['p']:.2g} | {r['seeds']} |")
 
 
 def draw_architecture(path):
     """Two unpaired streams, one trunk, one better target."""
+    from matplotlib.patches import FancyBboxPatch
     fig, ax = figure(8.6, 3.3)
     def box(x, y, width, height, words, colour):
-        ax.add_patch(matplotlib_patch(x, y, width, height, colour))
+        ax.add_patch(FancyBboxPatch((x + 0.05, y + 0.05), width - 0.1, height - 0.1, boxstyle="round,pad=0.05", facecolor=colour, lw=0.8))
         ax.text(x + width / 2, y + height / 2, words, ha="center", va="center", fontsize=9)
     def arrow(x, y, to_x, to_y):
         ax.annotate("", (to_x, to_y), (x, y), arrowprops=dict(arrowstyle="-|>", color="black", lw=1.2))
-    for y, name, example, colour in ((2.1, "image", "pictures (target)", "#cfe3f7"), (0.2, "text", "sentences, never paired\nwith any picture", "#fbe3c4")):
+    streams = ((2.1, "image", "pictures (target)", "#cfe3f7"), (0.2, "text", "sentences, never paired\nwith any picture", "#fbe3c4"))
+    for y, name, example, colour in streams:
         box(0, y, 2.1, 1, example, colour)
         box(2.6, y, 1.3, 1, f"embed\n{name}", colour)
         box(7.1, y, 1.5, 1, f"head {name}\nnext / reconstruct", colour)
@@ -830,17 +879,16 @@ def draw_architecture(path):
     save_figure(fig, path)
 
 
-def matplotlib_patch(x, y, width, height, colour):
-    from matplotlib.patches import FancyBboxPatch
-    return FancyBboxPatch((x + 0.05, y + 0.05), width - 0.1, height - 0.1, boxstyle="round,pad=0.05", facecolor=colour, edgecolor="black", lw=0.8)
-
-
 def draw_world(path):
     """Pictures, spectrograms and sentences of the shapes world, every column of other scenes."""
     fig, axes = figure(11, 3.9, nrows=3, ncols=8, height_ratios=(1, 1, 0.75))
-    scenes = {m: (latents[:8], labels[:8], rng) for m in ("image", "audio", "text") for latents, labels, rng in [draw_scenes(m, "figure", 64)]}
+    scenes = {}
+    for modality in ("image", "audio", "text"):
+        latents, labels, rng = draw_scenes(modality, "figure", 64)
+        scenes[modality] = latents[:8], labels[:8], rng
     pictures, sentences = paint_scenes(scenes["image"][0], scenes["image"][2]), tell_scenes(scenes["text"][0], scenes["text"][2])
-    sounds = encode_recordings(read_run_config([]), dict(train=list(sound_scenes(scenes["audio"][0], scenes["audio"][2]))))[0]["train"]["tokens"]
+    sounds = list(sound_scenes(scenes["audio"][0], scenes["audio"][2]))
+    sounds = encode_recordings(read_run_config([]), dict(train=sounds))[0]["train"]["tokens"]
     for i in range(8):
         axes[0, i].imshow(pictures[i])
         axes[1, i].imshow(sounds[i].reshape(64, 40).T, origin="lower", aspect="auto")
@@ -873,8 +921,7 @@ def main():
     else:
         reports, margin_lists = zip(*[analyse(folder) for folder in argv])
         show_side_by_side(reports)
-        if reports[0]["few_shot"]:
-            draw_side_by_side(os.path.join(argv[0], "side_by_side.png"), reports, margin_lists)
+        draw_side_by_side(os.path.join(argv[0], "side_by_side.png"), reports, margin_lists)
         print(json.dumps(reports[0] if len(reports) == 1 else reports))
 
 

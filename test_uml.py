@@ -307,7 +307,7 @@ def test_folders_of_recordings_are_split_by_speaker(tmp_path):
     argv = [f"--audio=folder:{root}", r"--audio_groups=_([a-z]+)_", "--audio_test_group=cy", "--audio_val_group=ann"]
     meta = P.read_meta(prepared(tmp_path / "d", *argv))
     assert [meta["splits"][s]["count"] for s in ("train", "val", "test")] == [12, 6, 6] and meta["classes"] == ["one", "two"]
-    for words, more in (("'eve' is not there", "--audio_test_group=eve"), ("both 'ann'", "--audio_test_group=ann"), ("no group in every", "--audio_groups=x(y)")):
+    for words, more in (("'eve' is not there", "--audio_test_group=eve"), ("both 'ann'", "--audio_test_group=ann"), ("must find a group", "--audio_groups=x(y)")):
         with pytest.raises(P.UserError, match=words):
             prepared(tmp_path / "d", *argv, more)
     with pytest.raises(P.UserError, match="three of them"):
@@ -315,7 +315,7 @@ def test_folders_of_recordings_are_split_by_speaker(tmp_path):
 
 
 def test_bad_recordings_are_named(tmp_path):
-    """Empty, cut short, not sound at all, no samples; an hour-long clip is read only as far as it is used; silence is sound."""
+    """Empty, cut short, not sound at all, no samples, silence, an hour long, not PCM."""
     root = speaker_folder(tmp_path / "r")
     whole = open(f"{root}/one/one_ann_0.wav", "rb").read()
     for body, words in ((b"", "not a readable PCM WAV"), (whole[:1000], "cut short"), (b"hello" * 99, "not a readable PCM WAV"), (whole[:44], "cut short")):
@@ -326,11 +326,11 @@ def test_bad_recordings_are_named(tmp_path):
     os.rename(f"{root}/one/bad.wav", f"{root}/one/bad.mp3")
     with pytest.raises(P.UserError, match="convert it with .ffmpeg"):
         prepared(tmp_path / "d", f"--audio=folder:{root}")
-    long = write_wave(tmp_path / "long.wav", seconds=3600)
-    with open(long, "rb") as f:
-        assert len(P.read_recording(AUDIO, f, long)) < 8000
-    silent, _ = P.encode_recordings(AUDIO, dict(train=[np.zeros(3000, np.float32)] * 2))
-    assert np.isfinite(silent["train"]["tokens"]).all()
+    os.remove(f"{root}/one/bad.mp3")
+    for seconds, pitch, words in ((3600, 440, "more than 600"), (0.3, 0, "only silence")):
+        write_wave(f"{root}/one/bad.wav", seconds=seconds, pitch=pitch)
+        with pytest.raises(P.UserError, match=f"bad.wav .*{words}"):
+            prepared(tmp_path / "d", f"--audio=folder:{root}")
 
 
 def test_fsdd_is_checked_and_split_by_speaker(tmp_path, monkeypatch):
@@ -353,11 +353,15 @@ def test_npz_features_come_in_with_labels_names_and_splits(tmp_path):
     meta, train = P.read_meta(folder), P.load_split(folder, "train")
     assert meta["classes"] == ["a", "b", "c"] and meta["arrays"]["tokens"]["shape"] == [1, 5] and len(train["labels"]) == 30
     assert np.allclose(train["tokens"][np.arange(2)][:, 0], good["features"][:2], atol=1e-5)
-    for change, words in ((dict(features=np.full((60, 5), np.nan)), "NaN"), (dict(labels=np.arange(59)), "60 whole numbers"), (dict(labels=np.arange(60)), "0 to 2"),
-                          (dict(split=np.array(["dev"] * 60)), "train, val or test"), (dict(features=np.zeros(60)), "needs an array")):
+    for change, words in ((dict(features=np.full((60, 5), np.nan)), "NaN"), (dict(labels=np.arange(59)), "60 whole numbers"), (dict(labels=np.arange(60)), "expected 0 to 2"),
+                          (dict(split=np.array(["dev"] * 60)), "train, test and perhaps val"), (dict(labels=np.array(["a"] * 60)), "whole numbers"), (dict(features=np.zeros(60)), "needs an array")):
         np.savez(path, **{**good, **change})
         with pytest.raises(P.UserError, match=words):
             prepared(tmp_path / "d", f"--image=npz:{path}")
+    np.save(path, np.zeros((4, 4)))
+    os.replace(path + ".npy", path)
+    with pytest.raises(P.UserError, match="not a readable .npz"):
+        prepared(tmp_path / "d", f"--image=npz:{path}")
     np.savez(path, features=np.array([{"a": 1}], dtype=object))
     with pytest.raises(P.UserError, match="not a readable .npz"):
         prepared(tmp_path / "d", f"--image=npz:{path}")
@@ -585,12 +589,19 @@ def test_a_stopped_and_resumed_run_equals_an_undisturbed_one(data, tmp_path, sch
     assert all(torch.equal(one[key], value) for key, value in weights(f"{tmp_path}/often").items())
 
 
-def test_joint_is_one_step_on_the_weighted_sum(data):
-    cfg, slots, classes = opened(data, "--text_weight=0.5")
+def test_joint_is_one_step_on_the_weighted_sum(data, tmp_path):
+    """One step of run() equals one step taken by hand on image loss + 0.5 * text loss."""
+    more = ["--text_weight=0.5", "--schedule=joint", "--warm_start_steps=0", "--steps=1", "--eval_interval=1"]
+    train(data, f"{tmp_path}/o", *more)
+    cfg, slots, classes = opened(data, *more)
     model = T.build_model(cfg, T.model_slots(slots), classes)
+    optimizer = T.make_optimizer(model, cfg, B.CPU)
     batches = {name: T.train_batch(slot, 0, 0, B.CPU) for name, slot in slots.items()}
     (model("image", **batches["image"]) + 0.5 * model("text", **batches["text"])).backward()
-    assert model.trunk[0].qkv.weight.grad.abs().sum() > 0 and slots["text"].weight == 0.5
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    taken = weights(f"{tmp_path}/o")
+    assert all(torch.allclose(value, taken[key], atol=1e-5) for key, value in model.state_dict().items())
 
 
 def test_a_run_leaves_what_it_promises(data, tmp_path):
@@ -605,6 +616,32 @@ def test_a_run_leaves_what_it_promises(data, tmp_path):
     assert T.run(config(data, f"{tmp_path}/run"), said.append) == result and "again" in said[0]  # finished: the same result
     with pytest.raises(P.UserError, match="another config .*steps"):
         train(data, f"{tmp_path}/run", "--steps=7")
+
+
+def test_more_steps_go_on_from_a_finished_run_and_fewer_end_it(data, tmp_path):
+    """A stale result must not be taken for the new one, and a run past its last step must not go on for ever."""
+    train(data, f"{tmp_path}/o")
+    assert train(data, f"{tmp_path}/o", "--steps=8", "--resume", "--stop_after=10") is None
+    assert train(data, f"{tmp_path}/o", "--steps=8", "--resume")["steps"] == 8
+    assert train(data, f"{tmp_path}/o", "--steps=4", "--resume")["steps"] == 4
+
+
+def test_a_run_whose_data_changed_is_another_run(tmp_path):
+    """Else the old result would come back, or former training pictures would be tested on."""
+    root = picture_folder(tmp_path / "p", count=8)
+    argv = [f"--image=folder:{root}", "--width=16", "--layers=1", "--heads=2", "--steps=2", "--image_batch=4", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"]
+    T.run(T.read_run_config(argv), quiet)
+    Image.new("RGB", (9, 9)).save(f"{root}/train/cat/new.png")
+    with pytest.raises(P.UserError, match="different: shards"):
+        T.run(T.read_run_config(argv), quiet)
+    with pytest.raises(P.UserError, match="has changed since"):
+        B.open_run(f"{tmp_path}/o")
+
+
+def test_class_names_that_differ_only_in_form_are_refused(tmp_path):
+    root = picture_folder(tmp_path / "p", classes=("a cat", "A_Cat"))
+    with pytest.raises(P.UserError, match="differ only in case"):
+        T.run(T.read_run_config([f"--image=folder:{root}", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"]), quiet)
 
 
 def test_without_auxiliaries_their_keys_and_the_warm_start_are_ignored_in_one_line(data, tmp_path):
@@ -694,12 +731,12 @@ def test_unseen_classes_have_no_labelled_examples(data):
 
 
 def test_the_control_keeps_marginals_and_destroys_structure(data):
-    (_, plain, _), (_, control, _) = opened(data, "--text_loss=next+label"), opened(data, "--text_loss=next+label", "--control=True")
-    a, b = plain["text"].train, control["text"].train
-    every = np.arange(len(a["labels"]))
-    real = np.arange(32) < a["lengths"][:, None]
-    assert np.array_equal(np.sort(a["tokens"][every][real]), np.sort(b["tokens"][every][real])) and (a["tokens"][every] != b["tokens"][every])[real].mean() > 0.5
-    assert np.array_equal(np.bincount(a["labels"]), np.bincount(b["labels"])) and (a["labels"] == b["labels"]).mean() < 0.1
+    (_, plain, _), (_, control, _) = (opened(data, "--text_loss=next+label", "--text_examples=640", *more) for more in ([], ["--control=True"]))
+    a, b, rows = plain["text"].train, control["text"].train, plain["text"].rows
+    real = np.arange(32) < a["lengths"][rows][:, None]
+    before, after = a["tokens"][rows], b["tokens"][rows]
+    assert np.array_equal(np.sort(before[real]), np.sort(after[real])) and (before != after)[real].mean() > 0.5
+    assert np.array_equal(np.bincount(a["labels"][rows]), np.bincount(b["labels"][rows])) and (a["labels"] == b["labels"])[rows].mean() < 0.1
     assert np.array_equal(plain["image"].train["labels"], control["image"].train["labels"])
 
 
@@ -773,6 +810,16 @@ def test_theory_agrees_with_what_can_be_worked_out_by_hand(tmp_path, capsys):
     out = B.theory(str(tmp_path), repetitions=50_000)
     assert all(abs(row["measured"] / row["bound"] - 1) < 0.02 for row in out["traces"]) and out["loewner_gain"][0] > 0
     assert out["exchange_rates"].count(None) == 1 and out["slope"] == pytest.approx(-2, abs=0.1) and (tmp_path / "theory.png").exists()
+
+
+def test_compare_gives_every_speaker_a_turn_and_chooses_within_each_fold(tmp_path):
+    """With audio_test_group='each', seed k is tested on the k-th speaker, and its rate is chosen on its own validation speaker."""
+    root = speaker_folder(tmp_path / "r", speakers=("1", "2", "3"))
+    out = B.compare([f"--audio=folder:{root}", "--audio_groups=_([0-9])_", "--audio_test_group=each", "--target=audio", "--text=pydoc", "--text_batch=4", "--width=16",
+                     "--layers=1", "--heads=2", "--steps=2", "--audio_batch=4", "--seeds=3", "--search=1,2", "--arms=alone,uml", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"])
+    made = [json.load(open(tmp_path / "o/compare" / run / "config.json")) for run in os.listdir(tmp_path / "o/compare")]
+    assert {(c["seed"], c["audio_test_group"], c["audio_val_group"]) for c in made} == {(k, f"#{k}", f"#{k + 1}") for k in range(3)}
+    assert np.shape(out["arms"]["uml"]["search_scores"]) == (3, 2)
 
 
 def test_compare_searches_without_the_test_split_shares_warm_starts_and_is_cached(tmp_path, monkeypatch, capsys):

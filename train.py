@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import os
-import resource
 import sys
 import time
 import zlib
@@ -25,8 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import UML, linear_probe
-from prepare import (LOG_MEL_RANGE, PREPARE_KEYS, SLOT_NAME, UserError, active_slots, exit_on_user_error, load_split, modality_of, patchify, plain_name,
-                     prepare, print_help, read_config, read_meta, unpatchify, write_json)
+from prepare import (LOG_MEL_RANGE, PREPARE_KEYS, SLOT_NAME, UserError, active_slots, exit_on_user_error, load_split, modality_of,
+                     patchify, peak_memory, plain_name, prepare, print_help, read_config, read_meta, shard_folder, unpatchify,
+                     write_json)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # config: these keys and prepare.py's make a run; sample_configs/*.py set some, --key=value overrides any
@@ -86,33 +86,51 @@ FREE_KEYS = {"out_dir", "resume", "stop_after", "benchmark", "log_interval", "ra
 FREE_ON_RESUME = FREE_KEYS | {"eval_interval", "device", "steps"}
 
 
+def drop_inactive(cfg):
+    """cfg without the keys that have no effect -> (cfg, names of the slots that are off, dropped keys that were set)."""
+    slots = active_slots(cfg)
+    off = [slot for slot in cfg if SLOT_NAME.fullmatch(slot) and slot not in slots]
+    # text_length and its like belong to a modality: they stay as long as any slot of it is on
+    idle = [slot for slot in off if slot[-1].isdigit() or slot not in map(modality_of, slots)]
+    dropped = [key for key in cfg if key.split("_")[0] in idle and key not in ("image", "text", "audio")]
+    was_set = [key for key in dropped if key not in KEYS or cfg[key] != KEYS[key][0]]
+    cfg = {key: value for key, value in cfg.items() if key not in dropped}
+    if len(slots) == 1:  # nothing to start from without an auxiliary
+        was_set += [key for key in ("warm_start_steps", "head_from") if cfg[key]]
+        cfg.update(warm_start_steps=0, head_from="")
+    return cfg, off, sorted(was_set)
+
+
 def resolve(cfg, say=print):
     """Check cfg and leave out what has no effect; returns the config that identifies the run."""
-    cfg, slots = dict(cfg), active_slots(cfg)
-    for slot in slots:
+    cfg = dict(cfg)
+    for slot in active_slots(cfg):
         if cfg[f"{slot}_examples"] == 0:
             cfg[slot] = ""
-    slots = active_slots(cfg)
     if cfg.get("audio_test_group") == "each":  # cross-validation: seed 0 is tested on the first speaker, seed 1 on the second, ...
-        cfg.update(audio_test_group=str(cfg["seed"]), audio_val_group=str(cfg["seed"] + 1))
+        cfg.update(audio_test_group=f"#{cfg['seed']}", audio_val_group=f"#{cfg['seed'] + 1}")
+    slots = active_slots(cfg)
     if cfg["target"] not in slots:
         raise UserError(f"target='{cfg['target']}' is not a slot with a source and examples (there are: {', '.join(slots) or 'none'})")
-    off = [key for key in cfg if SLOT_NAME.fullmatch(key) and not cfg[key]]
-    off = [slot for slot in off if slot[-1].isdigit() or slot not in map(modality_of, slots)]  # text2 still needs text_length
-    ignored = [key for key in cfg if key.split("_")[0] in off and (key not in off or key[-1].isdigit())]
-    ignored += [key for key in ("warm_start_steps", "head_from") if len(slots) == 1 and cfg[key]]
-    if configured := sorted(key for key in ignored if key not in KEYS or cfg[key] != KEYS[key][0]):
-        say(f"slots without a source or examples: {', '.join(off)}; ignored: {', '.join(configured)}")
-    cfg = {key: value for key, value in cfg.items() if key not in ignored} | ({"warm_start_steps": 0, "head_from": ""} if len(slots) == 1 else {})
-    for key, allowed in dict(schedule=("alternate", "joint"), image_embed=("linear", "conv"), device=("auto", "cpu", "cuda", "mps")).items():
+    cfg, off, was_set = drop_inactive(cfg)
+    if was_set:
+        say(f"slots without a source or examples: {', '.join(off)}; ignored: {', '.join(was_set)}")
+    for slot in slots:
+        if unknown := set(cfg[f"{slot}_loss"].split("+")) - {"next", "reconstruct", "label"}:
+            raise UserError(f"{slot}_loss='{cfg[f'{slot}_loss']}': '{unknown.pop()}' is none of next, reconstruct, label")
+    choices = dict(schedule=("alternate", "joint"), image_embed=("linear", "conv"), device=("auto", "cpu", "cuda", "mps"))
+    for key, allowed in choices.items():
         if cfg.get(key, allowed[0]) not in allowed:
             raise UserError(f"{key}='{cfg[key]}' must be one of {', '.join(allowed)}")
-    for key, least in dict(steps=1, eval_interval=1, log_interval=1, width=1, layers=0, heads=1, warm_start_steps=0, threads=0,
-                           stop_after=0, seed=0, bottleneck=0, mask_ratio=0, image_shift=0, audio_shift=0, audio_mask=0, unseen_classes=0,
-                           **{f"{s}_batch": 1 for s in slots}, **{f"{s}_updates": 0 for s in slots}).items():
+    floors = dict(dict.fromkeys(("steps", "eval_interval", "log_interval", "width", "heads"), 1), **dict.fromkeys(
+        ("layers", "warm_start_steps", "threads", "stop_after", "seed", "bottleneck", "mask_ratio", "image_shift", "audio_shift", "audio_gain",
+         "audio_mask", "unseen_classes", "weight_decay"), 0))
+    for slot in slots:
+        floors.update({f"{slot}_batch": 1, f"{slot}_updates": 0, f"{slot}_examples": -1, f"{slot}_weight": 0})
+    for key, least in floors.items():
         if cfg.get(key, least) < least:
             raise UserError(f"{key}={cfg[key]} must be at least {least}")
-    if cfg["head_from"] and "label" not in cfg.get(f"{cfg['head_from']}_loss", "") or cfg["head_from"] == cfg["target"]:
+    if cfg["head_from"] and (cfg["head_from"] == cfg["target"] or "label" not in cfg.get(f"{cfg['head_from']}_loss", "")):
         raise UserError(f"head_from='{cfg['head_from']}' must name an auxiliary slot with a label loss")
     if cfg["mask_ratio"] >= 1 or not cfg["learning_rate"] > 0:
         raise UserError(f"mask_ratio={cfg['mask_ratio']} must be below 1 and learning_rate={cfg['learning_rate']} above 0")
@@ -151,8 +169,9 @@ def open_slots(cfg, say):
         meta = read_meta(folder)
         slot = SimpleNamespace(name=name, folder=folder, meta=meta, loss=cfg[f"{name}_loss"], batch=cfg[f"{name}_batch"],
                                weight=cfg[f"{name}_weight"], train=load_split(folder, "train"), val=load_split(folder, "val"),
-                               augment={key: cfg.get(key) for key in ("image_shift", "image_flip", "audio_shift", "audio_gain", "audio_mask")},
-                               mask_ratio=cfg["mask_ratio"], banned=[])
+                               cfg=cfg, banned=[])
+        if len({plain_name(c) for c in meta["classes"]}) < len(meta["classes"]):
+            raise UserError(f"{name}={cfg[name]} has classes that differ only in case, spaces, '_' or '-': rename or merge them")
         if "label" in slot.loss.split("+"):
             if len(meta["classes"]) < 2:
                 raise UserError(f"{name}={cfg[name]} has {len(meta['classes'])} classes, its label loss needs at least two: "
@@ -162,7 +181,7 @@ def open_slots(cfg, say):
             if lacking and cfg["score_test"]:
                 raise UserError(f"{name}={cfg[name]}: no test items of class '{lacking[0]}' ({len(lacking)} such classes): "
                                 "add some, or pass --score_test=False")
-            if cfg["unseen_classes"] > len(meta["classes"]) - 2:
+            if cfg["unseen_classes"] and cfg["unseen_classes"] > len(meta["classes"]) - 2:
                 raise UserError(f"unseen_classes={cfg['unseen_classes']} leaves fewer than two of {len(meta['classes'])} classes")
             rng = np.random.default_rng([cfg["seed"], zlib.crc32(b"unseen classes")])
             slot.banned = sorted(rng.permutation(len(meta["classes"]))[:cfg["unseen_classes"]].tolist())
@@ -177,8 +196,11 @@ def open_slots(cfg, say):
         if slot.name == target or "label" in slot.loss:
             known = {plain_name(c): i for i, c in enumerate(classes)}
             new = [c for c in slot.meta["classes"] if plain_name(c) not in known]
-            if classes and new:
-                say(f"warning: {len(new)} of the {len(slot.meta['classes'])} classes of {slot.name} are not the target's: {', '.join(new[:5])}")
+            own = {plain_name(c) for c in slot.meta["classes"]}
+            lacking = [c for c in slots[target].meta["classes"] if plain_name(c) not in own]
+            for missing, where in ((new, f"{slot.name} are not the target's"), (lacking, f"the target are not {slot.name}'s")):
+                if classes and missing:
+                    say(f"warning: {len(missing)} classes of {where}: {', '.join(missing[:5])}")
             classes += new
             known = {plain_name(c): i for i, c in enumerate(classes)}
             slot.head_rows = np.array([known[plain_name(c)] for c in slot.meta["classes"]], np.int64)
@@ -186,16 +208,19 @@ def open_slots(cfg, say):
 
 
 def destroy_structure(slot, seed):
-    """Shuffle an auxiliary's training data in place: its labels over its items if it has a label loss, and its tokens over
-    the corpus (all real places of all items) if it predicts tokens. Each token and label is as frequent as before."""
+    """Shuffle the examples of an auxiliary in place: their labels if it has a label loss, and their tokens (over all real places
+    of all examples) if it predicts tokens. Each token and label stays as frequent as it was."""
     rng, losses = np.random.default_rng([seed, zlib.crc32(slot.name.encode()), 3]), slot.loss.split("+")
     if "label" in losses:
-        slot.train["labels"] = rng.permutation(slot.train["labels"])
+        slot.train["labels"] = slot.train["labels"].copy()
+        slot.train["labels"][slot.rows] = rng.permutation(slot.train["labels"][slot.rows])
     if losses != ["label"]:
-        tokens = slot.train["tokens"][np.arange(len(slot.train["tokens"]))]
-        real = np.arange(tokens.shape[1]) < slot.train.get("lengths", np.full(len(tokens), tokens.shape[1]))[:, None]
+        every = slot.train["tokens"][np.arange(len(slot.train["tokens"]))]
+        tokens, lengths = every[slot.rows], slot.train.get("lengths", np.full(len(every), every.shape[1]))[slot.rows]
+        real = np.arange(every.shape[1]) < lengths[:, None]
         tokens[real] = rng.permutation(tokens[real])
-        slot.train["tokens"] = tokens
+        every[slot.rows] = tokens
+        slot.train["tokens"] = every
 
 
 def model_slots(slots):
@@ -242,8 +267,8 @@ def shift_and_flip(tokens, patch, shift, flip, rng):
 
 
 def move_and_mask(tokens, lengths, mels, shift, gain, mask, rng):
-    """Augment recordings (B, T, group*mels) uint8: move in time by up to `shift` frames (edges repeat), change loudness by up to
-    `gain` dB, blank a band of up to `mask` mels and a span of up to `mask` frames (SpecAugment, arXiv 1904.08779) -> (tokens, lengths)."""
+    """Augment recordings (B, T, group*mels) uint8 -> (tokens, lengths): move them in time by up to `shift` frames (edges repeat),
+    change their loudness by up to `gain` dB, blank up to `mask` mels and up to `mask` frames (SpecAugment, arXiv 1904.08779)."""
     B, T, D = tokens.shape
     group, F = D // mels, T * D // mels
     frames, moves = tokens.reshape(B, F, mels), rng.integers(-shift, shift + 1, B)
@@ -258,15 +283,14 @@ def move_and_mask(tokens, lengths, mels, shift, gain, mask, rng):
     return frames.astype(np.uint8).reshape(B, T, D), (-(-(lengths * group + moves) // group)).clip(1, T)
 
 
-def collate(slot, arrays, rows, device, rng=None):
-    """Items -> the keyword arguments of UML.forward as tensors. rng: augment and hide tokens (training), None: neither."""
-    tokens, lengths, batch, augment = arrays["tokens"][rows], None, {}, slot.augment
-    if "lengths" in arrays:
-        lengths = arrays["lengths"][rows]
-    if rng is not None and "patch" in slot.meta and (augment["image_shift"] or augment["image_flip"]):
-        tokens = shift_and_flip(tokens, slot.meta["patch"], augment["image_shift"], augment["image_flip"], rng)
-    if rng is not None and "mels" in slot.meta and (augment["audio_shift"] or augment["audio_gain"] or augment["audio_mask"]):
-        tokens, lengths = move_and_mask(tokens, lengths, slot.meta["mels"], augment["audio_shift"], augment["audio_gain"], augment["audio_mask"], rng)
+def collate(slot, arrays, rows, device, rng=None, augment=False):
+    """Items -> the keyword arguments of UML.forward as tensors. rng decides what "reconstruct" hides and the augmentation."""
+    tokens, cfg, batch = arrays["tokens"][rows], slot.cfg, {}
+    lengths = arrays["lengths"][rows] if "lengths" in arrays else None
+    if augment and "patch" in slot.meta:
+        tokens = shift_and_flip(tokens, slot.meta["patch"], cfg["image_shift"], cfg["image_flip"], rng)
+    if augment and "mels" in slot.meta:
+        tokens, lengths = move_and_mask(tokens, lengths, slot.meta["mels"], cfg["audio_shift"], cfg["audio_gain"], cfg["audio_mask"], rng)
     if lengths is not None:
         if device.type == "cpu":  # short batches are cheap; compiled GPU code wants one shape
             tokens = tokens[:, :max(2, lengths.max())]
@@ -274,7 +298,7 @@ def collate(slot, arrays, rows, device, rng=None):
     if "label" in slot.loss:
         batch["labels"] = slot.head_rows[arrays["labels"][rows]]
     if rng is not None and "reconstruct" in slot.loss:
-        batch["hidden"] = rng.random(tokens.shape[:2]) < slot.mask_ratio
+        batch["hidden"] = rng.random(tokens.shape[:2]) < cfg["mask_ratio"]
     batch["tokens"] = tokens.astype(np.int64) if slot.meta["kind"] == "discrete" else tokens
     return {key: to_device(torch.from_numpy(np.ascontiguousarray(value)), device) for key, value in batch.items()}
 
@@ -285,7 +309,7 @@ def to_device(tensor, device):
 
 def train_batch(slot, seed, update, device):
     rng = np.random.default_rng([seed, zlib.crc32(slot.name.encode()), 2, update])
-    return collate(slot, slot.train, batch_rows(slot, seed, update), device, rng)
+    return collate(slot, slot.train, batch_rows(slot, seed, update), device, rng, augment=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,12 +400,14 @@ def evaluate(model, slot, arrays, device, probe=None):
     training examples does; its penalty is the best on this split unless a fitted probe is handed in. Without labels the
     score is minus the loss. score and accuracy count items of classes that have labelled examples.
     """
-    labels, rows = arrays.get("labels"), np.arange(len(arrays["tokens"]))
-    if labels is None:
-        batches = [(len(part), collate(slot, arrays, part, device, np.random.default_rng([0]))) for part in np.array_split(rows, -(-len(rows) // 500))]
-        loss = sum(n * model(slot.name, **batch).item() for n, batch in batches) / len(rows)
-        return dict(score=-loss, accuracy=None, balanced_accuracy=None, unseen_accuracy=None, probe=None, r2=latent_r2(model, slot, arrays, device))
-    classes, features = len(slot.meta["classes"]), extract(model, slot, arrays, rows, device)
+    labels, rows, classes = arrays.get("labels"), np.arange(len(arrays["tokens"])), len(slot.meta["classes"])
+    if labels is None or classes < 2:
+        loss = 0.0
+        for i, part in enumerate(np.array_split(rows, -(-len(rows) // 500))):
+            loss += len(part) / len(rows) * model(slot.name, **collate(slot, arrays, part, device, np.random.default_rng([i]))).item()
+        return dict(score=-loss, accuracy=None, balanced_accuracy=None, unseen_accuracy=None, probe=None,
+                    r2=latent_r2(model, slot, arrays, device))
+    features = extract(model, slot, arrays, rows, device)
     truth, unseen = torch.from_numpy(labels).long(), torch.from_numpy(np.isin(labels, slot.banned))
 
     if "label" in slot.loss:
@@ -424,19 +450,20 @@ def load_model(path):
 
 
 def build_model(cfg, slots, classes):
+    keys = ("width", "layers", "heads", "bottleneck", "mask_ratio", "image_embed", "temperature", "seed")
     try:
-        return UML(slots, len(classes), **{key: cfg[key] for key in ("width", "layers", "heads", "bottleneck",
-                                                                             "mask_ratio", "image_embed", "temperature", "seed") if key in cfg})
+        return UML(slots, len(classes), **{key: cfg[key] for key in keys if key in cfg})
     except ValueError as problem:
         raise UserError(str(problem)) from None
 
 
-def start_trunk_from(model, folder):
+def start_trunk_from(model, cfg, folder):
     """Copy the trunk and its last norm from a finished run's best.pt, whatever slots that run had."""
-    state = {k: v for k, v in load_checkpoint(os.path.join(folder, "best.pt"))["model"].items() if k.startswith(("trunk.", "norm."))}
+    other = load_checkpoint(os.path.join(folder, "best.pt"))
+    state = {k: v for k, v in other["model"].items() if k.startswith(("trunk.", "norm."))}
     own = {k: v.shape for k, v in model.state_dict().items() if k.startswith(("trunk.", "norm."))}
-    if own != {k: v.shape for k, v in state.items()}:
-        raise UserError(f"init_from={folder} has a trunk of another width or depth than this config")
+    if own != {k: v.shape for k, v in state.items()} or other["config"]["heads"] != cfg["heads"]:
+        raise UserError(f"init_from={folder} has a trunk of another width, depth or number of heads than this config")
     model.load_state_dict(state, strict=False)
 
 
@@ -452,20 +479,19 @@ def start_head_from(model, slot, device):
 def finished_result(cfg):
     """The result in out_dir if this very config was finished there, else None. Refuses the folder of another run."""
     path = os.path.join(cfg["out_dir"], "config.json")
-    identity = {key: value for key, value in cfg.items() if key not in FREE_KEYS}
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            there = {key: value for key, value in json.load(f).items() if key not in FREE_KEYS}
-        differing = sorted(key for key in there.keys() | identity.keys() if there.get(key) != identity.get(key))
-        meant = [key for key in differing if cfg["resume"] and key in FREE_ON_RESUME]
-        if differing != meant:
-            raise UserError(f"{cfg['out_dir']} holds a run of another config (different: {', '.join(differing)}): "
-                            "choose another --out_dir or delete it")
-        if os.path.exists(os.path.join(cfg["out_dir"], "result.json")) and not differing:
-            with open(os.path.join(cfg["out_dir"], "result.json"), encoding="utf-8") as f:
-                return json.load(f)
-        if not cfg["resume"] and os.path.exists(os.path.join(cfg["out_dir"], "last.pt")):
-            raise UserError(f"{cfg['out_dir']} holds an unfinished run of this config: add --resume to go on, or delete it")
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as f:
+        there = json.load(f)
+    differing = sorted(key for key in (there.keys() | cfg.keys()) - FREE_KEYS if there.get(key) != cfg.get(key))
+    if not cfg["resume"] and differing or set(differing) - FREE_ON_RESUME:
+        raise UserError(f"{cfg['out_dir']} holds a run of another config (different: {', '.join(differing)}): "
+                        "choose another --out_dir or delete it")
+    if "steps" not in differing and os.path.exists(os.path.join(cfg["out_dir"], "result.json")):
+        with open(os.path.join(cfg["out_dir"], "result.json"), encoding="utf-8") as f:
+            return json.load(f)
+    if not cfg["resume"] and os.path.exists(os.path.join(cfg["out_dir"], "last.pt")):
+        raise UserError(f"{cfg['out_dir']} holds an unfinished run of this config: add --resume to go on, or delete it")
     return None
 
 
@@ -484,37 +510,48 @@ def pick_device(cfg):
     return torch.device(name), torch.autocast(name, torch.bfloat16, enabled=half), f"{name}, {'bf16' if half else 'fp32'}"
 
 
-def run(cfg, say=print):
-    """Train one config to its end -> the result dict (also in out_dir/result.json), or None if stop_after came first."""
-    cfg = resolve(cfg, say)
-    if (finished := finished_result(cfg)) is not None:
-        say(f"{cfg['out_dir']} is finished; its result again:")
-        return finished
+def set_up(cfg, say):
+    """Everything a step needs, from a resolved config -> (device, slots, classes, model, loss_of, optimizer, autocast)."""
     if cfg["threads"]:
         torch.set_num_threads(cfg["threads"])
     device, autocast, device_line = pick_device(cfg)
     slots, classes = open_slots(cfg, say)
-    target, warm = slots[cfg["target"]], cfg["warm_start_steps"]
     model = build_model(cfg, model_slots(slots), classes)
     if cfg["init_from"]:
-        start_trunk_from(model, cfg["init_from"])
+        start_trunk_from(model, cfg, cfg["init_from"])
     model.to(device)
-    os.makedirs(cfg["out_dir"], exist_ok=True)
-    write_json(os.path.join(cfg["out_dir"], "config.json"), cfg)
     compiled = cfg["compile"] if cfg["compile"] is not None else device.type == "cuda"
     loss_of = torch.compile(model) if compiled else model  # `model` itself is what we evaluate and save
-    optimizer = make_optimizer(model, cfg, device)
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(p.numel() for p in model.trunk.parameters()):,} of them "
+        f"in the shared trunk; {device_line}, {torch.get_num_threads()} threads, {'compiled' if compiled else 'eager'}")
+    return device, slots, classes, model, loss_of, make_optimizer(model, cfg, device), autocast
+
+
+def run(cfg, say=print):
+    """Train one config to its end -> the result dict (also in out_dir/result.json), or None if stop_after came first."""
+    cfg = resolve(cfg, say)
+    cfg["shards"] = {slot: os.path.basename(shard_folder(cfg, slot)[0]) for slot in active_slots(cfg)}  # other data, another run
+    if (finished := finished_result(cfg)) is not None:
+        say(f"{cfg['out_dir']} is finished; its result again:")
+        return finished
+    device, slots, classes, model, loss_of, optimizer, autocast = set_up(cfg, say)
+    target, warm = slots[cfg["target"]], cfg["warm_start_steps"]
+    last_path, best_path, log_path, result_path = (os.path.join(cfg["out_dir"], name) for name in ("last.pt", "best.pt", "log.jsonl", "result.json"))
+    os.makedirs(cfg["out_dir"], exist_ok=True)
+    write_json(os.path.join(cfg["out_dir"], "config.json"), cfg)
+    if os.path.exists(result_path):  # of fewer steps, now resumed
+        os.remove(result_path)
 
     step, best, spent, items, updates = 0, None, 0.0, 0, {name: 0 for name in slots}
-    last_path, best_path, log_path = (os.path.join(cfg["out_dir"], name) for name in ("last.pt", "best.pt", "log.jsonl"))
     log = []  # what log.jsonl starts with
     if cfg["resume"] and os.path.exists(last_path):
         saved = load_checkpoint(last_path)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, best, updates, spent, items = (saved[key] for key in ("step", "best", "updates", "seconds", "items"))
-        with open(log_path, encoding="utf-8") as f:
-            log = [line for line in f if json.loads(line)["step"] <= step]
+        if os.path.exists(log_path):
+            with open(log_path, encoding="utf-8") as f:  # a line cut short by a kill is later than the checkpoint
+                log = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= step]
         say(f"resuming {cfg['out_dir']} at step {step}")
     elif cfg["resume"]:
         say(f"nothing to resume in {cfg['out_dir']}: starting from scratch")
@@ -522,8 +559,6 @@ def run(cfg, say=print):
         f.writelines(log)
     os.replace(log_path + ".tmp", log_path)
     total = warm + cfg["steps"]
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(p.numel() for p in model.trunk.parameters()):,} of them "
-        f"in the shared trunk; {device_line}, {torch.get_num_threads()} threads, {'compiled' if compiled else 'eager'}")
     for slot in slots.values():
         say(f"{slot.name}: {cfg[slot.name]}, {len(slot.rows):,} training items, loss {slot.loss}" + (" (target)" if slot is target else ""))
     order = lambda step: " then ".join("+".join(group) for group in pattern(cfg, slots, step))
@@ -546,7 +581,7 @@ def run(cfg, say=print):
         # 1. what is due between steps; the clock stands still meanwhile
         evaluating = step > max(first, warm) and ((step - warm) % cfg["eval_interval"] == 0 or step == total)
         logging = step > first and (step % cfg["log_interval"] == 0 or step == total)
-        stopping = step == total or (step == cfg["stop_after"] and step > first)
+        stopping = step >= total or 0 < cfg["stop_after"] <= step
         saving = stopping or evaluating or (step > first and step % cfg["eval_interval"] == 0)
         if logging or saving:
             synchronize()
@@ -564,9 +599,9 @@ def run(cfg, say=print):
             sums, window = {}, (step, spent, items)
         if evaluating:
             now = evaluate(model, target, target.val, device)
-            note(f"step {step}/{total} | validation " + (f"accuracy {now['accuracy']:.4f}" if now["accuracy"] is not None else f"loss {-now['score']:.4f}")
-                 + (f" (unseen classes {now['unseen_accuracy']:.4f})" if now["unseen_accuracy"] is not None else ""),
-                 step=step, val_accuracy=now["accuracy"], val_score=now["score"], val_unseen_accuracy=now["unseen_accuracy"])
+            shown = f"loss {-now['score']:.4f}" if now["accuracy"] is None else f"accuracy {now['accuracy']:.4f}"
+            shown += "" if now["unseen_accuracy"] is None else f" (unseen classes {now['unseen_accuracy']:.4f})"
+            note(f"step {step}/{total} | validation {shown}", step=step, val_accuracy=now["accuracy"], val_score=now["score"], val_unseen_accuracy=now["unseen_accuracy"])
             if best is None or now["score"] > best["score"]:
                 best = dict(step=step, score=now["score"])
                 save(best_path)
@@ -616,12 +651,12 @@ def run(cfg, say=print):
                   val_accuracy=val["accuracy"], test_accuracy=test.get("accuracy"),
                   chance=1 / len(target.meta["classes"]) if target.meta["classes"] else None,
                   val_balanced_accuracy=val["balanced_accuracy"], test_balanced_accuracy=test.get("balanced_accuracy"), flops=flops,
-                  seconds=round(spent, 2), samples_per_second=round(items / spent, 1), peak_memory=peak_memory(device))
+                  seconds=round(spent, 2), samples_per_second=round(items / spent, 1), peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory())
     if slots[target.name].banned:
         result.update(val_unseen_accuracy=val["unseen_accuracy"], test_unseen_accuracy=test.get("unseen_accuracy"))
     if val["accuracy"] is None:
         result.update(val_loss=-val["score"], test_loss=-test["score"] if test else None, val_r2=val["r2"], test_r2=test.get("r2"))
-    write_json(os.path.join(cfg["out_dir"], "result.json"), result)
+    write_json(result_path, result)
     return result
 
 
@@ -632,13 +667,7 @@ def benchmark(cfg, say=print, repeats=20):
     20 square matmuls (2 n^3 FLOPs) in this process, at the same dtype and threads.
     """
     cfg = resolve(cfg, say)
-    if cfg["threads"]:
-        torch.set_num_threads(cfg["threads"])
-    device, autocast, device_line = pick_device(cfg)
-    slots, classes = open_slots(cfg, say)
-    model = build_model(cfg, model_slots(slots), classes).to(device)
-    compiled = cfg["compile"] if cfg["compile"] is not None else device.type == "cuda"
-    loss_of, optimizer = torch.compile(model) if compiled else model, make_optimizer(model, cfg, device)
+    device, slots, classes, model, loss_of, optimizer, autocast = set_up(cfg, say)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def now():
@@ -660,13 +689,14 @@ def benchmark(cfg, say=print, repeats=20):
         optimizer.step()
         return np.diff(times + [now()])
 
-    matrix, seconds = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if "bf16" in device_line else torch.float32), []
+    matrix, seconds = torch.randn(2048, 2048, device=device), []
     for _ in range(20):
         start = now()
-        matrix @ matrix
+        with autocast:
+            matrix @ matrix
         seconds.append(now() - start)
     peak = 2 * 2048**3 / min(seconds) / 1e9
-    say(f"{device_line}, {torch.get_num_threads()} threads, {'compiled' if compiled else 'eager'}; matmul peak {peak:,.0f} GFLOP/s")
+    say(f"matmul peak {peak:,.0f} GFLOP/s")
     out = {}
     for name, slot in slots.items():
         start = now()
@@ -682,17 +712,10 @@ def benchmark(cfg, say=print, repeats=20):
         share = dict(zip(("data", "forward", "backward", "optimizer"), (parts.sum(0) / parts.sum()).round(4).tolist()))
         out[name] = dict(ms_per_step=ms, ms_p10=low, ms_p90=high, first_step_seconds=first, samples_per_second=1e3 * slot.batch / ms,
                          tokens_per_second=1e3 * tokens / ms, gflops=gflops, fraction_of_peak=gflops / peak, share=share)
-        say(f"{name}: {ms:.1f} ms/step (10-90%: {low:.1f}-{high:.1f}; first {first:.1f} s), {1e3 * slot.batch / ms:,.0f} samples/s, {1e3 * tokens / ms:,.0f} tokens/s, "
-            f"{gflops:,.0f} GFLOP/s = {gflops / peak:.0%} of peak; " + ", ".join(f"{k} {v:.1%}" for k, v in share.items()))
+        say(f"{name}: {ms:.1f} ms/step (10-90%: {low:.1f}-{high:.1f}; first {first:.1f} s), {1e3 * slot.batch / ms:,.0f} samples/s, "
+            f"{1e3 * tokens / ms:,.0f} tokens/s, {gflops:,.0f} GFLOP/s = {gflops / peak:.0%} of peak; " + ", ".join(f"{k} {v:.1%}" for k, v in share.items()))
     return dict({key: out[cfg["target"]][key] for key in ("ms_per_step", "gflops", "fraction_of_peak")}, peak_gflops=peak,
-                peak_memory=peak_memory(device), slots=out)
-
-
-def peak_memory(device):
-    """Peak memory in bytes: of the GPU's allocator, or of this process (mapped shards included)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+                peak_memory=peak_memory(), slots=out)
 
 
 def read_run_config(argv, keys=KEYS):
