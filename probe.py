@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from model import linear_probe
 from prepare import (LOG_MEL_RANGE, SHAPE_CLASSES, UserError, active_slots, draw_scenes, encode_recordings, exit_on_user_error,
-                     load_bpe, load_split, modality_of, paint_scenes, patchify, plain_name, prepare, read_pictures,
-                     read_recordings, read_text, shard_folder, sound_scenes, tell_scenes, unpatchify, write_json)
+                     load_bpe, load_split, modality_of, paint_scenes, patchify, plain_name, prepare, read_config,
+                     read_pictures, read_recordings, read_text, shard_folder, sound_scenes, tell_scenes, unpatchify, write_json)
 from train import (FREE_KEYS, KEYS, choose_examples, evaluate, extract, fit_probe, load_checkpoint, load_model, open_slots,
                    read_run_config, resolve, run)
 
@@ -408,7 +408,8 @@ COMPARE_KEYS = dict(
     seeds=(8, "compare: runs an arm, with seeds 0, 1, ..."),
     arms=("alone,uml,control", "compare: also longer, init, frozen, unrelated"),
     unrelated=("", "compare: the source of the auxiliary in the arm 'unrelated'"),
-    search=("0.5,1,2", "compare: factors on learning_rate, each arm's candidates, chosen on validation of a seed not reported"),
+    search=("0.5,1,2", "compare: each arm's candidates, chosen on validation with a seed that is not reported: factors on "
+                       "learning_rate, or settings 'learning_rate=1e-3,weight_decay=0.5;learning_rate=...'"),
     jobs=(1, "compare: runs at a time, each with `threads` threads"),
 )
 ARMS = dict(alone="the target only", uml="the config as it stands", control="auxiliary with its structure destroyed",
@@ -437,6 +438,21 @@ def arm_config(cfg, arm, unrelated="", flops_ratio=1.0):
         cfg.update({slot: unrelated for slot in auxiliaries})
         cfg.update({f"{slot}_loss": "next" for slot in auxiliaries}, head_from="")  # its classes, if any, are not the target's
     return cfg
+
+
+def candidates(text, cfg):
+    """'0.5,1,2' -> [{learning_rate: ...}, ...]; 'learning_rate=1e-3,text_updates=2;...' -> these settings, read like a command line."""
+    if "=" not in text:
+        try:
+            return [dict(learning_rate=cfg["learning_rate"] * float(factor)) for factor in text.split(",")]
+        except ValueError:
+            raise UserError(f"search='{text}' must be numbers joined by commas, or settings joined by ';'") from None
+    out = []
+    for part in text.split(";"):
+        pairs = [pair.strip() for pair in part.split(",")]
+        read = read_config([f"--{pair}" for pair in pairs], KEYS)
+        out.append({key: read[key] for key in (pair.split("=")[0] for pair in pairs)})
+    return out
 
 
 def digest(*values):
@@ -520,10 +536,7 @@ def compare(argv):
     if n < 1 or own["jobs"] < 1 or not active_slots(cfg)[1:]:
         raise UserError(f"compare needs seeds={n} and jobs={own['jobs']} of at least 1, and a config with an auxiliary slot")
     arms = [arm for arm in ARMS if arm in {*arms, "alone", "uml"}]
-    try:
-        factors = [float(value) for value in own["search"].split(",")]
-    except ValueError:
-        raise UserError(f"search='{own['search']}' must be numbers joined by commas") from None
+    settings = candidates(own["search"], cfg)
     cfg.update(stop_after=0, benchmark=False)
     for arm in arms:
         resolve(arm_config(cfg, arm, own["unrelated"]), say=lambda line: None)  # what is wrong with an arm shows now, not hours later
@@ -536,19 +549,18 @@ def compare(argv):
 
     def configs(arm, pairs, **change):
         ratio = results["uml"][0]["flops"] / results["alone"][0]["flops"] if arm == "longer" else 1.0
-        return [arm_config(dict(cfg, seed=seed, learning_rate=cfg["learning_rate"] * factor, **change), arm, own["unrelated"], ratio)
-                for seed, factor in pairs]
+        return [arm_config(dict(cfg, **setting, seed=seed, **change), arm, own["unrelated"], ratio) for seed, setting in pairs]
 
     for wave in (["alone", "uml"], [arm for arm in arms if arm not in ("alone", "uml")]):  # longer needs the FLOPs of the first two
-        if len(factors) > 1:
-            pairs = [(seed, factor) for seed in (range(n) if per_seed else [SEARCH_SEED]) for factor in factors]
+        if len(settings) > 1:
+            pairs = [(seed, setting) for seed in (range(n) if per_seed else [SEARCH_SEED]) for setting in settings]
             found = iter(run_all([c for arm in wave for c in configs(arm, pairs, score_test=False)], folder, own["jobs"], bar))
             for arm in wave:
-                searched[arm] = np.array([score_of(next(found), "val") for _ in pairs]).reshape(-1, len(factors))
-                chosen[arm] = [factors[i] for i in searched[arm].argmax(1)] * (1 if per_seed else n)
+                searched[arm] = np.array([score_of(next(found), "val") for _ in pairs]).reshape(-1, len(settings))
+                chosen[arm] = [settings[i] for i in searched[arm].argmax(1)] * (1 if per_seed else n)
         else:
             for arm in wave:
-                searched[arm], chosen[arm] = np.zeros((0, 1)), factors * n
+                searched[arm], chosen[arm] = np.zeros((0, 1)), settings * n
         found = iter(run_all([c for arm in wave for c in configs(arm, list(zip(range(n), chosen[arm])))], folder, own["jobs"], bar))
         results.update({arm: [next(found) for _ in range(n)] for arm in wave})
     bar.close()
@@ -558,12 +570,12 @@ def compare(argv):
     out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), split=split, target=f"{target}={cfg[target]}", target_loss=cfg[f"{target}_loss"],
                auxiliaries={s: f"{cfg[s]} ({cfg[f'{s}_loss']})" for s in active_slots(cfg) if s != target},
                examples=first["examples"][target], seeds=n, chance=first["chance"], steps=cfg["steps"],
-               warm_start_steps=cfg["warm_start_steps"], search_factors=factors, command="python probe.py compare " + " ".join(argv),
+               warm_start_steps=cfg["warm_start_steps"], candidates=settings, command="python probe.py compare " + " ".join(argv),
                hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}",
                arms={})
     for arm in arms:
         mean, half = t_interval(scores[arm])
-        entry = dict(scores=scores[arm], mean=mean, half=half, learning_rates=[cfg["learning_rate"] * factor for factor in chosen[arm]],
+        entry = dict(scores=scores[arm], mean=mean, half=half, settings=chosen[arm],
                      search_scores=searched[arm].tolist(), gflops=float(np.mean([r["flops"] for r in results[arm]])) / 1e9,
                      seconds=float(np.mean([r["seconds"] for r in results[arm]])))
         for key in ("test_balanced_accuracy", "test_unseen_accuracy"):
@@ -611,15 +623,15 @@ def verdict(out):
 def show_compare(out):
     print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary {', '.join(out['auxiliaries'].values())}; "
           f"{out['seeds']} seeds, {out['split']} split, chance {out['chance'] or 0:.4f}")
-    print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}{'rate':>9}{'GFLOP':>9}{'s':>7}")
+    print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}{'GFLOP':>9}{'s':>7}  setting")
     for arm, e in out["arms"].items():
         line = f"{arm:10}{e['mean']:10.4f} +- {e['half']:.4f}"
         if d := e.get("minus_alone"):
             line += f"{d['mean']:+11.4f} +- {d['half']:.4f}{d['p']:10.3g}{d['sign_flip_p']:12.3g} ({d['sign_flip_floor']:.3g})".ljust(51)
         else:
             line += " " * 51
-        line += f"{np.median(e['learning_rates']):9.1e}{e['gflops']:9,.0f}{e['seconds']:7.0f}"
-        print(line + "".join(f"  {key[5:]} {np.mean(e[key]):.4f}" for key in ("test_balanced_accuracy", "test_unseen_accuracy") if key in e))
+        line += f"{e['gflops']:9,.0f}{e['seconds']:7.0f}  " + ", ".join(f"{key}={value:g}" for key, value in e["settings"][0].items())
+        print(line + "".join(f"; {key[5:]} {np.mean(e[key]):.4f}" for key in ("test_balanced_accuracy", "test_unseen_accuracy") if key in e))
     print("verdict: " + out["verdict"])
 
 

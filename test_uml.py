@@ -826,7 +826,7 @@ def test_compare_searches_without_the_test_split_shares_warm_starts_and_is_cache
     """During the search the test files are gone; a second call runs nothing; the verdict waits for six seeds."""
     argv = ["--image=shapes", "--text=shapes", "--text_loss=label", "--image_examples=128", "--width=16", "--layers=1", "--heads=2", "--steps=3", "--eval_interval=3",
             "--warm_start_steps=2", "--image_batch=8", "--text_batch=8", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o",
-            "--seeds=2", "--search=1,2", "--arms=alone,uml,control,longer,init,frozen"]
+            "--seeds=2", "--search=learning_rate=1e-3,weight_decay=0.5;learning_rate=2e-3,text_updates=2", "--arms=alone,uml,control,longer,init,frozen"]
     folder = prepared(f"{tmp_path}/d", "--image=shapes")
     tests, ran = [f for f in os.listdir(folder) if f.startswith("test")], []
 
@@ -846,7 +846,8 @@ def test_compare_searches_without_the_test_split_shares_warm_starts_and_is_cache
     assert list(out["arms"]) == ["alone", "uml", "control", "longer", "init", "frozen"] and "too few seeds" in out["verdict"]
     assert out["arms"]["longer"]["gflops"] >= 0.6 * out["arms"]["uml"]["gflops"] > out["arms"]["alone"]["gflops"]
     warm = [c for c in ran if "warm-" in c["out_dir"]]
-    assert len(warm) == len({c["out_dir"] for c in warm}) and len(warm) <= 2 * (2 + 2 * 2)
+    assert len(warm) == len({c["out_dir"] for c in warm})  # never twice, and fewer than arms times seeds times candidates
+    assert len(warm) <= 14 and {c["weight_decay"] for c in ran} == {0.5, T.KEYS["weight_decay"][0]}
     steps = {c["out_dir"]: c["steps"] for c in ran}
     ran.clear()
     again = B.compare(argv)
