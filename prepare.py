@@ -134,7 +134,8 @@ def checked(key, value, default, where):
     if default is None and value in (None, True, False):  # a switch whose third position is "decide by yourself"
         return value
     if type(value) is not type(default):
-        wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}.get(type(default), "True, False or None")
+        names = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
+        wanted = names.get(type(default), "True, False or None")
         raise UserError(f"{where}: {key} must be {wanted}, found {value!r}")
     return value
 
@@ -165,7 +166,8 @@ def read_config(argv, keys, strict=True):
         if key not in defaults:
             near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.6 if strict else 0.85)
             if near or strict:
-                raise UserError(f"{where}: unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else "; --help lists all"))
+                advice = f", did you mean '{near[0]}'?" if near else "; --help lists all"
+                raise UserError(f"{where}: unknown key '{key}'{advice}")
             continue
         if where == "command line" and not isinstance(defaults[key], str):
             try:
@@ -229,7 +231,7 @@ def read_meta(folder):
         with open(path, encoding="utf-8") as f:
             meta = json.load(f)
         if meta["format"] != FORMAT:
-            raise UserError(f"{path} is of format {meta['format']}, this code reads {FORMAT}: delete {folder} to prepare it again")
+            raise UserError(f"{path} is of format {meta['format']}, this code reads {FORMAT}: delete {folder}, it is made again")
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is missing or damaged: delete {folder} to prepare it again") from None
     return meta
@@ -306,8 +308,11 @@ def raw_file(cfg, source, name, url, sha256, size=None):
 
 
 def check_sha256(path, sha256, way_out):
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    found = digest.hexdigest()
     if sha256 and found != sha256:
         raise UserError(f"wrong checksum: {os.path.getsize(path)} bytes of sha256 {found}, expected {sha256}, in {way_out}")
 
@@ -596,7 +601,8 @@ def shape_outline(shape, angle):
         corners = circle[::6] * np.where(np.arange(10) % 2, 0.42, 1.05)[:, None]
     elif shape == 4:
         a = 0.33
-        corners = np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)])
+        corners = np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a),
+                            (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)])
     elif shape == 6:  # crescent: the circle's left arc, and back along a shallower one
         arc = circle[15:46]
         corners = np.concatenate([arc, arc[::-1] * (0.35, 1)])
@@ -655,8 +661,8 @@ def sound_scenes(scenes, rng, rate=8000, seconds=0.64):
     for sound, (shape, colour, big, row, column, ground, angle, clutter) in zip(sounds, scenes):
         pitch = 170 * 2 ** ((colour + 0.25 * angle + rng.normal(0, 0.08)) / 4)  # a quarter octave apart
         harmonics = np.arange(1, 9)
-        weights = np.stack([harmonics == 1, harmonics % 2 / harmonics**2, harmonics % 2 / harmonics, 1 / harmonics, harmonics <= 3,
-                            (harmonics == 1) | (harmonics == 6), harmonics % 2 == 0, np.exp(-((harmonics - 4) ** 2) / 2)])[int(shape)]
+        h = harmonics
+        weights = (h == 1, h % 2 / h**2, h % 2 / h, 1 / h, h <= 3, (h == 1) | (h == 6), h % 2 == 0, np.exp(-((h - 4) ** 2) / 2))[int(shape)]
         weights = weights * (harmonics * pitch < 0.47 * rate)
         waves = np.sin(2 * np.pi * pitch * np.outer(harmonics, clock) + rng.uniform(0, 6.28, (8, 1)))
         tone = weights / np.linalg.norm(weights) @ waves
@@ -823,8 +829,8 @@ def folder_source(cfg, modality, path):
             raise UserError(f"folder {path} is empty: expected files for the {modality} slot in PATH/CLASS/* or PATH/*")
         return dict(train=(read(cfg, files)[0], None), test=None, classes=[])
     if ("train" in folders) != ("test" in folders):
-        raise UserError(f"{path} has {'train' if 'train' in folders else 'test'}/ but not the other of train/ and test/: add it, or name {path}'s "
-                        "subfolder itself")
+        there, missing = ("train", "test") if "train" in folders else ("test", "train")
+        raise UserError(f"{path} has {there}/ but no {missing}/: add it, or name {os.path.join(path, there)} to have it split")
     if "train" not in folders:
         train, files = part(path, folders)
         groups = speakers(cfg["audio_groups"], files) if modality == "audio" and cfg["audio_groups"] else None
@@ -844,7 +850,8 @@ def speakers(pattern, files):
         found = [re.search(pattern, os.path.basename(file)) for file in files]
         return np.array([match[1] for match in found])
     except (re.error, IndexError, TypeError) as problem:
-        raise UserError(f"audio_groups='{pattern}' must find a group in every file name, as in {os.path.basename(files[0])} ({problem})") from None
+        example = os.path.basename(files[0])
+        raise UserError(f"audio_groups='{pattern}' must find a group in every file name, such as {example} ({problem})") from None
 
 
 FSDD_URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz"
@@ -854,7 +861,7 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 
 
 def fsdd_source(cfg, modality, _):
-    """Free Spoken Digit Dataset: 3,000 recordings of the ten digits by six speakers; split by speaker (theo, lucas unless set)."""
+    """Free Spoken Digit Dataset: 3,000 recordings of ten digits by six speakers; tested on theo, validated on lucas unless set."""
     folder, archive = (os.path.join(cfg["raw_dir"], "fsdd", name) for name in ("recordings", "v1.0.10.tar.gz"))
     files = {}
     if os.path.isdir(folder):
@@ -885,8 +892,8 @@ def fsdd_source(cfg, modality, _):
 
 
 def npz_source(cfg, modality, path):
-    """Anything already encoded: an .npz with `features` (n, D) or (n, T, D), and optionally `labels` (n,) whole numbers, `classes`
-    (names) and `split` (n,) of train, val, test. Made with numpy.savez; nothing is unpickled."""
+    """Anything already encoded: an .npz with `features` (n, D) or (n, T, D), and if known `labels` (n,) whole numbers, `classes`
+    (their names) and `split` (n,) of train, val, test. Made with numpy.savez; nothing is unpickled."""
     try:
         with np.load(path, allow_pickle=False) as f:
             found = {key: f[key] for key in f.files}
@@ -897,12 +904,13 @@ def npz_source(cfg, modality, path):
         shape = "none" if features is None else f"{features.dtype} {features.shape}"
         raise UserError(f"{path} needs an array `features` of numbers, (n, D) or (n, T, D), found {shape}")
     if not np.isfinite(features).all():
-        raise UserError(f"{path}: `features` has NaN or infinite values, first in row {np.argwhere(~np.isfinite(features))[0][0]}")
+        row = np.argwhere(~np.isfinite(features))[0][0]
+        raise UserError(f"{path}: `features` has NaN or infinite values, first in row {row}")
     classes = []
     if labels is not None:
         if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu":
             raise UserError(f"{path}: `labels` must be {len(features)} whole numbers, found {labels.dtype} {labels.shape}")
-        classes = [str(c) for c in found["classes"].ravel()] if "classes" in found else [str(c) for c in range(int(labels.max()) + 1)]
+        classes = [str(c) for c in found.get("classes", np.arange(labels.max() + 1)).ravel()]
         if labels.min() < 0 or labels.max() >= len(classes):
             raise UserError(f"{path}: `labels` run from {labels.min()} to {labels.max()}, expected 0 to {len(classes) - 1}")
     if split is None:
@@ -942,7 +950,8 @@ def gaussian_source(cfg, modality, side):
 SOURCES = {  # source: (function, modalities it can fill)
     "shapes": (shapes_source, ("image", "text", "audio")), "cifar10": (cifar10_source, ("image",)),
     "cupl": (cupl_source, ("text",)), "pydoc": (pydoc_source, ("text",)), "fsdd": (fsdd_source, ("audio",)),
-    "folder": (folder_source, ("image", "audio")), "file": (file_source, ("text",)), "npz": (npz_source, ("image", "text", "audio")),
+    "folder": (folder_source, ("image", "audio")), "file": (file_source, ("text",)),
+    "npz": (npz_source, ("image", "text", "audio")),
     "gaussian": (gaussian_source, ("image", "text", "audio")),
 }
 WITH_PATH = ("folder", "file", "npz", "gaussian")
@@ -996,7 +1005,7 @@ def shard_folder(cfg, slot):
     keys = [key for key in PREPARE_KEYS if key.startswith("gaussian_")] if name == "gaussian" else MADE_BY[modality]
     made_from = dict(format=FORMAT, modality=modality, source=source, skip_bad=cfg["skip_bad"], shard_mb=cfg["shard_mb"],
                      **{key: cfg[key] for key in (*keys, "val_fraction", "split_seed")})
-    if path and name != "gaussian":  # files of the user's own: their names, sizes and times, so that a changed folder is prepared anew
+    if path and name != "gaussian":  # the user's own files: names, sizes and times, so that a changed folder is prepared anew
         files = sorted(os.path.join(d, f) for d, _, inside in os.walk(path) for f in inside) if os.path.isdir(path) else [path]
         listing = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f)]
         made_from["files"] = hashlib.sha256(repr(listing).encode()).hexdigest()
@@ -1016,7 +1025,8 @@ def prepare(cfg, slot, say=print):
         raise UserError(f"val_fraction={cfg['val_fraction']} must lie between 0 and 1, split_seed={cfg['split_seed']} be at least 0, "
                         f"shard_mb={cfg['shard_mb']} at least 1")
     if rate < 1000 or min(mels, group, frames) < 1 or frames % group:
-        raise UserError(f"audio_frames={frames} must be a multiple of audio_group={group}, audio_rate={rate} at least 1000, audio_mels={mels} at least 1")
+        raise UserError(f"audio_frames={frames} must be a multiple of audio_group={group}, audio_rate={rate} at least 1000, "
+                        f"audio_mels={mels} at least 1")
     say(f"preparing {slot}={cfg[slot]} in {folder}")
     start = time.perf_counter()
     name, _, path = cfg[slot].partition(":")

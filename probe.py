@@ -205,7 +205,8 @@ def layer_table(run_):
     target, classes, table = run_.target, len(run_.target.meta["classes"]), []
     for layer in range(len(run_.model.trunk) + 1):
         layer = -1 if layer == len(run_.model.trunk) else layer
-        known, val = features_of(run_, target, target.train, target.rows, layer), features_of(run_, target, target.val, layer=layer)
+        known = features_of(run_, target, target.train, target.rows, layer)
+        val = features_of(run_, target, target.val, layer=layer)
         new, truth = features_of(run_, target, run_.held, layer=layer)
         (weight, bias), _ = fit_probe(known, val, classes)
         table.append(dict(linear=((new @ weight.T + bias).argmax(1) == truth).float().mean().item(),
@@ -219,7 +220,8 @@ def robustness(run_):
     tokens = run_.held["tokens"][np.arange(len(run_.held["tokens"]))]
     if "patch" in meta:
         pictures = unpatchify(tokens, meta["patch"])
-        kinds, corrupt = PICTURE_CORRUPTIONS, lambda kind, severity: patchify(corrupt_pictures(pictures, kind, severity), meta["patch"])
+        kinds = PICTURE_CORRUPTIONS
+        corrupt = lambda kind, severity: patchify(corrupt_pictures(pictures, kind, severity), meta["patch"])
     elif "mels" in meta:
         kinds, corrupt = SOUND_CORRUPTIONS, lambda kind, severity: corrupt_frames(tokens, meta["mels"], kind, severity)
     else:
@@ -249,9 +251,10 @@ def alignment(run_, other):
     agree, unit_p = permutation_p(lambda p, q: unit_agreement(p, q).mean().item(), a, b)
     top, shown = units.argsort(descending=True)[:8], {plain_name(c): c for c in run_.target.meta["classes"]}
     (cka_value, cka_p), (knn_value, knn_p) = permutation_p(cka, a, b), permutation_p(lambda p, q: mutual_knn(p, q, k), a, b)
+    most = lambda centroids, unit: shown[names[int(centroids[:, unit].argmax())]]
     return dict(classes=len(names), cka=cka_value, cka_p=cka_p, mutual_knn=knn_value, mutual_knn_p=knn_p, k=k,
-                unit_agreement=agree, unit_p=unit_p, units=[dict(unit=int(u), correlation=units[u].item(), target_class=shown[names[int(a[:, u].argmax())]],
-                            other_class=shown[names[int(b[:, u].argmax())]]) for u in top])
+                unit_agreement=agree, unit_p=unit_p,
+                units=[dict(unit=int(u), correlation=units[u].item(), target_class=most(a, u), other_class=most(b, u)) for u in top])
 
 
 def analyse(folder):
@@ -284,7 +287,8 @@ def show_side_by_side(reports):
         for key in ("linear", "knn"):
             row(f"layer {layer} {key}", [number(r["layers"][layer][key]) if layer < len(r["layers"]) else "-" for r in reports])
     for k in sorted({k for r in reports for k in r["few_shot"]}):
-        row(f"few-shot {k} a class", ["{:.4f} +-{:.4f}".format(*r["few_shot"][k]) if k in r["few_shot"] else "-" for r in reports])
+        shown = ["{:.4f} +-{:.4f}".format(*r["few_shot"][k]) if k in r["few_shot"] else "-" for r in reports]
+        row(f"few-shot {k} a class", shown)
     for i, name in enumerate(("10%", "median", "90%")):
         row(f"margin {name}", [number(r["margin"][i]) for r in reports])
     row("class spread", [number(r["class_spread"]) for r in reports])
@@ -296,7 +300,7 @@ def show_side_by_side(reports):
             if found is None:
                 print(f"{r['name']}: {name} shares fewer than 4 classes with the target, no alignment to measure")
                 continue
-            print(f"{r['name']}: class centroids of {name} against the target over {found['classes']} classes: CKA {found['cka']:.3f} "
+            print(f"{r['name']}: class centroids of {name} against the target's, {found['classes']} classes: CKA {found['cka']:.3f} "
                   f"(p {found['cka_p']:.3f}), mutual {found['k']}-NN {found['mutual_knn']:.3f} (p {found['mutual_knn_p']:.3f}), "
                   f"units' agreement {found['unit_agreement']:.3f} (p {found['unit_p']:.3f})")
             for unit in found["units"]:
@@ -441,7 +445,7 @@ def arm_config(cfg, arm, unrelated="", flops_ratio=1.0):
 
 
 def candidates(text, cfg):
-    """'0.5,1,2' -> [{learning_rate: ...}, ...]; 'learning_rate=1e-3,text_updates=2;...' -> these settings, read like a command line."""
+    """'0.5,1,2' -> [{learning_rate: ...}, ...]; 'learning_rate=1e-3,text_updates=2;...' -> these settings."""
     if "=" not in text:
         try:
             return [dict(learning_rate=cfg["learning_rate"] * float(factor)) for factor in text.split(",")]
@@ -492,16 +496,15 @@ def run_all(configs, folder, jobs, bar):
                         **{f"{slot}_updates": cfg[f"{slot}_updates"] or 1 for slot in active_slots(cfg)})
             warm_of[cfg["out_dir"]] = dict(cfg, **same, out_dir=os.path.join(folder, "warm-" + digest(same, decides)),
                                            stop_after=cfg["warm_start_steps"])
-    begun = lambda cfg: os.path.exists(os.path.join(cfg["out_dir"], "last.pt"))
-    warm_starts = {warm_of[cfg["out_dir"]]["out_dir"]: warm_of[cfg["out_dir"]] for cfg in tasks if cfg["out_dir"] in warm_of and not begun(cfg)}
+    starting = [cfg for cfg in tasks if cfg["out_dir"] in warm_of and not os.path.exists(os.path.join(cfg["out_dir"], "last.pt"))]
+    warm_starts = {w["out_dir"]: w for w in (warm_of[cfg["out_dir"]] for cfg in starting)}  # each once
     run_pool([w for w in warm_starts.values() if not is_warm(w)], jobs, bar)
-    for cfg in tasks:
-        if cfg["out_dir"] in warm_of and not begun(cfg):
-            os.makedirs(cfg["out_dir"], exist_ok=True)
-            for name in ("log.jsonl", "last.pt"):  # last.pt last: it is what marks the folder as begun
-                there = os.path.join(cfg["out_dir"], name)
-                shutil.copyfile(os.path.join(warm_of[cfg["out_dir"]]["out_dir"], name), there + ".tmp")
-                os.replace(there + ".tmp", there)
+    for cfg in starting:
+        os.makedirs(cfg["out_dir"], exist_ok=True)
+        for name in ("log.jsonl", "last.pt"):  # last.pt last: it is what marks the folder as begun
+            there = os.path.join(cfg["out_dir"], name)
+            shutil.copyfile(os.path.join(warm_of[cfg["out_dir"]]["out_dir"], name), there + ".tmp")
+            os.replace(there + ".tmp", there)
     return run_pool(tasks, jobs, bar)
 
 
@@ -539,11 +542,11 @@ def compare(argv):
     settings = candidates(own["search"], cfg)
     cfg.update(stop_after=0, benchmark=False)
     for arm in arms:
-        resolve(arm_config(cfg, arm, own["unrelated"]), say=lambda line: None)  # what is wrong with an arm shows now, not hours later
+        resolve(arm_config(cfg, arm, own["unrelated"]), say=lambda line: None)  # what is wrong shows now, not hours later
     folder = os.path.join(cfg["out_dir"], "compare")
     os.makedirs(folder, exist_ok=True)
     bar = tqdm(total=0, desc="runs", disable=None)
-    # Every speaker is tested in turn under "each": then no seed is free of test data, and each chooses on its own validation speaker.
+    # Under "each" every speaker is tested in turn, so no seed is free of test data: each chooses on its own validation speaker.
     per_seed = cfg.get("audio_test_group") == "each"
     chosen, results, searched = {}, {}, {}
 
@@ -551,7 +554,7 @@ def compare(argv):
         ratio = results["uml"][0]["flops"] / results["alone"][0]["flops"] if arm == "longer" else 1.0
         return [arm_config(dict(cfg, **setting, seed=seed, **change), arm, own["unrelated"], ratio) for seed, setting in pairs]
 
-    for wave in (["alone", "uml"], [arm for arm in arms if arm not in ("alone", "uml")]):  # longer needs the FLOPs of the first two
+    for wave in (["alone", "uml"], [arm for arm in arms if arm not in ("alone", "uml")]):  # `longer` needs the others' FLOPs
         if len(settings) > 1:
             pairs = [(seed, setting) for seed in (range(n) if per_seed else [SEARCH_SEED]) for setting in settings]
             found = iter(run_all([c for arm in wave for c in configs(arm, pairs, score_test=False)], folder, own["jobs"], bar))
@@ -561,18 +564,19 @@ def compare(argv):
         else:
             for arm in wave:
                 searched[arm], chosen[arm] = np.zeros((0, 1)), settings * n
-        found = iter(run_all([c for arm in wave for c in configs(arm, list(zip(range(n), chosen[arm])))], folder, own["jobs"], bar))
+        found = [c for arm in wave for c in configs(arm, list(zip(range(n), chosen[arm])))]
+        found = iter(run_all(found, folder, own["jobs"], bar))
         results.update({arm: [next(found) for _ in range(n)] for arm in wave})
     bar.close()
 
     split, target, first = "test" if cfg["score_test"] else "val", cfg["target"], results["alone"][0]
     scores = {arm: [score_of(r, split) for r in results[arm]] for arm in arms}
-    out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), split=split, target=f"{target}={cfg[target]}", target_loss=cfg[f"{target}_loss"],
+    out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), split=split,
+               target=f"{target}={cfg[target]}", target_loss=cfg[f"{target}_loss"],
                auxiliaries={s: f"{cfg[s]} ({cfg[f'{s}_loss']})" for s in active_slots(cfg) if s != target},
                examples=first["examples"][target], seeds=n, chance=first["chance"], steps=cfg["steps"],
                warm_start_steps=cfg["warm_start_steps"], candidates=settings, command="python probe.py compare " + " ".join(argv),
-               hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}",
-               arms={})
+               hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", arms={})
     for arm in arms:
         mean, half = t_interval(scores[arm])
         entry = dict(scores=scores[arm], mean=mean, half=half, settings=chosen[arm],
@@ -627,11 +631,13 @@ def show_compare(out):
     for arm, e in out["arms"].items():
         line = f"{arm:10}{e['mean']:10.4f} +- {e['half']:.4f}"
         if d := e.get("minus_alone"):
-            line += f"{d['mean']:+11.4f} +- {d['half']:.4f}{d['p']:10.3g}{d['sign_flip_p']:12.3g} ({d['sign_flip_floor']:.3g})".ljust(51)
+            line += (f"{d['mean']:+11.4f} +- {d['half']:.4f}{d['p']:10.3g}"
+                     f"{d['sign_flip_p']:12.3g} ({d['sign_flip_floor']:.3g})").ljust(51)
         else:
             line += " " * 51
-        line += f"{e['gflops']:9,.0f}{e['seconds']:7.0f}  " + ", ".join(f"{key}={value:g}" for key, value in e["settings"][0].items())
-        print(line + "".join(f"; {key[5:]} {np.mean(e[key]):.4f}" for key in ("test_balanced_accuracy", "test_unseen_accuracy") if key in e))
+        line += f"{e['gflops']:9,.0f}{e['seconds']:7.0f}  " + ", ".join(f"{key}={value}" for key, value in e["settings"][0].items())
+        others = [key for key in ("test_balanced_accuracy", "test_unseen_accuracy") if key in e]
+        print(line + "".join(f"; {key[5:]} {np.mean(e[key]):.4f}" for key in others))
     print("verdict: " + out["verdict"])
 
 
@@ -676,7 +682,8 @@ def exchange_rates(j_x, j_y):
     """
     value, vector = np.linalg.eigh(j_x + j_y)
     if value[0] < 1e-9 * value[-1]:
-        raise UserError(f"no modality sees the direction {np.round(vector[:, 0], 2).tolist()} of theta_c: nothing can estimate it")
+        unseen = np.round(vector[:, 0], 2).tolist()
+        raise UserError(f"no modality sees the direction {unseen} of theta_c: nothing can estimate it")
     root = vector / np.sqrt(value) @ vector.T
     mu, u = np.linalg.eigh(root @ j_x @ root)
     mu = np.where(mu < 1e-9, 0, mu)
@@ -745,7 +752,8 @@ def theory(folder="out/theory", repetitions=100_000):
     for n, colour in ((50, "C0"), (200, "C1")):
         trace = lambda y: np.trace(np.linalg.inv(n * information(*seen[0][:3]) + y * information(*seen[1][:3])))
         left.plot(budget, [trace(y) for y in budget], color=colour, label=f"bound, {n} X samples")
-        left.plot([100, 400], [monte_carlo([(*seen[0][:3], n), (*seen[1][:3], y)], 20000)[0] for y in (100, 400)], "o", color=colour)
+        measured = [monte_carlo([(*seen[0][:3], n), (*seen[1][:3], y)], 20000)[0] for y in (100, 400)]
+        left.plot([100, 400], measured, "o", color=colour)
     left.set(xlabel="unpaired Y samples", ylabel="variance of the estimate (trace)", yscale="log")
     for s, values in curves.items():
         middle.loglog(attenuations, values, label=f"noise of Y {s}")
@@ -758,8 +766,9 @@ def theory(folder="out/theory", repetitions=100_000):
         ax.legend(fontsize=8)
     os.makedirs(folder, exist_ok=True)
     save_figure(fig, os.path.join(folder, "theory.png"))
-    out = dict(kind="theory", traces=rows, loewner_gain=[gain[0], gain[-1]], blind=blind,
-               exchange_rates=[None if np.isinf(r) else r for r in rates], slope=float(np.polyfit(np.log(attenuations[:8]), np.log(curves[0.5][:8]), 1)[0]), repetitions=repetitions)
+    slope = np.polyfit(np.log(attenuations[:8]), np.log(curves[0.5][:8]), 1)[0]
+    out = dict(kind="theory", repetitions=repetitions, traces=rows, loewner_gain=[gain[0], gain[-1]], blind=blind, slope=slope,
+               exchange_rates=[None if np.isinf(r) else r for r in rates])
     print(f"   the best rate grows as strength^{out['slope']:.2f}; quieter Y is worth more; {folder}/theory.png shows how")
     write_json(os.path.join(folder, "theory.json"), out)
     return out
@@ -799,9 +808,10 @@ def embed(folder, path):
             tokens = torch.from_numpy(arrays["train"]["tokens"])
             real = torch.arange(slot["length"]) < torch.from_numpy(arrays["train"]["lengths"])[:, None]
     else:
-        raise UserError(f"embed reads folders of pictures or recordings, or a text file; the target of {folder} is {name}={cfg[name]}")
+        raise UserError(f"embed reads pictures, recordings or a text file; the target of {folder} is {name}={cfg[name]}")
     with torch.inference_mode():
-        parts = [model.features(name, tokens[i:i + 500], None if real is None else real[i:i + 500]) for i in range(0, len(tokens), 500)]
+        real = torch.ones(tokens.shape[:2], dtype=torch.bool) if real is None else real
+        parts = [model.features(name, tokens[i:i + 500], real[i:i + 500]) for i in range(0, len(tokens), 500)]
         features, scores = torch.cat(parts), None
         if "label" in slot["loss"]:
             scores = model.label_head(features) * (model.temperature[name].exp() if name in model.temperature else 1)

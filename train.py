@@ -107,11 +107,12 @@ def resolve(cfg, say=print):
     for slot in active_slots(cfg):
         if cfg[f"{slot}_examples"] == 0:
             cfg[slot] = ""
-    if cfg.get("audio_test_group") == "each":  # cross-validation: seed 0 is tested on the first speaker, seed 1 on the second, ...
+    if cfg.get("audio_test_group") == "each":  # cross-validation: seed 0 is tested on the first speaker, seed 1 on the second ...
         cfg.update(audio_test_group=f"#{cfg['seed']}", audio_val_group=f"#{cfg['seed'] + 1}")
     slots = active_slots(cfg)
     if cfg["target"] not in slots:
-        raise UserError(f"target='{cfg['target']}' is not a slot with a source and examples (there are: {', '.join(slots) or 'none'})")
+        there = ", ".join(slots) or "none"
+        raise UserError(f"target='{cfg['target']}' is not a slot with a source and examples (there are: {there})")
     cfg, off, was_set = drop_inactive(cfg)
     if was_set:
         say(f"slots without a source or examples: {', '.join(off)}; ignored: {', '.join(was_set)}")
@@ -122,9 +123,9 @@ def resolve(cfg, say=print):
     for key, allowed in choices.items():
         if cfg.get(key, allowed[0]) not in allowed:
             raise UserError(f"{key}='{cfg[key]}' must be one of {', '.join(allowed)}")
-    floors = dict(dict.fromkeys(("steps", "eval_interval", "log_interval", "width", "heads"), 1), **dict.fromkeys(
-        ("layers", "warm_start_steps", "threads", "stop_after", "seed", "bottleneck", "mask_ratio", "image_shift", "audio_shift", "audio_gain",
-         "audio_mask", "unseen_classes", "weight_decay"), 0))
+    floors = dict.fromkeys(("layers", "warm_start_steps", "threads", "stop_after", "seed", "bottleneck", "mask_ratio", "image_shift",
+                            "audio_shift", "audio_gain", "audio_mask", "unseen_classes", "weight_decay"), 0)
+    floors.update(dict.fromkeys(("steps", "eval_interval", "log_interval", "width", "heads"), 1))
     for slot in slots:
         floors.update({f"{slot}_batch": 1, f"{slot}_updates": 0, f"{slot}_examples": -1, f"{slot}_weight": 0})
     for key, least in floors.items():
@@ -251,7 +252,8 @@ def batch_rows(slot, seed, update):
     n = len(slot.rows)
     places = update * slot.batch + np.arange(slot.batch)
     epochs = places // n
-    return slot.rows[np.concatenate([epoch_order(seed, slot.name, int(e), n)[places[epochs == e] % n] for e in np.unique(epochs)])]
+    drawn = [epoch_order(seed, slot.name, int(e), n)[places[epochs == e] % n] for e in np.unique(epochs)]
+    return slot.rows[np.concatenate(drawn)]
 
 
 def shift_and_flip(tokens, patch, shift, flip, rng):
@@ -290,7 +292,8 @@ def collate(slot, arrays, rows, device, rng=None, augment=False):
     if augment and "patch" in slot.meta:
         tokens = shift_and_flip(tokens, slot.meta["patch"], cfg["image_shift"], cfg["image_flip"], rng)
     if augment and "mels" in slot.meta:
-        tokens, lengths = move_and_mask(tokens, lengths, slot.meta["mels"], cfg["audio_shift"], cfg["audio_gain"], cfg["audio_mask"], rng)
+        tokens, lengths = move_and_mask(tokens, lengths, slot.meta["mels"], cfg["audio_shift"], cfg["audio_gain"],
+                                        cfg["audio_mask"], rng)
     if lengths is not None:
         if device.type == "cpu":  # short batches are cheap; compiled GPU code wants one shape
             tokens = tokens[:, :max(2, lengths.max())]
@@ -404,7 +407,8 @@ def evaluate(model, slot, arrays, device, probe=None):
     if labels is None or classes < 2:
         loss = 0.0
         for i, part in enumerate(np.array_split(rows, -(-len(rows) // 500))):
-            loss += len(part) / len(rows) * model(slot.name, **collate(slot, arrays, part, device, np.random.default_rng([i]))).item()
+            batch = collate(slot, arrays, part, device, np.random.default_rng([i]))  # hides the same tokens every time
+            loss += len(part) / len(rows) * model(slot.name, **batch).item()
         return dict(score=-loss, accuracy=None, balanced_accuracy=None, unseen_accuracy=None, probe=None,
                     r2=latent_r2(model, slot, arrays, device))
     features = extract(model, slot, arrays, rows, device)
@@ -469,7 +473,7 @@ def start_trunk_from(model, cfg, folder):
 
 @torch.no_grad()
 def start_head_from(model, slot, device):
-    """Set the label head's rows to the slot's mean feature of each class, at unit length: 'zero-shot init' of the method's release."""
+    """Set the label head's rows to the slot's mean feature of each class, at unit length: the release's 'zero-shot init'."""
     features, labels = extract(model, slot, slot.train, slot.rows, device), slot.head_rows[slot.train["labels"][slot.rows]]
     for row in np.unique(labels):
         mean = features[labels == row].mean(0) - features.mean(0)
@@ -536,7 +540,8 @@ def run(cfg, say=print):
         return finished
     device, slots, classes, model, loss_of, optimizer, autocast = set_up(cfg, say)
     target, warm = slots[cfg["target"]], cfg["warm_start_steps"]
-    last_path, best_path, log_path, result_path = (os.path.join(cfg["out_dir"], name) for name in ("last.pt", "best.pt", "log.jsonl", "result.json"))
+    last_path, best_path, log_path, result_path = (os.path.join(cfg["out_dir"], name) for name in
+                                                   ("last.pt", "best.pt", "log.jsonl", "result.json"))
     os.makedirs(cfg["out_dir"], exist_ok=True)
     write_json(os.path.join(cfg["out_dir"], "config.json"), cfg)
     if os.path.exists(result_path):  # of fewer steps, now resumed
@@ -560,7 +565,8 @@ def run(cfg, say=print):
     os.replace(log_path + ".tmp", log_path)
     total = warm + cfg["steps"]
     for slot in slots.values():
-        say(f"{slot.name}: {cfg[slot.name]}, {len(slot.rows):,} training items, loss {slot.loss}" + (" (target)" if slot is target else ""))
+        role = " (target)" if slot is target else ""
+        say(f"{slot.name}: {cfg[slot.name]}, {len(slot.rows):,} training items, loss {slot.loss}{role}")
     order = lambda step: " then ".join("+".join(group) for group in pattern(cfg, slots, step))
     say(f"{warm} warm-start steps of {order(0)}, then " * (warm > 0) + f"{cfg['steps']} steps of {order(warm)}")
     bar = tqdm(total=total, initial=step, disable=not sys.stdout.isatty() or say is not print, leave=False)
@@ -573,7 +579,8 @@ def run(cfg, say=print):
 
     def save(path):
         save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, config=cfg, slots=model.slots,
-                        classes=classes, target_classes=len(target.meta["classes"]), best=best, updates=updates, seconds=spent, items=items)
+                        classes=classes, target_classes=len(target.meta["classes"]), best=best, updates=updates,
+                        seconds=spent, items=items)
 
     first, sums, window = step, {}, (step, spent, items)  # loss sums stay on the device until a log line is due
     clock = time.perf_counter()
@@ -601,7 +608,8 @@ def run(cfg, say=print):
             now = evaluate(model, target, target.val, device)
             shown = f"loss {-now['score']:.4f}" if now["accuracy"] is None else f"accuracy {now['accuracy']:.4f}"
             shown += "" if now["unseen_accuracy"] is None else f" (unseen classes {now['unseen_accuracy']:.4f})"
-            note(f"step {step}/{total} | validation {shown}", step=step, val_accuracy=now["accuracy"], val_score=now["score"], val_unseen_accuracy=now["unseen_accuracy"])
+            note(f"step {step}/{total} | validation {shown}", step=step, val_accuracy=now["accuracy"],
+                 val_score=now["score"], val_unseen_accuracy=now["unseen_accuracy"])
             if best is None or now["score"] > best["score"]:
                 best = dict(step=step, score=now["score"])
                 save(best_path)
@@ -650,12 +658,14 @@ def run(cfg, say=print):
                   examples={name: len(slot.rows) for name, slot in slots.items()}, best_step=best["step"],
                   val_accuracy=val["accuracy"], test_accuracy=test.get("accuracy"),
                   chance=1 / len(target.meta["classes"]) if target.meta["classes"] else None,
-                  val_balanced_accuracy=val["balanced_accuracy"], test_balanced_accuracy=test.get("balanced_accuracy"), flops=flops,
-                  seconds=round(spent, 2), samples_per_second=round(items / spent, 1), peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory())
+                  val_balanced_accuracy=val["balanced_accuracy"], test_balanced_accuracy=test.get("balanced_accuracy"),
+                  flops=flops, seconds=round(spent, 2), samples_per_second=round(items / spent, 1),
+                  peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory())
     if slots[target.name].banned:
         result.update(val_unseen_accuracy=val["unseen_accuracy"], test_unseen_accuracy=test.get("unseen_accuracy"))
     if val["accuracy"] is None:
-        result.update(val_loss=-val["score"], test_loss=-test["score"] if test else None, val_r2=val["r2"], test_r2=test.get("r2"))
+        result.update(val_loss=-val["score"], test_loss=-test["score"] if test else None,
+                      val_r2=val["r2"], test_r2=test.get("r2"))
     write_json(result_path, result)
     return result
 
@@ -710,10 +720,11 @@ def benchmark(cfg, say=print, repeats=20):
         tokens = batch["real"].sum().item() if "real" in batch else slot.batch * batch["tokens"].shape[1]
         gflops = count_flops(model, name, batch) / ms / 1e6
         share = dict(zip(("data", "forward", "backward", "optimizer"), (parts.sum(0) / parts.sum()).round(4).tolist()))
-        out[name] = dict(ms_per_step=ms, ms_p10=low, ms_p90=high, first_step_seconds=first, samples_per_second=1e3 * slot.batch / ms,
-                         tokens_per_second=1e3 * tokens / ms, gflops=gflops, fraction_of_peak=gflops / peak, share=share)
+        out[name] = dict(ms_per_step=ms, ms_p10=low, ms_p90=high, first_step_seconds=first, share=share, gflops=gflops,
+                         samples_per_second=1e3 * slot.batch / ms, tokens_per_second=1e3 * tokens / ms, fraction_of_peak=gflops / peak)
         say(f"{name}: {ms:.1f} ms/step (10-90%: {low:.1f}-{high:.1f}; first {first:.1f} s), {1e3 * slot.batch / ms:,.0f} samples/s, "
-            f"{1e3 * tokens / ms:,.0f} tokens/s, {gflops:,.0f} GFLOP/s = {gflops / peak:.0%} of peak; " + ", ".join(f"{k} {v:.1%}" for k, v in share.items()))
+            f"{1e3 * tokens / ms:,.0f} tokens/s, {gflops:,.0f} GFLOP/s = {gflops / peak:.0%} of peak")
+        say("    " + ", ".join(f"{part} {value:.1%}" for part, value in share.items()))
     return dict({key: out[cfg["target"]][key] for key in ("ms_per_step", "gflops", "fraction_of_peak")}, peak_gflops=peak,
                 peak_memory=peak_memory(), slots=out)
 
