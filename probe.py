@@ -9,8 +9,9 @@
 Analyses read the target's test split (val, if the run was told never to open test); probes are fitted on the run's own
 training examples (few-shot ones on draws from the whole training split) and chosen on validation. The last line is JSON.
 
-Sections: measures on features, corruptions, runs side by side, statistics, compare, embed, report.
+Sections: measures on features, corruptions, runs side by side, statistics, compare, theory, exchange, embed, report.
 """
+import ast
 import csv
 import hashlib
 import itertools
@@ -33,7 +34,7 @@ from tqdm import tqdm
 from model import linear_probe
 from prepare import (LOG_MEL_RANGE, SHAPE_CLASSES, UserError, active_slots, draw_scenes, encode_recordings, exit_on_user_error,
                      load_bpe, load_split, modality_of, paint_scenes, patchify, plain_name, prepare, read_config,
-                     read_pictures, read_recordings, read_text, shard_folder, sound_scenes, tell_scenes, unpatchify, write_json)
+                     read_meta, read_pictures, read_recordings, read_text, shard_folder, sound_scenes, tell_scenes, unpatchify, write_json)
 from train import (FREE_KEYS, KEYS, choose_examples, evaluate, extract, fit_probe, load_checkpoint, load_model, open_slots,
                    read_run_config, resolve, run)
 
@@ -775,6 +776,90 @@ def theory(folder="out/theory", repetitions=100_000):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# exchange: how many words is an image worth?
+
+
+def fit_exchange(n_x, n_y, scores):
+    """Fit score = b0 + b1 log(n_x + rho n_y^gamma), b1 > 0: y counts as extra samples of x, with diminishing worth if gamma < 1.
+
+    n_x, n_y, scores: (k,) of the grid's cells. Least squares in (b0, b1) for every rho and gamma of a fine grid. In the linear
+    world the variance along one direction is 1 / (n_x j_x + n_y j_y): gamma = 1 and rho = j_y / j_x exactly.
+    Returns dict(rho, gamma, b0, b1, residual), residual being the root mean square error.
+    """
+    best = None
+    for gamma in (1.0, 0.75, 0.5, 0.35, 0.25):
+        for rho in np.concatenate([[0.0], np.geomspace(1e-5, 1e4, 181)]):
+            design = np.stack([np.ones(len(n_x)), np.log(n_x + rho * n_y**gamma)], 1)
+            (b0, b1), *_ = np.linalg.lstsq(design, scores, rcond=None)
+            error = float(np.sqrt(np.mean((design @ (b0, b1) - scores) ** 2)))
+            if b1 > 0 and (best is None or error < best["residual"] * (1 - 1e-9)):  # ties go to gamma = 1 and the smaller rho
+                best = dict(rho=float(rho), gamma=gamma, b0=float(b0), b1=float(b1), residual=error)
+    if best is None:
+        raise UserError("more examples never scored better on this grid: there is no exchange rate to fit")
+    return best
+
+
+def exchange_rate(fit, n_y):
+    """How many x examples one more y example is worth at n_y of them: rho gamma n_y^(gamma - 1)."""
+    return fit["rho"] * fit["gamma"] * n_y ** (fit["gamma"] - 1)
+
+
+def mean_words(cfg, slot):
+    """Words in a training item of a text slot, on average; None for other modalities."""
+    folder = prepare(cfg, slot, say=lambda line: None)
+    if "vocab" not in read_meta(folder):
+        return None
+    train, bpe = load_split(folder, "train"), load_bpe(folder)
+    items = zip(train["tokens"][np.arange(min(1000, len(train["tokens"])))], train["lengths"])
+    return float(np.mean([len(bpe.decode(row[:length].tolist()).split()) for row, length in items]))
+
+
+def exchange(argv):
+    """Train a grid of two example counts, fit the surface, and report what one example of either slot is worth in the other."""
+    lists = {arg[2:].split("=")[0]: arg.split("=", 1)[1] for arg in argv if arg.startswith("--") and arg.partition("=")[2].startswith("[")}
+    cfg = read_run_config([arg for arg in argv if arg[2:].split("=")[0] not in lists], dict(KEYS, **COMPARE_KEYS))
+    own, target = {key: cfg.pop(key) for key in COMPARE_KEYS}, cfg["target"]
+    try:
+        lists = {key: sorted({int(value) for value in ast.literal_eval(text)}) for key, text in lists.items()}
+    except (SyntaxError, ValueError, TypeError):
+        raise UserError(f"the lists of exchange must hold whole numbers, found {' '.join(lists.values())}") from None
+    other = [key for key in lists if key != f"{target}_examples"]
+    if len(lists) != 2 or len(other) != 1 or other[0][:-len("_examples")] not in active_slots(cfg):
+        raise UserError(f"exchange takes exactly two lists, --{target}_examples=[200,...] and --SLOT_examples=[0,1000,...] of an auxiliary")
+    x_key, y_key = f"{target}_examples", other[0]
+    if len(lists[x_key]) < 3 or len(lists[y_key]) < 2 or min(lists[x_key]) < 1:
+        raise UserError(f"too small a grid to fit: {x_key} needs three values above 0, {y_key} two, found {lists}")
+    cells = list(itertools.product(lists[x_key], lists[y_key]))
+    folder, bar = os.path.join(cfg["out_dir"], "compare"), tqdm(total=0, desc="runs", disable=None)
+    os.makedirs(folder, exist_ok=True)
+    results = run_all([dict(cfg, **{x_key: x, y_key: y, "seed": seed}) for x, y in cells for seed in range(own["seeds"])], folder, own["jobs"], bar)
+    bar.close()
+    scores = np.array([score_of(r, "test" if cfg["score_test"] else "val") for r in results]).reshape(len(cells), own["seeds"])
+    n_x, n_y = np.array(cells, float).T
+    fit, rng = fit_exchange(n_x, n_y, scores.mean(1)), np.random.default_rng(0)
+    at = float(np.median(n_y[n_y > 0]))
+    draws = [fit_exchange(n_x, n_y, scores[:, rng.integers(0, own["seeds"], own["seeds"])].mean(1)) for _ in range(100 if own["seeds"] > 1 else 0)]
+    interval = np.percentile([exchange_rate(draw, at) for draw in draws], (2.5, 97.5)).tolist() if draws else None
+    rate, words = exchange_rate(fit, at), mean_words(cfg, y_key[:-len("_examples")])
+    out = dict(kind="exchange", cells=cells, scores=scores.tolist(), fit=fit, at=at, rate=rate, interval=interval, words_per_item=words,
+               command="python probe.py exchange " + " ".join(argv))
+    print(f"score = {fit['b0']:.3f} + {fit['b1']:.3f} log({x_key} + {fit['rho']:.3g} {y_key}^{fit['gamma']}), residual {fit['residual']:.4f}")
+    print(f"at {at:,.0f} {y_key}, one of them is worth {rate:.3g} {x_key}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else ""))
+    if words and rate:
+        print(f"one {target} example is worth {words / rate:,.0f} words")
+    write_json(os.path.join(cfg["out_dir"], "exchange.json"), out)
+    fig, ax = figure(6, 4.2)
+    grid_x, grid_y = np.geomspace(n_x.min(), n_x.max(), 60), np.linspace(0, n_y.max(), 60)
+    surface = fit["b0"] + fit["b1"] * np.log(grid_x[None] + fit["rho"] * grid_y[:, None] ** fit["gamma"])
+    ax.clabel(ax.contour(grid_x, grid_y, surface, levels=8, cmap="viridis"), fontsize=7)
+    for (x, y), mean in zip(cells, scores.mean(1)):
+        ax.annotate(f"{mean:.3f}", (x, y), fontsize=7, ha="center")
+    ax.set(xscale="log", xlabel=x_key, ylabel=y_key, title="iso-score curves of the fit, measured means as numbers")
+    save_figure(fig, os.path.join(cfg["out_dir"], "exchange.png"))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # embed: features and predictions for files the run has never seen
 
 
@@ -935,6 +1020,8 @@ def main():
         if len(argv) != 3:
             raise UserError("usage: python probe.py embed OUT_DIR PATH")
         embed(*argv[1:])
+    elif argv[0] == "exchange":
+        print(json.dumps(exchange(argv[1:])))
     elif argv[0] == "theory":
         print(json.dumps(theory()))
     elif argv[0] == "report":

@@ -812,6 +812,33 @@ def test_theory_agrees_with_what_can_be_worked_out_by_hand(tmp_path, capsys):
     assert out["exchange_rates"].count(None) == 1 and out["slope"] == pytest.approx(-2, abs=0.1) and (tmp_path / "theory.png").exists()
 
 
+def test_exchange_recovers_the_known_rate_of_the_linear_world():
+    """One direction, x shows it with strength 0.5 and y in full: a y sample is worth 4 of x, and the fit must say so."""
+    n_x, n_y = np.array([(x, y) for x in (50, 200, 800) for y in (0, 50, 200, 800)], float).T
+    one, none = np.ones((1, 1)), np.zeros((1, 1))
+    measured = [B.monte_carlo([(0.5 * one, none, 1.0, x), (one, none, 1.0, max(y, 1e-9))], 20_000, seed=i)[0] for i, (x, y) in enumerate(zip(n_x, n_y))]
+    fit = B.fit_exchange(n_x, n_y, -np.log(measured))
+    assert fit["gamma"] == 1 and fit["rho"] == pytest.approx(4, rel=0.15) and fit["b1"] == pytest.approx(1, abs=0.05)
+    with pytest.raises(P.UserError, match="no exchange rate"):
+        B.fit_exchange(n_x, 0 * n_y, -n_x)
+
+
+def test_exchange_runs_a_grid(tmp_path, capsys):
+    argv = ["--image=shapes", "--text=shapes", "--text_loss=label", "--width=16", "--layers=1", "--heads=2", "--steps=3", "--image_batch=8", "--text_batch=8",
+            "--seeds=2", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"]
+    for words, more in (("exactly two lists", ["--image_examples=[64,128]"]), ("too small a grid", ["--image_examples=[64,128]", "--text_examples=[0,64]"]),
+                        ("whole numbers", ["--image_examples=[64,x]", "--text_examples=[0,64]"])):
+        with pytest.raises(P.UserError, match=words):
+            B.exchange(argv + more)
+    B.fit_exchange, kept = (lambda *cells: dict(rho=0.1, gamma=1.0, b0=0.0, b1=0.1, residual=0.0)), B.fit_exchange  # three steps teach nothing to fit
+    try:
+        out = B.exchange([*argv, "--image_examples=[64,128,192]", "--text_examples=[0,64]"])
+    finally:
+        B.fit_exchange = kept
+    assert len(out["cells"]) == 6 and out["rate"] == pytest.approx(0.1) and 3 < out["words_per_item"] < 20 and (tmp_path / "o/exchange.png").exists()
+    assert "words" in capsys.readouterr().out
+
+
 def test_compare_gives_every_speaker_a_turn_and_chooses_within_each_fold(tmp_path):
     """With audio_test_group='each', seed k is tested on the k-th speaker, and its rate is chosen on its own validation speaker."""
     root = speaker_folder(tmp_path / "r", speakers=("1", "2", "3"))
