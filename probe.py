@@ -625,8 +625,12 @@ def verdict(out):
     return f"the unpaired data helped: uml minus alone is {said}, p = {d['p']:.3g}, and {beyond}"
 
 
+def show_auxiliaries(out):
+    return ", ".join(f"{slot}={source}" for slot, source in out["auxiliaries"].items())
+
+
 def show_compare(out):
-    print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary {', '.join(out['auxiliaries'].values())}; "
+    print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary {show_auxiliaries(out)}; "
           f"{out['seeds']} seeds, {out['split']} split, chance {out['chance'] or 0:.4f}")
     print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}{'GFLOP':>9}{'s':>7}  setting")
     for arm, e in out["arms"].items():
@@ -652,7 +656,7 @@ def draw_compare(path, out):
     if out["chance"]:
         ax.axhline(out["chance"], ls=":", color="grey", lw=1)
     ax.set_ylabel(f"{out['split']} accuracy" if out["chance"] else f"minus {out['split']} loss")
-    ax.set_title(f"{out['target']}, {out['examples']} examples\nwith {', '.join(out['auxiliaries'].values())}", fontsize=9)
+    ax.set_title(f"{out['target']}, {out['examples']} examples\nwith {show_auxiliaries(out)}", fontsize=9)
     save_figure(fig, path)
 
 
@@ -958,7 +962,7 @@ def table_row(r):
         return f"{100 * r['arms'][arm]['mean']:.1f} ± {100 * r['arms'][arm]['half']:.1f}" if arm in r["arms"] else "-"
     d, source = r["arms"]["uml"]["minus_alone"], r["target"].split("=")[1].split(":")
     source = "CIFAR-10 (as JPEG)" if source[-1].endswith("cifar10-jpg") else source[0]
-    return (f"| {source}, {r['examples']}, {r['target_loss']} | {', '.join(r['auxiliaries'].values())} | {show('alone')} | {show('uml')} | "
+    return (f"| {source}, {r['examples']}, {r['target_loss']} | {show_auxiliaries(r)} | {show('alone')} | {show('uml')} | "
             f"{show('control')} | **{100 * d['mean']:+.1f}** ± {100 * d['half']:.1f} | {d['p']:.2g} | {r['seeds']} |")
 
 
