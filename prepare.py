@@ -49,12 +49,15 @@ class UserError(Exception):
 
 
 def exit_on_user_error(main):
-    """Run main(); print a UserError as its sentence and exit with code 2."""
+    """Run main(); print a UserError as its sentence and exit with code 2; exit with 130 after Ctrl-C."""
     try:
         main()
     except (UserError, OSError) as problem:  # OSError: no room, no permission; it names the file
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
