@@ -7,7 +7,8 @@
     python probe.py report                                           # rewrite the README's tables from assets/results/
 
 Analyses read the target's test split (val, if the run was told never to open test); probes are fitted on the run's own
-training examples (few-shot ones on draws from the whole training split) and chosen on validation. The last line is JSON.
+training examples (few-shot ones on draws from the whole training split, all classes) and chosen on validation; apart from
+few-shot, items of unseen classes are left out. The last line is JSON.
 
 Sections: measures on features, corruptions, runs side by side, statistics, compare, theory, exchange, embed, report.
 """
@@ -191,8 +192,10 @@ def open_run(folder):
     model, _ = load_model(os.path.join(folder, "best.pt"))
     split = "test" if cfg["score_test"] else "val"
     target = slots[cfg["target"]]
+    held = load_split(target.folder, split)
+    seen = np.flatnonzero(~np.isin(held.get("labels", []), target.banned))  # items of classes that had labelled examples
     return SimpleNamespace(folder=folder, name=os.path.basename(os.path.normpath(folder)), cfg=cfg, slots=slots, classes=classes,
-                           model=model, target=target, split=split, held=load_split(target.folder, split))
+                           model=model, target=target, split=split, held=held, seen=seen)
 
 
 def features_of(run_, slot, arrays, rows=None, layer=-1):
@@ -208,7 +211,7 @@ def layer_table(run_):
         layer = -1 if layer == len(run_.model.trunk) else layer
         known = features_of(run_, target, target.train, target.rows, layer)
         val = features_of(run_, target, target.val, layer=layer)
-        new, truth = features_of(run_, target, run_.held, layer=layer)
+        new, truth = features_of(run_, target, run_.held, run_.seen, layer)
         (weight, bias), _ = fit_probe(known, val, classes)
         table.append(dict(linear=((new @ weight.T + bias).argmax(1) == truth).float().mean().item(),
                           knn=knn_accuracy(*known, new, truth)))
@@ -265,12 +268,12 @@ def analyse(folder):
     if len(classes) < 2:
         raise UserError(f"{folder}: the target {target.name}={run_.cfg[target.name]} has no classes to probe for")
     known, val = features_of(run_, target, target.train, target.rows), features_of(run_, target, target.val)
-    new, truth = features_of(run_, target, run_.held)
+    new, truth = features_of(run_, target, run_.held, run_.seen)
     (weight, bias), l2 = fit_probe(known, val, len(classes))
     margin, scores = margins(new, truth, weight, bias), new @ weight.T + bias
-    every = features_of(run_, target, target.train)
+    every, all_held = features_of(run_, target, target.train), features_of(run_, target, run_.held)
     labelled = {name: slot for name, slot in run_.slots.items() if slot is not target and "labels" in slot.train}
-    out = dict(name=run_.name, split=run_.split, layers=layer_table(run_), few_shot=few_shot(*every, new, truth), probe_l2=l2,
+    out = dict(name=run_.name, split=run_.split, layers=layer_table(run_), few_shot=few_shot(*every, *all_held), probe_l2=l2,
                margin=[margin.quantile(q).item() for q in (0.1, 0.5, 0.9)], class_spread=class_spread(new, truth),
                robustness=robustness(run_), alignment={name: alignment(run_, slot) for name, slot in labelled.items()})
     draw_confusion(os.path.join(folder, "confusion.png"), truth, scores.argmax(1), classes)
@@ -939,7 +942,7 @@ def report(readme="README.md", folder=os.path.join("assets", "results")):
             out.append(line)
         if line.startswith("<!-- results "):
             skipping = True
-            out += ["| target, examples | auxiliary | alone | uml | control | uml - alone | p | seeds |", "|---" * 8 + "|"]
+            out += ["| target, examples | auxiliary | alone | longer | uml | control | uml - alone | p | seeds |", "|---" * 9 + "|"]
             for name in line.split()[2:-1]:
                 path = os.path.join(folder, name + ".json")
                 if not os.path.exists(path):
@@ -962,8 +965,8 @@ def table_row(r):
         return f"{100 * r['arms'][arm]['mean']:.1f} ± {100 * r['arms'][arm]['half']:.1f}" if arm in r["arms"] else "-"
     d, source = r["arms"]["uml"]["minus_alone"], r["target"].split("=")[1].split(":")
     source = "CIFAR-10 (as JPEG)" if source[-1].endswith("cifar10-jpg") else source[0]
-    return (f"| {source}, {r['examples']}, {r['target_loss']} | {show_auxiliaries(r)} | {show('alone')} | {show('uml')} | "
-            f"{show('control')} | **{100 * d['mean']:+.1f}** ± {100 * d['half']:.1f} | {d['p']:.2g} | {r['seeds']} |")
+    return (f"| {source}, {r['examples']}, {r['target_loss']} | {show_auxiliaries(r)} | {show('alone')} | {show('longer')} | "
+            f"{show('uml')} | {show('control')} | **{100 * d['mean']:+.1f}** ± {100 * d['half']:.1f} | {d['p']:.2g} | {r['seeds']} |")
 
 
 def draw_architecture(path):
