@@ -348,7 +348,7 @@ def draw_pca(path, features, truth, classes):
     fig, ax = figure(6, 5.2)
     shown = ax.scatter(*flat[:3000].T, c=truth[:3000], s=6, cmap="tab10" if len(classes) <= 10 else "hsv")
     if len(classes) <= 10:
-        ax.legend(shown.legend_elements()[0], classes, fontsize=7, loc="best")
+        ax.legend(shown.legend_elements(num=None)[0], classes, fontsize=7, loc="best")
     ax.set_xlabel(f"first principal component ({share[0]:.0%} of the variance)")
     ax.set_ylabel(f"second ({share[1]:.0%})")
     save_figure(fig, path)
