@@ -629,7 +629,13 @@ def verdict(out):
 
 
 def show_auxiliaries(out):
-    return ", ".join(f"{slot}={source}" for slot, source in out["auxiliaries"].items())
+    return ", ".join(f"{slot}={short_source(source)}" for slot, source in out["auxiliaries"].items())
+
+
+def short_source(source):
+    """'folder:/my/pictures' -> 'folder:pictures': what a table or title shows."""
+    name, colon, path = source.partition(":")
+    return name + colon + os.path.basename(path.rstrip("/"))
 
 
 def show_compare(out):
@@ -659,7 +665,7 @@ def draw_compare(path, out):
     if out["chance"]:
         ax.axhline(out["chance"], ls=":", color="grey", lw=1)
     ax.set_ylabel(f"{out['split']} accuracy" if out["chance"] else f"minus {out['split']} loss")
-    ax.set_title(f"{out['target']}, {out['examples']} examples\nwith {show_auxiliaries(out)}", fontsize=9)
+    ax.set_title(f"{short_source(out['target'])}, {out['examples']} examples\nwith {show_auxiliaries(out)}", fontsize=9)
     save_figure(fig, path)
 
 
@@ -963,9 +969,8 @@ def draw_assets(folder="assets"):
 def table_row(r):
     def show(arm):
         return f"{100 * r['arms'][arm]['mean']:.1f} ± {100 * r['arms'][arm]['half']:.1f}" if arm in r["arms"] else "-"
-    d, source = r["arms"]["uml"]["minus_alone"], r["target"].split("=")[1].split(":")
-    source = "CIFAR-10 (as JPEG)" if source[-1].endswith("cifar10-jpg") else source[0]
-    return (f"| {source}, {r['examples']}, {r['target_loss']} | {show_auxiliaries(r)} | {show('alone')} | {show('longer')} | "
+    d = r["arms"]["uml"]["minus_alone"]
+    return (f"| {short_source(r['target'])}, {r['examples']}, {r['target_loss']} | {show_auxiliaries(r)} | {show('alone')} | {show('longer')} | "
             f"{show('uml')} | {show('control')} | **{100 * d['mean']:+.1f}** ± {100 * d['half']:.1f} | {d['p']:.2g} | {r['seeds']} |")
 
 
