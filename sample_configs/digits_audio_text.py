@@ -1,6 +1,6 @@
 """Spoken digits of an unheard speaker, 200 labelled clips of four others, helped by unpaired text.
 
-FSDD (10 MB) and CuPL are fetched once. Two CPU cores: about 3 minutes.
+FSDD (10 MB) and CuPL are fetched once. Untuned, and not compared yet: claims nothing.
     python train.py sample_configs/digits_audio_text.py
     python train.py sample_configs/digits_audio_text.py --text= --out_dir=out/digits_alone
 """

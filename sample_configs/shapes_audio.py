@@ -1,6 +1,6 @@
 """Sounds of the shapes world, 4 labelled ones a class, helped by sentences about other scenes.
 
-Offline. Two CPU cores: about 3 minutes.
+Offline. Minutes on two CPU cores. Untuned, and not compared yet: claims nothing.
     python train.py sample_configs/shapes_audio.py
     python train.py sample_configs/shapes_audio.py --text= --out_dir=out/shapes_audio_alone
 """

@@ -1,6 +1,6 @@
 """Three modalities, none paired: pictures of shapes (4 labelled ones a class), sentences and sounds of other scenes.
 
-Offline. Two CPU cores: about 4 minutes.
+Offline. Minutes on two CPU cores. Untuned, and not compared yet: claims nothing.
     python train.py sample_configs/shapes_trimodal.py
     python train.py sample_configs/shapes_trimodal.py --audio= --out_dir=out/shapes_bimodal
 """
