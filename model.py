@@ -79,6 +79,11 @@ class Block(nn.Module):
 # the model
 
 
+def at_least_float32(scores):
+    """Losses are summed in float32 where autocast computed in half precision."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
 class UML(nn.Module):
     """The unpaired multimodal learner.
 
@@ -109,7 +114,7 @@ class UML(nn.Module):
                 self.embed[name] = nn.Embedding(slot["vocab"], width)
             else:
                 for key in ("mean", "std"):  # kept in the checkpoint, so that it embeds new data by itself
-                    value = torch.tensor(slot[key], dtype=torch.float32).repeat(slot["dim"] // len(slot[key]))
+                    value = torch.tensor(slot[key]).repeat(slot["dim"] // len(slot[key]))
                     self.register_buffer(f"{name}_{key}", value)
                 if image_embed == "conv" and "patch" in slot:
                     if "next" in losses:
@@ -147,7 +152,8 @@ class UML(nn.Module):
         """Raw tokens as stored -> what embeds read and regressions predict: ids as they are, numbers standardised."""
         if self.slots[slot]["kind"] == "discrete":
             return tokens
-        return (tokens.float() - getattr(self, f"{slot}_mean")) / getattr(self, f"{slot}_std")
+        mean, std = getattr(self, f"{slot}_mean"), getattr(self, f"{slot}_std")
+        return (tokens.to(mean.dtype) - mean) / std
 
     def states(self, slot, tokens, real=None, causal=False, hidden=None):
         """Trunk states of every layer, the last one normed: list of layers + 1 tensors (B, T, C).
@@ -178,31 +184,35 @@ class UML(nn.Module):
         """The slot's own head: states (..., C) -> logits over its vocabulary, or normalised tokens (..., D)."""
         return F.linear(h, self.embed[slot].weight) if self.slots[slot]["kind"] == "discrete" else self.head[slot](h)
 
-    def token_loss(self, slot, h, wanted, where):
-        """Cross-entropy or mean squared error of the tokens `wanted` predicted from h, over the places `where` (B, T)."""
-        predicted, wanted = self.predict_tokens(slot, h[where]), wanted[where]  # only these places pay for the vocabulary
+    def token_loss(self, slot, h, wanted, where, count=None):
+        """Cross-entropy or mean squared error of the tokens `wanted` predicted from h: summed over the places `where` (B, T),
+        divided by `count` of them (None: by as many as there are)."""
+        predicted, wanted = at_least_float32(self.predict_tokens(slot, h[where])), wanted[where]  # only these pay for the vocabulary
+        count = max(1, len(wanted)) if count is None else count
         if self.slots[slot]["kind"] == "discrete":
-            return F.cross_entropy(predicted.float(), wanted, reduction="sum") / max(1, len(wanted))
-        return F.mse_loss(predicted.float(), wanted, reduction="sum") / max(1, wanted.numel())
+            return F.cross_entropy(predicted, wanted, reduction="sum") / count
+        return F.mse_loss(predicted, wanted, reduction="sum") / (count * wanted.shape[-1])
 
-    def forward(self, slot, tokens, real=None, labels=None, hidden=None):
+    def forward(self, slot, tokens, real=None, labels=None, hidden=None, counts=None):
         """The slot's loss on a batch, a scalar: the sum of its objectives.
 
         tokens (B, T, D) or (B, T) as stored; real (B, T) bool or None; labels (B,) rows of the label head;
         hidden (B, T) bool, the places that "reconstruct" hides (all False where mask_ratio is 0).
+        counts {objective: places}: what to divide by where this is one process's part of a larger batch; None: the whole.
         """
-        losses, total = self.slots[slot]["loss"].split("+"), 0.0
+        losses, counts, total = self.slots[slot]["loss"].split("+"), counts or {}, 0.0
         tokens = self.normalise(slot, tokens)
         every = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if real is None else real
         if "next" in losses:  # causal: state t predicts token t + 1
             h = self.states(slot, tokens[:, :-1], causal=True)[-1]
-            total = total + self.token_loss(slot, h, tokens[:, 1:], every[:, 1:])
+            total = total + self.token_loss(slot, h, tokens[:, 1:], every[:, 1:], counts.get("next"))
         if "label" in losses:
             # over the slot's own classes: a class that only the text knows must not be unlearned by every picture
-            scores = self.label_head(self.pooled(slot, tokens, real)).float()
+            scores = at_least_float32(self.label_head(self.pooled(slot, tokens, real)))
             if slot in self.temperature:
                 scores = scores * self.temperature[slot].exp()
-            total = total + F.cross_entropy(scores.masked_fill(~getattr(self, f"{slot}_rows"), -torch.inf), labels)
+            scores = scores.masked_fill(~getattr(self, f"{slot}_rows"), -torch.inf)
+            total = total + F.cross_entropy(scores, labels, reduction="sum") / counts.get("label", len(labels))
         if "reconstruct" in losses:
             masked = self.mask_ratio > 0
             h = self.states(slot, tokens, real, hidden=hidden if masked else None)[-1]
@@ -210,7 +220,7 @@ class UML(nn.Module):
                 h = self.bottleneck.back(self.bottleneck.down(self.pool(h, real)))[:, None]
                 h = h + self.position[f"{slot}_decoder"][:tokens.shape[1]]
                 h = h + self.bottleneck.out(F.relu(self.bottleneck.up(h)))
-            total = total + self.token_loss(slot, h, tokens, hidden & every if masked else every)
+            total = total + self.token_loss(slot, h, tokens, hidden & every if masked else every, counts.get("reconstruct"))
         return total
 
     def pooled(self, slot, tokens, real=None, layer=-1):

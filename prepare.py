@@ -10,11 +10,13 @@ A slot (image, text, audio, text2, ...) names a source; a source becomes data/MO
     {train,val,test}_labels_000.bin and _lengths, _latents where the source has them
 train.py calls prepare() for a source that is missing, so running this file by hand is optional.
 
-Sections: errors, config, shards, raw files, pictures, text, audio, the shapes world, sources, prepare.
+Sections: errors, files, config, shards, raw files, pictures, text, audio, the shapes world, sources, prepare.
 """
 import ast
 import base64
+import contextlib
 import difflib
+import fcntl
 import hashlib
 import http.client
 import io
@@ -50,14 +52,98 @@ class UserError(Exception):
 
 def exit_on_user_error(main):
     """Run main(); print a UserError as its sentence and exit with code 2; exit with 130 after Ctrl-C."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
+        stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 shows \\u4e2d, not a traceback
     try:
         main()
-    except (UserError, OSError) as problem:  # OSError: no room, no permission; it names the file
+    except (UserError, OSError) as problem:  # OSError: a file that cannot be read; it names it
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command goes on (train.py: with --resume, from the last checkpoint)", file=sys.stderr)
         sys.exit(130)
+
+
+def tell(line):
+    """print() for work that must outlive its reader: a closed pipe (`| head`) ends the printing, not the run."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files: written under a temporary name and moved into place, so that whoever looks finds a whole one or none
+
+
+@contextlib.contextmanager
+def writing(path, size):
+    """A full or read-only disk met within becomes one sentence: the path, the bytes that were to be written, those free."""
+    try:
+        yield
+    except OSError as problem:
+        folder = os.path.dirname(os.path.abspath(path))
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        raise UserError(f"cannot write {path} ({problem.strerror or problem}): {size:,} bytes needed, "
+                        f"{shutil.disk_usage(folder).free:,} free there") from None
+
+
+def write_file(path, data, keep=None):
+    """Put bytes into a file; the old one stays until the new one is whole and on the disk (then as `keep`, where given)."""
+    with writing(path, len(data)):
+        try:
+            with open(path + ".tmp", "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            if keep and os.path.exists(path):
+                os.replace(path, keep)
+            os.replace(path + ".tmp", path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.remove(path + ".tmp")
+            raise
+
+
+def write_json(path, value):
+    write_file(path, json.dumps(value, indent=1).encode())
+
+
+def read_json(path):
+    """The JSON of a file; ValueError where it is none, or larger than anything we write."""
+    with open(path, "rb") as f:
+        data = f.read(2**26 + 1)
+    if len(data) > 2**26:
+        raise ValueError(f"more than {2**26} bytes")
+    return json.loads(data)
+
+
+@contextlib.contextmanager
+def locked(path, busy, wait=False):
+    """Hold the lock file `path`; where another process holds it, say `busy` and wait, or refuse. A kill releases it (flock)."""
+    while True:
+        with writing(path, 0):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            lock = open(path, "ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise UserError(busy) from None
+            tell(f"{busy}: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                break
+        lock.close()  # its holder has removed it meanwhile: lock the new one
+    try:
+        yield
+    finally:
+        os.remove(path)
+        lock.close()
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(path))  # if nothing came of it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,6 +176,7 @@ PREPARE_KEYS = dict(
     gaussian_weak=(0.05, "the factor of that attenuation"),
     val_fraction=(0.1, "share of the training items that becomes the validation split"),
     split_seed=(0, "seed of the draw of the validation split (and of the test split where a source has none)"),
+    verify=(False, "compare every shard with its checksum before use (sizes are always checked)"),
     skip_bad=(False, "skip (and count) unreadable files instead of stopping at the first"),
     shard_mb=(256, "largest shard file in MiB"),
 )
@@ -198,13 +285,6 @@ def print_help(doc, keys):
 # shards: flat arrays on disk, described and checksummed by meta.json
 
 
-def write_json(path, value):
-    """Write value as JSON under a temporary name, then move it into place."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)
-    os.replace(path + ".tmp", path)
-
-
 def write_shards(folder, meta, splits, shard_mb):
     """Write {split: {array name: array}} as shards of at most shard_mb MiB and meta.json; returns the finished meta."""
     meta = dict(format=FORMAT, **meta, arrays={}, splits={})
@@ -218,7 +298,8 @@ def write_shards(folder, meta, splits, shard_mb):
             for i, start in enumerate(range(0, len(array), rows)):
                 part = array[start:start + rows]
                 file = f"{split}_{i:03d}.bin" if name == "tokens" else f"{split}_{name}_{i:03d}.bin"
-                part.tofile(os.path.join(folder, file))
+                with writing(os.path.join(folder, file), part.nbytes), open(os.path.join(folder, file), "wb") as f:
+                    f.write(part)
                 files[name].append(dict(file=file, count=len(part), sha256=hashlib.sha256(part).hexdigest()))
         meta["splits"][split] = dict(count=len(arrays["tokens"]), files=files)
         if "labels" in arrays:
@@ -228,16 +309,57 @@ def write_shards(folder, meta, splits, shard_mb):
 
 
 def read_meta(folder):
-    """meta.json of a shard folder; UserError where it is missing, unreadable or of another format version."""
+    """meta.json of a shard folder, whose every value is checked: it may come from a stranger. UserError says what is wrong."""
     path = os.path.join(folder, "meta.json")
     try:
-        with open(path, encoding="utf-8") as f:
-            meta = json.load(f)
+        meta = read_json(path)
         if meta["format"] != FORMAT:
-            raise UserError(f"{path} is of format {meta['format']}, this code reads {FORMAT}: delete {folder}, it is made again")
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is missing or damaged: delete {folder} to prepare it again") from None
+            raise UserError(f"{path} is of format {meta['format']!r}, this code reads {FORMAT}: delete {folder}, it is made again")
+        check_meta(meta)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: delete {folder} to prepare it again") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+        raise UserError(f"{path} is damaged ({type(problem).__name__}: {problem}): delete {folder} to prepare it again") from None
     return meta
+
+
+def check_meta(meta):
+    """ValueError, KeyError, TypeError or AttributeError unless meta describes shards that this code could have written."""
+    def must(good, what):
+        if not good:
+            raise ValueError(what)
+    count = lambda n, most=2**40: type(n) is int and 0 < n <= most
+    for name, array in meta["arrays"].items():
+        must(array["dtype"] in ("uint8", "uint16", "int32", "int64", "float32"), f"{name} is of dtype {array['dtype']!r}")
+        must(len(array["shape"]) <= 2 and all(count(n, 2**24) for n in array["shape"]), f"{name} has rows of shape {array['shape']}")
+    shape, classes = meta["arrays"]["tokens"]["shape"], meta["classes"]
+    must(type(classes) is list and all(type(c) is str for c in classes), "classes are not names")
+    must(meta["kind"] in ("discrete", "continuous") and len(shape) == (1 if meta["kind"] == "discrete" else 2), "no such kind of tokens")
+    if meta["kind"] == "discrete":
+        must(count(meta["vocab"], 65536), f"vocab is {meta['vocab']!r}")
+    else:
+        length, width = shape
+        for key in ("mean", "std"):
+            must(type(meta[key]) is list and meta[key] and width % len(meta[key]) == 0, f"{key} does not fit tokens of {width}")
+            must(all(type(v) in (int, float) and abs(v) < 1e30 for v in meta[key]), f"{key} is not finite")
+        must(min(meta["std"]) > 0, "std is not above 0")
+        patch, mels = meta.get("patch", 1), meta.get("mels", 1)
+        must(count(patch) and width % patch**2 == 0 and ("patch" not in meta or round(length**0.5) ** 2 == length), f"patch is {patch!r}")
+        must(count(mels) and width % mels == 0, f"mels is {mels!r}")
+    for part in ("train", "val", "test"):
+        split = meta["splits"][part]
+        must(count(split["count"]) and "tokens" in split["files"], f"{part} has no items")
+        for name, files in split["files"].items():
+            must(all(re.fullmatch(rf"{part}(_[a-z]+)?_\d+\.bin", e["file"]) and count(e["count"]) for e in files), f"files of {part} {name}")
+            must(sum(e["count"] for e in files) == split["count"] and name in meta["arrays"], f"count of {part} {name}")
+        must("labels" not in split["files"] or len(split["class_counts"]) == len(classes), f"class_counts of {part}")
+
+
+def verify_shards(folder, meta):
+    """Compare every shard with its checksum; the size, which Shards checks at every start, does not show a flipped bit."""
+    for split in meta["splits"].values():
+        for entry in (entry for files in split["files"].values() for entry in files):
+            check_sha256(os.path.join(folder, entry["file"]), entry["sha256"], f"{folder}: delete it to prepare it again")
 
 
 class Shards:
@@ -272,11 +394,19 @@ def load_split(folder, split):
     """One split of a shard folder: {"tokens": Shards, and where there are any "labels", "lengths", "latents": arrays}."""
     meta = read_meta(folder)
     arrays = {name: Shards(folder, files, **meta["arrays"][name]) for name, files in meta["splits"][split]["files"].items()}
-    return {name: a if name == "tokens" else a[np.arange(len(a))] for name, a in arrays.items()}
+    arrays = {name: a if name == "tokens" else a[np.arange(len(a))] for name, a in arrays.items()}
+    for name, low, high in (("labels", 0, len(meta["classes"]) - 1), ("lengths", 1, arrays["tokens"].shape[0])):
+        if name in arrays and not low <= arrays[name].min() <= arrays[name].max() <= high:
+            raise UserError(f"{folder}: {split} {name} run from {arrays[name].min()} to {arrays[name].max()}, expected {low} to {high}: "
+                            "delete it to prepare it again")
+    return arrays
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # raw files: used where they lie in raw_dir with the right checksum, else downloaded once
+
+
+PATIENCE = 30  # seconds without a byte
 
 
 def raw_file(cfg, source, name, url, sha256, size=None):
@@ -287,13 +417,21 @@ def raw_file(cfg, source, name, url, sha256, size=None):
     if os.path.exists(path):
         check_sha256(path, sha256, f"{path}: remove it and {way_out}")
         return path
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    coming = f"{path}.{os.getpid()}.tmp"
+    with locked(f"{path}.lock", f"another process is fetching {path}", wait=True):
+        if not os.path.exists(path):
+            download(path, url, sha256, size, way_out)
+    return path
+
+
+def download(path, url, sha256, size, way_out):
+    """Fetch url to path; only what has the right length and checksum gets that name."""
+    coming, total = path + ".tmp", size or 0
     try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(coming, "wb") as out:
-            total = int(response.headers.get("Content-Length") or 0) or size
-            with tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {name}") as bar:
-                while chunk := response.read(1 << 20):
+        with urllib.request.urlopen(url, timeout=PATIENCE) as response:
+            total = int(response.headers.get("Content-Length") or 0) or total
+            with writing(path, total), open(coming, "wb") as out, tqdm(total=total, unit="B", unit_scale=True,
+                                                                       desc=f"fetching {os.path.basename(path)}") as bar:
+                while chunk := read_chunk(response):
                     out.write(chunk)
                     bar.update(len(chunk))
         if total and os.path.getsize(coming) != total:
@@ -301,13 +439,18 @@ def raw_file(cfg, source, name, url, sha256, size=None):
         check_sha256(coming, sha256, f"what {url} sent: {way_out}")
         os.replace(coming, path)
     except (OSError, http.client.HTTPException) as problem:  # urllib's URLError is an OSError
-        raise UserError(f"cannot fetch {name} ({problem}): {way_out}") from None
+        raise UserError(f"cannot fetch {os.path.basename(path)} ({problem}): {way_out}") from None
     finally:
         if os.path.exists(coming):
             os.remove(coming)
-        if not os.listdir(os.path.dirname(path)):
-            os.rmdir(os.path.dirname(path))
-    return path
+
+
+def read_chunk(response):
+    """A stall or a drop is the network's fault: HTTPException, so that it is not taken for a full disk."""
+    try:
+        return response.read(1 << 20)
+    except OSError as problem:
+        raise http.client.HTTPException(str(problem)) from None
 
 
 def check_sha256(path, sha256, way_out):
@@ -419,14 +562,18 @@ def train_bpe(documents, vocab_size, path):
         raise UserError(f"vocab_size={vocab_size}: must lie between 256 (the bytes) and 65536 (what uint16 holds)")
     tokenizer = rustbpe.Tokenizer()
     tokenizer.train_from_iterator(iter(documents), vocab_size=vocab_size, pattern=WORDS)
-    with open(path, "w", encoding="ascii") as f:
-        f.writelines(f"{base64.b64encode(bytes(token)).decode()} {rank}\n" for token, rank in tokenizer.get_mergeable_ranks())
+    write_file(path, b"".join(base64.b64encode(bytes(token)) + f" {rank}\n".encode() for token, rank in tokenizer.get_mergeable_ranks()))
 
 
 def load_bpe(folder):
     """The tiktoken.Encoding of a text folder. Parsed here: tiktoken's loader caches by path and would return a stale table."""
     path = os.path.join(folder, "bpe.tiktoken")
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in read_text(path).splitlines())}
+    try:
+        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in read_text(path).splitlines())}
+    except ValueError:
+        ranks = {}
+    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+        raise UserError(f"{path} is damaged: delete {folder} to prepare it again")
     return tiktoken.Encoding(name=path, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
 
 
@@ -1021,11 +1168,21 @@ def shard_folder(cfg, slot):
     return os.path.join(cfg["data_dir"], f"{modality}-{label}-{hash8}"), made_from
 
 
-def prepare(cfg, slot, say=print):
+def prepare(cfg, slot, say=tell):
     """Make the shards of one slot unless they exist; returns their folder. Raises UserError, leaving nothing half-written."""
     folder, made_from = shard_folder(cfg, slot)
-    if os.path.exists(os.path.join(folder, "meta.json")):
-        return folder
+    if not os.path.exists(os.path.join(folder, "meta.json")):
+        lock = os.path.join(cfg["data_dir"], f".{os.path.basename(folder)}.lock")
+        with locked(lock, f"another process is preparing {slot}={cfg[slot]}", wait=True):
+            if not os.path.exists(os.path.join(folder, "meta.json")):
+                make_shards(cfg, slot, folder, made_from, say)
+    elif cfg["verify"]:
+        verify_shards(folder, read_meta(folder))
+    return folder
+
+
+def make_shards(cfg, slot, folder, made_from, say):
+    """Run a source, split and encode what it gives, and write the shards to folder."""
     rate, mels, frames, group = (cfg.get(f"audio_{key}", 1000) for key in ("rate", "mels", "frames", "group"))
     if not 0 < cfg["val_fraction"] < 1 or cfg["split_seed"] < 0 or cfg["shard_mb"] < 1:
         raise UserError(f"val_fraction={cfg['val_fraction']} must lie between 0 and 1, split_seed={cfg['split_seed']} be at least 0, "
@@ -1060,8 +1217,8 @@ def prepare(cfg, slot, say=print):
         if not len(part):
             raise UserError(f"{slot}={cfg[slot]}: too few items ({count}) to leave any for the {split} split")
 
-    os.makedirs(cfg["data_dir"], exist_ok=True)
-    making = f"{folder}.{os.getpid()}.tmp"  # another process may be making the same shards
+    making = f"{folder}.tmp"
+    shutil.rmtree(making, ignore_errors=True)  # what a killed process left; the lock says that nobody is at work there
     os.mkdir(making)
     try:
         parts = {split: splits[split][0] for split in ("train", "val", "test")}
@@ -1076,13 +1233,12 @@ def prepare(cfg, slot, say=print):
                 arrays[split]["latents"] = split_latents[rows]
         meta = write_shards(making, dict(modality=modality_of(slot), classes=raw["classes"], made_from=made_from, **info),
                             arrays, cfg["shard_mb"])
-        if not os.path.exists(os.path.join(folder, "meta.json")):
-            shutil.rmtree(folder, ignore_errors=True)  # what is left of a damaged folder
-            os.replace(making, folder)
+        verify_shards(making, meta)
+        shutil.rmtree(folder, ignore_errors=True)  # what is left of a damaged folder
+        os.replace(making, folder)
     finally:
         shutil.rmtree(making, ignore_errors=True)
     say(f"{describe(folder, meta)}; {time.perf_counter() - start:.1f} s, peak memory {peak_memory() / 2**20:,.0f} MiB")
-    return folder
 
 
 def describe(folder, meta):
@@ -1103,9 +1259,9 @@ def main():
         cfg.update(audio_test_group="#0", audio_val_group="#1")
     for slot in active_slots(cfg):
         lines = []
-        folder = prepare(cfg, slot, say=lambda line: (lines.append(line), print(line)))
+        folder = prepare(dict(cfg, verify=True), slot, say=lambda line: (lines.append(line), tell(line)))
         if not lines:  # it was there already
-            print(describe(folder, read_meta(folder)))
+            tell(f"{describe(folder, read_meta(folder))}; checksums right")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from prepare import (LOG_MEL_RANGE, SHAPE_CLASSES, UserError, active_slots, draw
                      load_bpe, load_split, modality_of, paint_scenes, patchify, plain_name, prepare, read_config,
                      read_meta, read_pictures, read_recordings, read_text, shard_folder, sound_scenes, tell_scenes, unpatchify, write_json)
 from train import (FREE_KEYS, KEYS, choose_examples, evaluate, extract, fit_probe, load_checkpoint, load_model, open_slots,
-                   read_run_config, resolve, run)
+                   read_run_config, resolve, run, save_checkpoint)
 
 CPU = torch.device("cpu")
 
@@ -505,10 +505,11 @@ def run_all(configs, folder, jobs, bar):
     run_pool([w for w in warm_starts.values() if not is_warm(w)], jobs, bar)
     for cfg in starting:
         os.makedirs(cfg["out_dir"], exist_ok=True)
-        for name in ("log.jsonl", "last.pt"):  # last.pt last: it is what marks the folder as begun
-            there = os.path.join(cfg["out_dir"], name)
-            shutil.copyfile(os.path.join(warm_of[cfg["out_dir"]]["out_dir"], name), there + ".tmp")
-            os.replace(there + ".tmp", there)
+        there = warm_of[cfg["out_dir"]]["out_dir"]
+        shutil.copyfile(os.path.join(there, "log.jsonl"), os.path.join(cfg["out_dir"], "log.jsonl"))
+        shards = {slot: os.path.basename(shard_folder(cfg, slot)[0]) for slot in active_slots(cfg)}
+        begun = dict(load_checkpoint(os.path.join(there, "last.pt")), config=dict(cfg, shards=shards))
+        save_checkpoint(os.path.join(cfg["out_dir"], "last.pt"), **begun)
     return run_pool(tasks, jobs, bar)
 
 

@@ -4,13 +4,22 @@
     python -m pytest -q -k resume          # one promise
     python -m pytest -q --durations=10     # what takes the time
 """
+import contextlib
+import http.server
 import io
 import json
 import os
+import pickle
 import re
+import resource
+import signal
+import socket
+import struct
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -158,7 +167,9 @@ def test_patchify_is_undone_by_unpatchify():
 
 def test_many_small_shards_read_like_one(tmp_path):
     tokens, labels = np.arange(7000 * 100, dtype=np.uint16).reshape(7000, 100), np.arange(7000, dtype=np.int32) % 3
-    P.write_shards(str(tmp_path), dict(classes=["a", "b", "c"]), dict(train=dict(tokens=tokens, labels=labels)), shard_mb=1)
+    few = dict(tokens=tokens[:3], labels=labels[:3])
+    meta = dict(modality="text", kind="discrete", vocab=65536, classes=["a", "b", "c"])
+    P.write_shards(str(tmp_path), meta, dict(train=dict(tokens=tokens, labels=labels), val=few, test=few), shard_mb=1)
     assert (tmp_path / "train_001.bin").exists()
     split, rows = P.load_split(str(tmp_path), "train"), np.array([6999, 0, 5242, 5243, 17])
     assert np.array_equal(split["tokens"][rows], tokens[rows]) and np.array_equal(split["labels"], labels)
@@ -930,3 +941,323 @@ def test_the_readmes_commands_parse_and_its_tables_are_current(tmp_path, monkeyp
 @pytest.mark.parametrize("script", ["prepare.py", "train.py", "probe.py"])
 def test_help_lists_the_keys(script):
     done = subprocess.run([sys.executable, os.path.join(HERE, script), "--help"], capture_output=True, text=True, cwd=HERE)
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+def test_parts_of_a_batch_add_up_to_the_gradient_of_the_whole(data, monkeypatch):
+    """Whatever the objective counts: items, real tokens or hidden ones."""
+    cfg, slots, classes = opened(data, "--image_loss=label+reconstruct", "--text_loss=next+label+reconstruct")
+    model = T.build_model(cfg, T.model_slots(slots), classes).double()
+    for name, slot in slots.items():
+        batch, grads = T.train_batch(slot, 0, 0, B.CPU), []
+        for world in (1, 3):
+            model.zero_grad(set_to_none=True)
+            for rank in range(world):
+                monkeypatch.setattr(T, "ranks", lambda: (rank, world))
+                model(name, **(batch if world == 1 else T.my_part(batch, cfg["mask_ratio"]))).backward()
+            grads.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+        assert grads[0].keys() == grads[1].keys() and all(torch.allclose(grads[0][k], grads[1][k], rtol=1e-9, atol=1e-12) for k in grads[0])
+
+
+def test_two_processes_equal_one_and_resume_as_one(data, tmp_path):
+    """In float64, with gloo, through the command line; the losses too, because AdamW would hide a wrong scale."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    code = "import sys, torch; torch.set_default_dtype(torch.float64); sys.path.insert(0, sys.argv.pop(1)); import train; train.main()"
+    argv = ["--image=shapes", "--text=shapes", "--image_examples=192", "--width=32", "--layers=2", "--heads=2", "--steps=6", "--image_batch=15",
+            "--log_interval=1", "--text_batch=16", "--text_loss=next+label", f"--data_dir={data}", "--threads=1"]
+    def start(out, stop, rank=0, world=1):
+        env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        return subprocess.Popen([sys.executable, "-c", code, HERE, *argv, f"--out_dir={tmp_path}/{out}", f"--stop_after={stop}", "--resume"],
+                                env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    T.open_slots(T.resolve(T.read_run_config(argv), quiet), quiet)  # the small world, before the children meet the big one
+    for runs in ([("two", 2, 0, 2), ("two", 2, 1, 2), ("one", 3)], [("two", 3)]):
+        for job in [start(*one) for one in runs]:
+            said, _ = job.communicate(timeout=120)
+            assert job.returncode == 0, said
+    one, two = weights(f"{tmp_path}/one"), weights(f"{tmp_path}/two")
+    assert all(torch.allclose(one[k], two[k], rtol=1e-7, atol=1e-10) for k in one) and one["norm.weight"].dtype == torch.float64
+    loss = lambda out: [list(json.loads(line)["loss"].values()) for line in open(tmp_path / out / "log.jsonl")]
+    assert np.allclose(loss("one"), loss("two"), rtol=1e-9, atol=0), (loss("one"), loss("two"))
+
+
+# -- faults: nothing is lost, and nothing half-written is taken for whole ---------------------------------------------
+
+
+def test_interrupted_terminated_and_killed_a_run_ends_in_the_same_bits(data, tmp_path):
+    """SIGINT and SIGTERM finish the step and save, kill -9 does not; --resume leads all to the weights of an undisturbed run."""
+    argv = [sys.executable, os.path.join(HERE, "train.py"), "--image=shapes", "--text=shapes", "--image_examples=192", "--width=32", "--layers=2",
+            "--heads=2", "--steps=120", "--warm_start_steps=20", "--eval_interval=10", "--log_interval=2", "--image_batch=16", "--text_batch=16",
+            f"--data_dir={data}", "--threads=1"]
+    whole = T.run(T.read_run_config([*argv[2:], f"--out_dir={tmp_path}/whole"]), quiet)
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9), (None, 0)):
+        job = subprocess.Popen([*argv, f"--out_dir={tmp_path}/o", "--resume"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        said = ""
+        while number and not re.search(r"step \d+/140 .*(ms/step)", said):
+            said += job.stdout.readline()
+        if number:
+            job.send_signal(number)
+        more, wrong = job.communicate(timeout=120)
+        assert job.returncode == code, said + more + wrong
+        assert "--resume goes on" in more or number in (signal.SIGKILL, None)
+    result = json.load(open(tmp_path / "o/result.json"))
+    timing = {"seconds", "samples_per_second", "peak_memory", "name"}
+    assert {k: v for k, v in whole.items() if k not in timing} == {k: v for k, v in result.items() if k not in timing}
+    one, two = weights(f"{tmp_path}/whole"), weights(f"{tmp_path}/o")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+@contextlib.contextmanager
+def disk_of(bytes_):
+    """No file may grow beyond this: what a full disk does, without needing one."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_named_and_costs_nothing_that_was_saved(data, tmp_path):
+    assert train(data, f"{tmp_path}/o", "--stop_after=4") is None
+    before = weights(f"{tmp_path}/o")
+    with disk_of(20_000), pytest.raises(P.UserError, match=r"cannot write .*o/(last|best)\.pt .*: [\d,]+ bytes needed, [\d,]+ free"):
+        train(data, f"{tmp_path}/o", "--resume")
+    assert all(torch.equal(before[k], v) for k, v in weights(f"{tmp_path}/o").items())
+    assert train(data, f"{tmp_path}/o", "--resume")
+    with disk_of(20_000), pytest.raises(P.UserError, match="cannot write .*train_000.bin .* bytes needed"):
+        prepared(tmp_path / "d", "--image=shapes")
+    assert not os.path.exists(tmp_path / "d")
+
+
+def test_a_folder_that_cannot_be_written_is_named(data, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for argv in (["--data_dir", f"{tmp_path}/file/d"], ["--out_dir", f"{tmp_path}/file/o"]):
+        with pytest.raises(P.UserError, match="cannot write .*file/.*(Not a directory|File exists)"):
+            T.run(dict(config(data, f"{tmp_path}/o"), **{argv[0][2:]: argv[1]}), quiet)
+
+
+def test_two_processes_in_one_folder_wait_or_are_refused(data, tmp_path):
+    with P.locked(f"{tmp_path}/.o.lock", "busy"), pytest.raises(P.UserError, match="another process is training into"):
+        train(data, f"{tmp_path}/o")
+    cfg = P.read_config(["--image=shapes", f"--data_dir={tmp_path}/d"], P.PREPARE_KEYS)
+    folder = P.shard_folder(cfg, "image")[0]
+    second = threading.Thread(target=P.prepare, args=(cfg, "image", quiet))
+    with P.locked(f"{tmp_path}/d/.{os.path.basename(folder)}.lock", "busy"):
+        second.start()
+        time.sleep(0.5)
+        assert second.is_alive() and not os.path.exists(folder)
+    second.join()
+    assert P.read_meta(folder)["splits"]["train"]["count"] and os.listdir(tmp_path / "d") == [os.path.basename(folder)]
+
+
+def test_what_a_killed_prepare_left_is_swept_away(data, tmp_path):
+    folder = P.shard_folder(P.read_config(["--image=shapes", f"--data_dir={tmp_path}/d"], P.PREPARE_KEYS), "image")[0]
+    for rest in (f"{folder}.tmp", folder):
+        os.makedirs(rest)
+        (open(f"{rest}/train_000.bin", "w")).write("half")
+    open(f"{tmp_path}/d/.{os.path.basename(folder)}.lock", "w").close()
+    assert prepared(tmp_path / "d", "--image=shapes") == folder and os.listdir(tmp_path / "d") == [os.path.basename(folder)]
+    whole = prepared(data, "--image=shapes")
+    assert all(open(f"{whole}/{f}", "rb").read() == open(f"{folder}/{f}", "rb").read() for f in os.listdir(whole))
+
+
+def test_a_flipped_bit_is_found_by_verify(tmp_path):
+    folder = prepared(tmp_path, "--image=shapes")
+    path = f"{folder}/val_000.bin"
+    body = bytearray(open(path, "rb").read())
+    body[0] ^= 1
+    open(path, "wb").write(body)
+    prepared(tmp_path, "--image=shapes")  # by size alone all is well
+    with pytest.raises(P.UserError, match="wrong checksum"):
+        prepared(tmp_path, "--image=shapes", "--verify=True")
+
+
+def spoil(path, change):
+    saved = torch.load(path, weights_only=True)
+    change(saved)
+    torch.save(saved, path)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(data, tmp_path):
+    whole = train(data, f"{tmp_path}/whole")
+    train(data, f"{tmp_path}/o", "--stop_after=4"), train(data, f"{tmp_path}/o", "--stop_after=7", "--resume")
+    last, said = f"{tmp_path}/o/last.pt", []
+    open(last, "r+b").truncate(3000)
+    result = T.run(dict(config(data, f"{tmp_path}/o"), resume=True), said.append)
+    assert result["test_accuracy"] == whole["test_accuracy"] and any("last.pt is damaged" in line and "going back to" in line for line in said)
+    one, two = weights(f"{tmp_path}/whole"), weights(f"{tmp_path}/o")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_checkpoints_that_do_not_fit_are_refused(data, tmp_path):
+    def halt(change, words, *more):
+        train(data, f"{tmp_path}/o", "--stop_after=2")
+        spoil(f"{tmp_path}/o/last.pt", change)
+        with pytest.raises(P.UserError, match=words):
+            train(data, f"{tmp_path}/o", "--resume", *more)
+        P.shutil.rmtree(tmp_path / "o")
+    halt(lambda s: s["model"]["norm.weight"].fill_(torch.nan), "norm.weight is not finite")
+    halt(lambda s: s.update(format=0), "format 0 where this code writes")
+    halt(lambda s: s.pop("updates"), "KeyError: 'updates'")
+    halt(lambda s: s["model"].update({"norm.weight": torch.ones(7)}), "of another architecture")
+    halt(lambda s: s["config"].update(seed=3), "another config .different: seed")
+    halt(lambda s: None, "another config .different: width", "--width=16")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(data, tmp_path, monkeypatch):
+    train(data, f"{tmp_path}/o", "--stop_after=4")
+    before, forward = weights(f"{tmp_path}/o"), M.UML.forward
+    monkeypatch.setattr(M.UML, "forward", lambda self, slot, tokens, **more: forward(self, slot, tokens, **more) * (torch.nan if slot == "text" else 1))
+    with pytest.raises(P.UserError, match="the text loss became nan in step 5: lower --learning_rate"):
+        train(data, f"{tmp_path}/o", "--resume")
+    assert all(torch.equal(before[k], v) for k, v in weights(f"{tmp_path}/o").items())
+
+
+def test_a_reader_that_leaves_and_a_terminal_without_utf8_do_not_end_a_run(data, tmp_path):
+    """`| head`, stdout closed, a folder with blanks and Chinese letters, an ASCII locale."""
+    env = dict(os.environ, PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    argv = [sys.executable, os.path.join(HERE, "train.py"), "--image=shapes", "--image_examples=192", "--width=16", "--layers=1", "--heads=2",
+            "--steps=6", "--log_interval=1", f"--data_dir={data}", "--threads=1"]
+    left = subprocess.Popen([*argv, f"--out_dir={tmp_path}/ein Lauf 中文"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    left.stdout.readline()
+    left.stdout.close()
+    closed = subprocess.Popen([*argv, f"--out_dir={tmp_path}/closed"], stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    for job, name in ((left, "ein Lauf 中文"), (closed, "closed")):
+        wrong = job.communicate(timeout=120)[1]
+        assert job.returncode == 0 and not wrong, wrong
+        assert json.load(open(tmp_path / name / "result.json"))["steps"] == 6
+
+
+# -- inputs from strangers --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def server(answer):
+    """answer(handler) replies to every GET on the address this yields."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        do_GET = lambda self: answer(self)
+        log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as s:
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{s.server_port}/file"
+        s.shutdown()
+
+
+def test_downloads_that_go_wrong_leave_nothing_and_a_right_one_stays(tmp_path, monkeypatch):
+    """An HTML page with status 200, a body cut short, an error, a stall; then a redirect to the right file."""
+    monkeypatch.setattr(P, "PATIENCE", 0.3)
+    cfg, body = dict(raw_dir=str(tmp_path / "raw")), b"right" * 1000
+    sha256 = P.hashlib.sha256(body).hexdigest()
+    def reply(status=200, data=b"", length=None, **headers):
+        def answer(handler):
+            handler.send_response(status)
+            for key, value in dict({"Content-Length": str(len(data) if length is None else length)}, **headers).items():
+                handler.send_header(key, value)
+            handler.end_headers()
+            handler.wfile.write(data)
+        return answer
+    def stall(handler):
+        reply(200, body[:9], len(body))(handler)
+        time.sleep(1)
+    for answer, words in ((reply(data=b"<html>log in first</html>"), "wrong checksum"), (reply(data=body[:99], length=len(body)), "99 of 5000|IncompleteRead"),
+                          (reply(404), "404"), (stall, "timed out")):
+        with server(answer) as url, pytest.raises(P.UserError, match=f"({words}).*by hand"):
+            P.raw_file(cfg, "s", "f", url, sha256)
+        assert not os.path.exists(tmp_path / "raw/s")
+    with server(lambda h: reply(data=body)(h) if h.path == "/right" else reply(302, Location="/right")(h)) as url:
+        path = P.raw_file(cfg, "s", "f", url, sha256)
+    assert open(path, "rb").read() == body and os.listdir(tmp_path / "raw/s") == ["f"]
+
+
+def test_archives_are_never_extracted_and_their_sizes_are_capped(tmp_path, monkeypatch):
+    """Names with .., links, a member that claims too much, a gzip bomb: refused or passed over, nothing lands on the disk."""
+    path = tmp_path / "raw/cifar10/cifar-10-binary.tar.gz"
+    os.makedirs(path.parent)
+    monkeypatch.setattr(P, "CIFAR10_SHA256", None)
+    link = tarfile.TarInfo("cifar-10-batches-bin/data_batch_1.bin")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    bomb = tarfile.TarInfo("cifar-10-batches-bin/data_batch_2.bin")
+    bomb.size = 50_000_000
+    for member, words in ((tarfile.TarInfo("../../escaped"), "lacks"), (link, "lacks"), (bomb, "claims 50000000 bytes, more than")):
+        with tarfile.open(path, "w:gz") as tar:
+            tar.addfile(member, io.BytesIO(bytes(member.size)))
+        with pytest.raises(P.UserError, match=words):
+            prepared(tmp_path / "d", "--image=cifar10", f"--raw_dir={tmp_path}/raw")
+    assert [f for _, _, files in os.walk(tmp_path) for f in files] == ["cifar-10-binary.tar.gz"]
+
+
+def test_pictures_of_every_odd_kind_are_read_or_refused(tmp_path):
+    def save(name, picture, **more):
+        picture.save(tmp_path / name, **more)
+        return P.read_picture(str(tmp_path / name), 8)
+    assert save("cmyk.jpg", Image.new("CMYK", (20, 20), (0, 0, 0, 0))).min() > 240
+    assert (save("clear.png", Image.new("P", (20, 20), 0), transparency=0) == 255).all()
+    assert save("dot.png", Image.new("RGB", (1, 1), "red"))[4, 4].tolist() == [255, 0, 0]
+    assert save("wide.png", Image.new("L", (20000, 3), 9)).shape == (8, 8, 3)
+    half = Image.new("RGB", (16, 16), "white")
+    half.paste("black", (0, 0, 16, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn me by 90 degrees"
+    assert save("turned.jpg", half, exif=exif)[:, 0].mean() > 200 > 100 > save("upright.jpg", half)[0].mean()
+    assert (save("moves.gif", Image.new("L", (9, 9), 7), save_all=True, append_images=[Image.new("L", (9, 9), 200)]) == 7).all()
+    whole = (tmp_path / "wide.png").read_bytes()
+    for name, body in (("empty.png", b""), ("cut.png", whole[:60]), ("text.png", b"hello")):
+        (tmp_path / name).write_bytes(body)
+        with pytest.raises(P.UserError, match=f"{name} is not a readable image"):
+            P.read_picture(str(tmp_path / name), 8)
+    ihdr = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)  # 10 GB once decoded
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", P.zlib.crc32(kind + data))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + chunk(b"IDAT", P.zlib.compress(b"x")) + chunk(b"IEND", b""))
+    with pytest.raises(P.UserError, match="bomb.png is not a readable image .*decompression bomb"):
+        P.read_picture(str(tmp_path / "bomb.png"), 8)
+
+
+def test_wave_headers_that_lie_are_refused():
+    def header(channels=1, rate=8000, bits=16, size=200, kind=1):
+        block = channels * bits // 8
+        return (b"RIFF" + struct.pack("<I", (36 + size) % 2**32) + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, kind, channels, rate, rate * block, block, bits)
+                + b"data" + struct.pack("<I", size))
+    cfg = P.read_config([], P.PREPARE_KEYS)
+    for head in (header(channels=0), header(rate=0), header(size=2**31), header(size=2**32 - 1), header(bits=12), header(bits=0), header(bits=64), header()[:30]):
+        with pytest.raises(P.UserError, match="a.wav"):
+            P.read_recording(cfg, io.BytesIO(head + bytes(50)), "a.wav")
+
+
+def test_odd_text_is_text(tmp_path):
+    """A byte-order mark, NUL, empty lines, a line of 10 MB, and words that other tokenizers take for commands."""
+    odd = "<|endoftext|> and <s>"
+    (tmp_path / "t.txt").write_text("\ufeff" + odd + "\n\n\x00 in here\n" + "ab " * 3_500_000 + "\n" + "plain line\n" * 30, encoding="utf-8")
+    folder = prepared(tmp_path / "d", f"--text=file:{tmp_path}/t.txt", "--vocab_size=300")
+    assert P.read_meta(folder)["splits"]["train"]["count"] > 20 and P.load_bpe(folder).decode(P.load_bpe(folder).encode_ordinary(odd)) == odd
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_files_from_strangers_execute_nothing(tmp_path):
+    """A checkpoint, features, a config and shard descriptions that try."""
+    mark = str(tmp_path / "executed")
+    torch.save(dict(model=Attack(mark)), tmp_path / "best.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Attack(mark)))
+    np.savez(tmp_path / "f.npz", features=np.array([Attack(mark)], object))
+    (tmp_path / "c.py").write_text(f"import os\nos.mkdir({mark!r})\n")
+    for attempt in (lambda: T.load_model(tmp_path / "best.pt"), lambda: T.load_model(tmp_path / "raw.pt"),
+                    lambda: prepared(tmp_path / "d", f"--image=npz:{tmp_path}/f.npz"), lambda: T.read_run_config([f"{tmp_path}/c.py"])):
+        with pytest.raises(P.UserError):
+            attempt()
+    folder = prepared(tmp_path / "d", "--text=pydoc")
+    meta = P.read_meta(folder)
+    meta["splits"]["train"]["files"]["tokens"][0]["file"] = "../../train_000.bin"
+    P.write_json(f"{folder}/meta.json", meta)
+    with pytest.raises(P.UserError, match="damaged .*files of train"):
+        P.load_split(folder, "train")
+    assert not os.path.exists(mark)

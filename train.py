@@ -6,27 +6,33 @@
 
 Writes out/NAME/: last.pt (the newest checkpoint), best.pt (the best on validation), config.json, log.jsonl, result.json.
 
-Sections: config, slots and their examples, batches, optimisation, evaluation, checkpoints, the run.
+Sections: config, slots and their examples, batches, processes, optimisation, evaluation, checkpoints, the run.
 """
+import contextlib
+import datetime
 import functools
+import io
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import UML, linear_probe
-from prepare import (LOG_MEL_RANGE, PREPARE_KEYS, SLOT_NAME, UserError, active_slots, exit_on_user_error, load_split, modality_of,
-                     patchify, peak_memory, plain_name, prepare, print_help, read_config, read_meta, shard_folder, unpatchify,
-                     write_json)
+from prepare import (FORMAT, LOG_MEL_RANGE, PREPARE_KEYS, SLOT_NAME, UserError, active_slots, exit_on_user_error, load_split, locked,
+                     modality_of, patchify, peak_memory, plain_name, prepare, print_help, read_config, read_json, read_meta,
+                     shard_folder, tell, unpatchify, write_file, write_json, writing)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # config: these keys and prepare.py's make a run; sample_configs/*.py set some, --key=value overrides any
@@ -82,7 +88,7 @@ KEYS = dict(
     threads=(0, "torch CPU threads (0: torch's choice)"),
 )
 # Keys that may differ between a run and its continuation or repetition: they decide where and how long, not what.
-FREE_KEYS = {"out_dir", "resume", "stop_after", "benchmark", "log_interval", "raw_dir", "data_dir"}
+FREE_KEYS = {"out_dir", "resume", "stop_after", "benchmark", "log_interval", "raw_dir", "data_dir", "verify"}
 FREE_ON_RESUME = FREE_KEYS | {"eval_interval", "device", "steps"}
 
 
@@ -101,7 +107,7 @@ def drop_inactive(cfg):
     return cfg, off, sorted(was_set)
 
 
-def resolve(cfg, say=print):
+def resolve(cfg, say=tell):
     """Check cfg and leave out what has no effect; returns the config that identifies the run."""
     cfg = dict(cfg)
     for slot in active_slots(cfg):
@@ -302,7 +308,11 @@ def collate(slot, arrays, rows, device, rng=None, augment=False):
         batch["labels"] = slot.head_rows[arrays["labels"][rows]]
     if rng is not None and "reconstruct" in slot.loss:
         batch["hidden"] = rng.random(tokens.shape[:2]) < cfg["mask_ratio"]
-    batch["tokens"] = tokens.astype(np.int64) if slot.meta["kind"] == "discrete" else tokens
+    batch["tokens"] = tokens
+    if slot.meta["kind"] == "discrete":
+        batch["tokens"] = tokens.astype(np.int64)
+        if tokens.max() >= slot.meta["vocab"]:
+            raise UserError(f"{slot.folder} holds token {tokens.max()}, its vocabulary ends at {slot.meta['vocab'] - 1}: delete it")
     return {key: to_device(torch.from_numpy(np.ascontiguousarray(value)), device) for key, value in batch.items()}
 
 
@@ -313,6 +323,52 @@ def to_device(tensor, device):
 def train_batch(slot, seed, update, device):
     rng = np.random.default_rng([seed, zlib.crc32(slot.name.encode()), 2, update])
     return collate(slot, slot.train, batch_rows(slot, seed, update), device, rng, augment=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes and signals. Where torchrun started several processes, all draw the same batch and each takes its part of it, so
+# that a run does not depend on how many there are (to floating-point tolerance).
+
+
+SIGNALS = []  # those caught so far
+
+
+def on_signal(number, frame):
+    """The first one asks for an end after this step, the second ends it now."""
+    SIGNALS.append(number)
+    if len(SIGNALS) > 1:
+        raise KeyboardInterrupt
+
+
+def ranks():
+    """(the number of this process, how many share the run); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def my_part(batch, mask_ratio):
+    """This process's items of a batch, with what each objective counts in the whole of it: see UML.forward."""
+    rank, world = ranks()
+    tokens, real, hidden = batch["tokens"], batch.get("real"), batch.get("hidden")
+    real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if real is None else real
+    counts = dict(label=len(tokens), next=real[:, 1:].sum().clamp_min(1),
+                  reconstruct=(real & hidden if hidden is not None and mask_ratio > 0 else real).sum().clamp_min(1))
+    return dict({key: value[rank::world] for key, value in batch.items()}, counts=counts)
+
+
+def asked_to_stop(device):
+    """Has a signal reached any of the processes? All must leave the loop after the same step."""
+    if ranks()[1] == 1:
+        return bool(SIGNALS)
+    asked = torch.tensor(float(bool(SIGNALS)), device=device)
+    dist.all_reduce(asked)
+    return asked.item() > 0
+
+
+def add_up_gradients(model):
+    """Sum over processes; an idle slot has no gradient in any of them."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,6 +404,16 @@ def pattern(cfg, slots, step):
     if step < cfg["warm_start_steps"]:
         return [auxiliaries] if cfg["schedule"] == "joint" else [[(turns or auxiliaries)[step % len(turns or auxiliaries)]]]
     return [[cfg["target"], *auxiliaries]] if cfg["schedule"] == "joint" else [[name] for name in [cfg["target"], *turns]]
+
+
+def check_losses(losses, cfg):
+    """UserError where one of {slot: [(step, loss tensor), ...]} is not finite: it names the first."""
+    every = [(step, name, loss) for name, values in losses.items() for step, loss in values]
+    finite = torch.stack([loss for *_, loss in every]).isfinite().tolist()
+    if not all(finite):
+        step, name, loss = min((one for one, good in zip(every, finite) if not good), key=lambda one: one[0])
+        raise UserError(f"the {name} loss became {loss.item()} in step {step + 1}: lower --learning_rate (now "
+                        f"{cfg['learning_rate']}); {cfg['out_dir']} keeps the checkpoint before it")
 
 
 def count_flops(model, name, batch):
@@ -429,28 +495,70 @@ def evaluate(model, slot, arrays, device, probe=None):
 # checkpoints
 
 
-def save_checkpoint(path, **state):
-    """torch.save under a temporary name, then into place: whoever looks finds the old file or the new one, never a half."""
-    torch.save(state, path + ".tmp")
-    os.replace(path + ".tmp", path)
+def save_checkpoint(path, keep=None, **state):
+    """torch.save, moved into place when whole, what was there to `keep`; UserError instead of a checkpoint with NaN in it."""
+    if broken := [name for name, value in state["model"].items() if not value.isfinite().all()]:
+        raise UserError(f"{broken[0]} is no longer finite after step {state['step']}: lower --learning_rate (now "
+                        f"{state['config']['learning_rate']}); {path} keeps the checkpoint before it")
+    data = io.BytesIO()
+    torch.save(dict(state, format=FORMAT), data)
+    write_file(path, data.getbuffer(), keep)
 
 
 def load_checkpoint(path):
     """A checkpoint dict: model, optimizer, step, config, slots, classes, best. Only tensors and plain values are unpickled."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["format"] != FORMAT:
+            raise ValueError(f"format {saved['format']!r} where this code writes {FORMAT}")
+        for key in ("optimizer", "step", "config", "slots", "classes", "target_classes", "best", "updates", "seconds", "items", "threads"):
+            saved[key]
+        if broken := [name for name, value in saved["model"].items() if not value.isfinite().all()]:
+            raise ValueError(f"{broken[0]} is not finite")
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as problem:  # torch.load raises many kinds; all mean the same to the user
-        raise UserError(f"{path} is not a checkpoint of this project ({type(problem).__name__}): delete it") from None
+        raise UserError(f"{path} is damaged or no checkpoint of this project ({type(problem).__name__}: "
+                        f"{str(problem).splitlines()[0] if str(problem) else ''}): delete it") from None
+    return saved
 
 
 def load_model(path):
     """The model of a checkpoint file, on the CPU, ready to embed -> (UML, checkpoint dict)."""
     checkpoint = load_checkpoint(path)
-    model = build_model(checkpoint["config"], checkpoint["slots"], checkpoint["classes"])
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model = build_model(checkpoint["config"], checkpoint["slots"], checkpoint["classes"])
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as problem:
+        raise UserError(f"{path}: weights and config do not fit ({str(problem).splitlines()[0]}): delete it") from None
     return model.eval(), checkpoint
+
+
+def load_newest(cfg, model, optimizer, say):
+    """Load out_dir/last.pt, or prev.pt if that one is damaged, into model and optimizer -> the checkpoint, None if there is none."""
+    paths = [path for path in (os.path.join(cfg["out_dir"], name) for name in ("last.pt", "prev.pt")) if os.path.exists(path)]
+    for path in paths:
+        try:
+            saved = load_checkpoint(path)
+        except UserError as problem:
+            if path == paths[-1]:
+                raise
+            say(f"{problem}; going back to {paths[-1]}")
+            continue
+        differing = sorted(key for key in (saved["config"].keys() | cfg.keys()) - FREE_KEYS if saved["config"].get(key) != cfg.get(key))
+        if refused := set(differing) - FREE_ON_RESUME:
+            raise UserError(f"{path} is of another config (different: {', '.join(sorted(refused))}): delete it or change --out_dir")
+        if differing:
+            say(f"changed since step {saved['step']}: {', '.join(differing)}")
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as problem:
+            raise UserError(f"{path} is of another architecture ({str(problem).splitlines()[0]}): delete it") from None
+        if not cfg["threads"]:
+            torch.set_num_threads(saved["threads"])  # what torch chose then: another number would round differently
+        return saved
+    return None
 
 
 def build_model(cfg, slots, classes):
@@ -485,15 +593,18 @@ def finished_result(cfg):
     path = os.path.join(cfg["out_dir"], "config.json")
     if not os.path.exists(path):
         return None
-    with open(path, encoding="utf-8") as f:
-        there = json.load(f)
+    try:
+        there, result_path = read_json(path), os.path.join(cfg["out_dir"], "result.json")
+        result = read_json(result_path) if os.path.exists(result_path) else None
+        there.keys(), result and result.keys()
+    except (ValueError, AttributeError, RecursionError) as problem:
+        raise UserError(f"{cfg['out_dir']} has a damaged config.json or result.json ({problem}): delete it") from None
     differing = sorted(key for key in (there.keys() | cfg.keys()) - FREE_KEYS if there.get(key) != cfg.get(key))
     if not cfg["resume"] and differing or set(differing) - FREE_ON_RESUME:
         raise UserError(f"{cfg['out_dir']} holds a run of another config (different: {', '.join(differing)}): "
                         "choose another --out_dir or delete it")
-    if "steps" not in differing and os.path.exists(os.path.join(cfg["out_dir"], "result.json")):
-        with open(os.path.join(cfg["out_dir"], "result.json"), encoding="utf-8") as f:
-            return json.load(f)
+    if "steps" not in differing and result is not None:
+        return result
     if not cfg["resume"] and os.path.exists(os.path.join(cfg["out_dir"], "last.pt")):
         raise UserError(f"{cfg['out_dir']} holds an unfinished run of this config: add --resume to go on, or delete it")
     return None
@@ -510,8 +621,11 @@ def pick_device(cfg):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device='cuda', but torch finds no GPU here: use --device=cpu")
-    half = name == "cuda" and torch.cuda.is_bf16_supported()  # on CPUs without bf16 matrix units half precision is slower
-    return torch.device(name), torch.autocast(name, torch.bfloat16, enabled=half), f"{name}, {'bf16' if half else 'fp32'}"
+    if name == "cuda" and dist.is_initialized():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
+    half = name.startswith("cuda") and torch.cuda.is_bf16_supported()  # on CPUs without bf16 matrix units half precision is slower
+    return torch.device(name), torch.autocast(name.split(":")[0], torch.bfloat16, enabled=half), f"{name}, {'bf16' if half else 'fp32'}"
 
 
 def set_up(cfg, say):
@@ -520,6 +634,8 @@ def set_up(cfg, say):
         torch.set_num_threads(cfg["threads"])
     device, autocast, device_line = pick_device(cfg)
     slots, classes = open_slots(cfg, say)
+    if small := [slot for slot in slots.values() if slot.batch < ranks()[1]]:
+        raise UserError(f"{small[0].name}_batch={small[0].batch} cannot be divided among {ranks()[1]} processes: raise it")
     model = build_model(cfg, model_slots(slots), classes)
     if cfg["init_from"]:
         start_trunk_from(model, cfg, cfg["init_from"])
@@ -531,80 +647,106 @@ def set_up(cfg, say):
     return device, slots, classes, model, loss_of, make_optimizer(model, cfg, device), autocast
 
 
-def run(cfg, say=print):
-    """Train one config to its end -> the result dict (also in out_dir/result.json), or None if stop_after came first."""
+def run(cfg, say=tell):
+    """Train one config to its end -> the result dict (also in out_dir/result.json), or None if stop_after came first.
+
+    SIGINT and SIGTERM end it after the step, saved, with exit code 130 or 143. Under torchrun only process 0 returns a result.
+    """
     cfg = resolve(cfg, say)
     cfg["shards"] = {slot: os.path.basename(shard_folder(cfg, slot)[0]) for slot in active_slots(cfg)}  # other data, another run
+    parent, name = os.path.split(os.path.abspath(cfg["out_dir"]))
+    busy = f"another process is training into {cfg['out_dir']}: wait for it or choose another --out_dir"
+    with locked(os.path.join(parent, f".{name}.lock"), busy) if ranks()[0] == 0 else contextlib.nullcontext():
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return run_locked(cfg, say)
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+
+
+def run_locked(cfg, say):
+    rank, world = ranks()
     if (finished := finished_result(cfg)) is not None:
         say(f"{cfg['out_dir']} is finished; its result again:")
-        return finished
+        return finished if rank == 0 else None
+    if rank > 0:
+        say = lambda line: None
+        dist.barrier()  # process 0 prepares the shards first
     device, slots, classes, model, loss_of, optimizer, autocast = set_up(cfg, say)
+    if world > 1 and rank == 0:
+        dist.barrier()
     target, warm = slots[cfg["target"]], cfg["warm_start_steps"]
-    last_path, best_path, log_path, result_path = (os.path.join(cfg["out_dir"], name) for name in
-                                                   ("last.pt", "best.pt", "log.jsonl", "result.json"))
-    os.makedirs(cfg["out_dir"], exist_ok=True)
-    write_json(os.path.join(cfg["out_dir"], "config.json"), cfg)
-    if os.path.exists(result_path):  # of fewer steps, now resumed
-        os.remove(result_path)
-
+    last_path, prev_path, best_path, log_path, result_path = (
+        os.path.join(cfg["out_dir"], name) for name in ("last.pt", "prev.pt", "best.pt", "log.jsonl", "result.json"))
+    saved = load_newest(cfg, model, optimizer, say) if cfg["resume"] else None
+    if world > 1:
+        dist.barrier()  # all have read what process 0 goes on to write
     step, best, spent, items, updates = 0, None, 0.0, 0, {name: 0 for name in slots}
     log = []  # what log.jsonl starts with
-    if cfg["resume"] and os.path.exists(last_path):
-        saved = load_checkpoint(last_path)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+    if saved:
         step, best, updates, spent, items = (saved[key] for key in ("step", "best", "updates", "seconds", "items"))
         if os.path.exists(log_path):
-            with open(log_path, encoding="utf-8") as f:  # a line cut short by a kill is later than the checkpoint
+            with open(log_path, encoding="utf-8", errors="replace") as f:  # a line cut short by a kill is later than the checkpoint
                 log = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= step]
         say(f"resuming {cfg['out_dir']} at step {step}")
     elif cfg["resume"]:
         say(f"nothing to resume in {cfg['out_dir']}: starting from scratch")
-    with open(log_path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(log)
-    os.replace(log_path + ".tmp", log_path)
+    if rank == 0:
+        with writing(cfg["out_dir"], 0):
+            os.makedirs(cfg["out_dir"], exist_ok=True)
+        write_json(os.path.join(cfg["out_dir"], "config.json"), cfg)
+        write_file(log_path, "".join(log).encode())
+        if os.path.exists(result_path):  # of fewer steps, now resumed
+            os.remove(result_path)
     total = warm + cfg["steps"]
     for slot in slots.values():
         role = " (target)" if slot is target else ""
         say(f"{slot.name}: {cfg[slot.name]}, {len(slot.rows):,} training items, loss {slot.loss}{role}")
     order = lambda step: " then ".join("+".join(group) for group in pattern(cfg, slots, step))
     say(f"{warm} warm-start steps of {order(0)}, then " * (warm > 0) + f"{cfg['steps']} steps of {order(warm)}")
-    bar = tqdm(total=total, initial=step, disable=not sys.stdout.isatty() or say is not print, leave=False)
+    watched = sys.stdout is not None and sys.stdout.isatty() and say is tell
+    bar = tqdm(total=total, initial=step, disable=not watched or rank > 0, leave=False)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def note(line, **entry):
+        if rank > 0:
+            return
         say(line) if bar.disable else bar.write(line)
-        with open(log_path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(entry) + "\n")
+        entry = json.dumps(entry) + "\n"
+        with writing(log_path, len(entry)), open(log_path, "a", encoding="utf-8") as f:
+            f.write(entry)
 
     def save(path):
-        save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, config=cfg, slots=model.slots,
+        save_checkpoint(path, keep=prev_path if path == last_path else None, threads=torch.get_num_threads(), model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, config=cfg, slots=model.slots,
                         classes=classes, target_classes=len(target.meta["classes"]), best=best, updates=updates,
                         seconds=spent, items=items)
 
-    first, sums, window = step, {}, (step, spent, items)  # loss sums stay on the device until a log line is due
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
+    first, losses, window = step, {}, (step, spent, items)  # losses stay on the device until a log line is due
     clock = time.perf_counter()
     while True:
         # 1. what is due between steps; the clock stands still meanwhile
         evaluating = step > max(first, warm) and ((step - warm) % cfg["eval_interval"] == 0 or step == total)
         logging = step > first and (step % cfg["log_interval"] == 0 or step == total)
-        stopping = step >= total or 0 < cfg["stop_after"] <= step
+        stopping = step >= total or 0 < cfg["stop_after"] <= step or asked_to_stop(device)
         saving = stopping or evaluating or (step > first and step % cfg["eval_interval"] == 0)
         if logging or saving:
             synchronize()
             spent += time.perf_counter() - clock
+            if losses:
+                check_losses(losses, cfg)
         if logging:
-            means = {name: (sum(values) / len(values)).item() for name, values in sums.items()}
-            for name, mean in means.items():
-                if not math.isfinite(mean):
-                    raise UserError(f"the {name} loss became {mean} before step {step}: lower --learning_rate (now "
-                                    f"{cfg['learning_rate']}); {cfg['out_dir']} keeps the checkpoint before it")
+            means = {name: (sum(loss for _, loss in values) / len(values)).item() for name, values in losses.items()}
             ms, rate = 1e3 * (spent - window[1]) / (step - window[0]), (items - window[2]) / (spent - window[1])
             note(f"step {step}/{total} | " + " | ".join(f"{name} {mean:.4f}" for name, mean in means.items()) +
                  f" | lr {learning_rate(cfg, step - 1):.1e} | {ms:.0f} ms/step | {rate:,.0f} samples/s",
                  step=step, loss=means, lr=learning_rate(cfg, step - 1), ms_per_step=ms, samples_per_second=rate)
-            sums, window = {}, (step, spent, items)
-        if evaluating:
+            losses, window = {}, (step, spent, items)
+        if evaluating and rank == 0:
             now = evaluate(model, target, target.val, device)
             shown = f"loss {-now['score']:.4f}" if now["accuracy"] is None else f"accuracy {now['accuracy']:.4f}"
             shown += "" if now["unseen_accuracy"] is None else f" (unseen classes {now['unseen_accuracy']:.4f})"
@@ -613,7 +755,7 @@ def run(cfg, say=print):
             if best is None or now["score"] > best["score"]:
                 best = dict(step=step, score=now["score"])
                 save(best_path)
-        if saving:
+        if saving and rank == 0:
             save(last_path)
         if stopping:
             break
@@ -633,19 +775,30 @@ def run(cfg, say=print):
             optimizer.zero_grad(set_to_none=True)
             for name in names:
                 batch = train_batch(slots[name], cfg["seed"], updates[name], device)
+                if world > 1:
+                    batch = my_part(batch, cfg["mask_ratio"])
                 with autocast:
                     loss = loss_of(name, **batch)
                 (slots[name].weight * loss).backward()
-                sums.setdefault(name, []).append(loss.detach())
+                loss = loss.detach()
+                if world > 1:
+                    dist.all_reduce(loss)
+                losses.setdefault(name, []).append((step, loss))
                 updates[name] += 1
                 items += slots[name].batch
+            if world > 1:
+                add_up_gradients(model)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         step += 1
         bar.update()
     bar.close()
     if step < total:
-        say(f"stopped after step {step} of {total}; go on with --resume")
+        say(f"stopped after step {step} of {total}, saved in {cfg['out_dir']}; the same command with --resume goes on")
+        if SIGNALS:
+            sys.exit(128 + SIGNALS[0])
+        return None
+    if rank > 0:
         return None
 
     # the end: the best checkpoint by validation, and the target's test split for the first and only time
@@ -667,10 +820,12 @@ def run(cfg, say=print):
         result.update(val_loss=-val["score"], test_loss=-test["score"] if test else None,
                       val_r2=val["r2"], test_r2=test.get("r2"))
     write_json(result_path, result)
+    if os.path.exists(prev_path):
+        os.remove(prev_path)
     return result
 
 
-def benchmark(cfg, say=print, repeats=20):
+def benchmark(cfg, say=tell, repeats=20):
     """Time the steps of every slot and print where the time goes; returns the dict that the last line prints as JSON.
 
     GFLOP/s is count_flops() of the slot's batch over the median step time. The peak it is held against is the best of
@@ -742,9 +897,13 @@ def main():
     if "--help" in sys.argv or "-h" in sys.argv or len(sys.argv) == 1:
         return print_help(__doc__, KEYS)
     cfg = read_run_config(sys.argv[1:])
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun says so; gloo on CPU, NCCL on GPU; process 0 may prepare for hours
+        dist.init_process_group(timeout=datetime.timedelta(days=1))
     result = benchmark(cfg) if cfg["benchmark"] else run(cfg)
     if result is not None:
-        print(json.dumps(result))
+        tell(json.dumps(result))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
