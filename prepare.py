@@ -31,7 +31,6 @@ import time
 import urllib.request
 import warnings
 import wave
-import zipfile
 import zlib
 
 import numpy as np
@@ -152,7 +151,7 @@ def locked(path, busy, wait=False):
 # key: (default, one line of help). train.py adds its own keys to these.
 PREPARE_KEYS = dict(
     image=("", "source of the image slot: shapes, cifar10, folder:PATH (empty: off)"),
-    text=("", "source of the text slot: shapes, cupl, pydoc, file:PATH (empty: off); text2 ... are further slots"),
+    text=("", "source of the text slot: shapes, cupl, pydoc, digits, file:PATH (empty: off); text2 ... are further slots"),
     audio=("", "source of the audio slot: shapes, fsdd, folder:PATH (empty: off). Any slot also takes npz:PATH, encoded data"),
     raw_dir=("data/raw", "where raw files lie, one folder a source"),
     data_dir=("data", "where shards are written"),
@@ -632,7 +631,7 @@ def read_recording(cfg, file, name):
             padded[:, 4 - width:] = whole
             samples = padded.view("<i4")[:, 0].astype(np.float32) / 2**31
         samples = samples.reshape(-1, channels).mean(1)
-    except (wave.Error, EOFError, ValueError, OverflowError) as problem:
+    except (wave.Error, EOFError, ValueError, OverflowError, RuntimeError, ZeroDivisionError) as problem:
         if name.lower().endswith(".wav") and "unknown format" not in str(problem):  # format 3, floats, is for torchaudio
             raise UserError(f"{name} is not a readable PCM WAV file ({problem or 'empty'})") from None
         samples, rate = decode_other(file, name)
@@ -1044,13 +1043,28 @@ def fsdd_source(cfg, modality, _):
                 default_groups=("theo", "lucas"))
 
 
+SPOKEN = "z ih r ow, w ah n, t uw, th r iy, f ao r, f ay v, s ih k s, s eh v ah n, ey t, n ay n".split(", ")  # as ARPAbet spells it
+
+
+def digits_source(cfg, modality, _):
+    """4,000 generated sentences about the digits zero to nine: their names, numerals, neighbours and how they sound."""
+    rng, described = np.random.default_rng([zlib.crc32(b"digits text")]), {}
+    for i, (name, sound) in enumerate(zip(DIGITS, SPOKEN)):
+        before, after, sounds = DIGITS[i - 1], DIGITS[(i + 1) % 10], sound.split()
+        phrasings = [f"the word {name}", f"{name} comes after {before} and before {after}", f"it sounds {sound}", f"{name} {after}",
+                     f"{name} begins with the sound {sounds[0]} and ends with {sounds[-1]}", f"count {before} {name} {after}",
+                     f"{i} is read {name}", f"say {sound} for {name}"]
+        described[name] = [phrasings[k] for k in rng.integers(0, len(phrasings), 400)]
+    return described_documents(described)
+
+
 def npz_source(cfg, modality, path):
     """Anything already encoded: an .npz with `features` (n, D) or (n, T, D), and if known `labels` (n,) whole numbers, `classes`
     (their names) and `split` (n,) of train, val, test. Made with numpy.savez; nothing is unpickled."""
     try:
         with np.load(path, allow_pickle=False) as f:
             found = {key: f[key] for key in f.files}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as problem:  # TypeError: a bare .npy
+    except Exception as problem:  # zipfile and numpy raise nearly every kind; all mean the same to the user
         raise UserError(f"{path} is not a readable .npz file ({problem})") from None
     features, labels, split = found.get("features"), found.get("labels"), found.get("split")
     if features is None or features.ndim not in (2, 3) or features.dtype.kind not in "fiu" or not features.size:
@@ -1063,9 +1077,10 @@ def npz_source(cfg, modality, path):
     if labels is not None:
         if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu":
             raise UserError(f"{path}: `labels` must be {len(features)} whole numbers, found {labels.dtype} {labels.shape}")
-        classes = [str(c) for c in found.get("classes", np.arange(labels.max() + 1)).ravel()]
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise UserError(f"{path}: `labels` run from {labels.min()} to {labels.max()}, expected 0 to {len(classes) - 1}")
+        names = found.get("classes", np.arange(min(max(0, int(labels.max())), 10**5) + 1)).ravel()
+        if labels.min() < 0 or labels.max() >= len(names):
+            raise UserError(f"{path}: `labels` run from {labels.min()} to {labels.max()}, expected 0 to {len(names) - 1}")
+        classes = [str(name) for name in names]
     if split is None:
         return dict(train=(features, labels), test=None, classes=classes, encode="features")
     names = np.array([str(s) for s in split])
@@ -1103,6 +1118,7 @@ def gaussian_source(cfg, modality, side):
 SOURCES = {  # source: (function, modalities it can fill)
     "shapes": (shapes_source, ("image", "text", "audio")), "cifar10": (cifar10_source, ("image",)),
     "cupl": (cupl_source, ("text",)), "pydoc": (pydoc_source, ("text",)), "fsdd": (fsdd_source, ("audio",)),
+    "digits": (digits_source, ("text",)),
     "folder": (folder_source, ("image", "audio")), "file": (file_source, ("text",)),
     "npz": (npz_source, ("image", "text", "audio")),
     "gaussian": (gaussian_source, ("image", "text", "audio")),

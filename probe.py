@@ -413,7 +413,8 @@ def paired(a, b):
 # compare: the same config, seeds, target examples and target updates, with and without the unpaired data
 
 COMPARE_KEYS = dict(
-    seeds=(8, "compare: runs an arm, with seeds 0, 1, ..."),
+    seeds=(8, "compare: runs an arm"),
+    first_seed=(0, "compare: seed of the first of them, the others follow (fresh seeds for what was tuned on the first ones)"),
     arms=("alone,uml,control", "compare: also longer, init, frozen, unrelated"),
     unrelated=("", "compare: the source of the auxiliary in the arm 'unrelated'"),
     search=("0.5,1,2", "compare: each arm's candidates, chosen on validation with a seed that is not reported: factors on "
@@ -539,10 +540,11 @@ def compare(argv):
     cfg = read_run_config(argv, dict(KEYS, **COMPARE_KEYS))
     own = {key: cfg.pop(key) for key in COMPARE_KEYS}
     arms, n = own["arms"].split(","), own["seeds"]
+    seeds = range(own["first_seed"], own["first_seed"] + n)
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise UserError(f"unknown arm '{unknown[0]}' (there are: {', '.join(ARMS)})")
-    if n < 1 or own["jobs"] < 1 or not active_slots(cfg)[1:]:
-        raise UserError(f"compare needs seeds={n} and jobs={own['jobs']} of at least 1, and a config with an auxiliary slot")
+    if n < 1 or own["jobs"] < 1 or own["first_seed"] < 0 or not active_slots(cfg)[1:]:
+        raise UserError(f"compare needs seeds={n} and jobs={own['jobs']} of at least 1, first_seed of at least 0, and a config with an auxiliary slot")
     arms = [arm for arm in ARMS if arm in {*arms, "alone", "uml"}]
     settings = candidates(own["search"], cfg)
     cfg.update(stop_after=0, benchmark=False)
@@ -561,7 +563,7 @@ def compare(argv):
 
     for wave in (["alone", "uml"], [arm for arm in arms if arm not in ("alone", "uml")]):  # `longer` needs the others' FLOPs
         if len(settings) > 1:
-            pairs = [(seed, setting) for seed in (range(n) if per_seed else [SEARCH_SEED]) for setting in settings]
+            pairs = [(seed, setting) for seed in (seeds if per_seed else [SEARCH_SEED]) for setting in settings]
             found = iter(run_all([c for arm in wave for c in configs(arm, pairs, score_test=False)], folder, own["jobs"], bar))
             for arm in wave:
                 searched[arm] = np.array([score_of(next(found), "val") for _ in pairs]).reshape(-1, len(settings))
@@ -569,7 +571,7 @@ def compare(argv):
         else:
             for arm in wave:
                 searched[arm], chosen[arm] = np.zeros((0, 1)), settings * n
-        found = [c for arm in wave for c in configs(arm, list(zip(range(n), chosen[arm])))]
+        found = [c for arm in wave for c in configs(arm, list(zip(seeds, chosen[arm])))]
         found = iter(run_all(found, folder, own["jobs"], bar))
         results.update({arm: [next(found) for _ in range(n)] for arm in wave})
     bar.close()
@@ -579,7 +581,7 @@ def compare(argv):
     out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), split=split,
                target=f"{target}={cfg[target]}", target_loss=cfg[f"{target}_loss"],
                auxiliaries={s: f"{cfg[s]} ({cfg[f'{s}_loss']})" for s in active_slots(cfg) if s != target},
-               examples=first["examples"][target], seeds=n, chance=first["chance"], steps=cfg["steps"],
+               examples=first["examples"][target], seeds=n, first_seed=own["first_seed"], chance=first["chance"], steps=cfg["steps"],
                warm_start_steps=cfg["warm_start_steps"], candidates=settings, command="python probe.py compare " + " ".join(argv),
                hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", arms={})
     for arm in arms:

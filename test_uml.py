@@ -1261,3 +1261,117 @@ def test_files_from_strangers_execute_nothing(tmp_path):
     with pytest.raises(P.UserError, match="damaged .*files of train"):
         P.load_split(folder, "train")
     assert not os.path.exists(mark)
+
+
+# -- fuzzing: whatever comes in, it works or is refused with the project's own sentence. UML_FUZZ=10000 for the long run -----
+
+try:
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+except ImportError:
+    fuzz = lambda **strategies: pytest.mark.skip("hypothesis is not installed")
+    st = None
+else:
+    def fuzz(**strategies):
+        often = settings(max_examples=int(os.environ.get("UML_FUZZ", 60)), deadline=None, database=None,
+                         suppress_health_check=list(HealthCheck))
+        return lambda test: often(given(**strategies)(test))
+
+anything = st and st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+                               lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3), max_leaves=6)
+
+
+def survives(attempt):
+    """True if it worked, False if it was refused in one sentence; anything else is the traceback we look for."""
+    try:
+        attempt()
+        return True
+    except P.UserError as problem:
+        assert str(problem)
+        return False
+
+
+def damaged(data, body):
+    """body with some bytes changed, cut off or added."""
+    body = bytearray(body)
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(0, max(0, len(body) - 1)))
+        kind = data.draw(st.sampled_from(("change", "cut", "add")))
+        if kind == "cut" and data.draw(st.booleans()):
+            del body[at:]
+        elif kind == "add":
+            body[at:at] = data.draw(st.binary(max_size=9))
+        elif body:
+            body[at % len(body)] = data.draw(st.integers(0, 255))
+    return bytes(body)
+
+
+@fuzz(data=st and st.data())
+def test_fuzz_configs_and_overrides(data, tmp_path_factory):
+    keys = st.sampled_from(list(T.KEYS)) | st.text(max_size=12)
+    lines = data.draw(st.lists(st.tuples(keys, anything.map(repr) | st.text(max_size=20)), max_size=4))
+    path = tmp_path_factory.getbasetemp() / "fuzz.py"
+    path.write_text("\n".join(f"{key} = {value}" for key, value in lines), encoding="utf-8", errors="replace")
+    argv = [str(path)] * data.draw(st.booleans()) + [f"--{key}={value}" for key, value in data.draw(st.lists(st.tuples(keys, st.text(max_size=20)), max_size=3))]
+    survives(lambda: T.resolve(T.read_run_config(argv), quiet))
+
+
+@pytest.fixture(scope="session")
+def sacrifice(tmp_path_factory):
+    """A text and a picture folder that fuzzing may spoil, with what meta.json and shards held."""
+    base = tmp_path_factory.mktemp("fuzz")
+    folders = [prepared(base, "--text=shapes"), prepared(base, "--image=shapes")]
+    return [(f, {name: open(f"{f}/{name}", "rb").read() for name in os.listdir(f)}) for f in folders]
+
+
+def read_everything(folder):
+    cfg = T.resolve(T.read_run_config(["--image=shapes"]), quiet)
+    for split in ("train", "val", "test"):
+        arrays, meta = P.load_split(folder, split), P.read_meta(folder)
+        slot = T.SimpleNamespace(name="image", folder=folder, meta=meta, loss="next", cfg=cfg)
+        T.collate(slot, arrays, np.arange(min(9, len(arrays["tokens"]))), B.CPU, np.random.default_rng(0), augment=True)
+    if meta["modality"] == "text":
+        P.load_bpe(folder)
+
+
+@fuzz(data=st and st.data())
+def test_fuzz_meta_json_and_shards(data, sacrifice):
+    folder, files = data.draw(st.sampled_from(sacrifice))
+    name = data.draw(st.sampled_from(sorted(files)))
+    if name == "meta.json" and data.draw(st.booleans()):  # valid JSON with one value replaced
+        meta = json.loads(files[name])
+        at, depth = meta, data.draw(st.integers(1, 6))
+        while True:
+            key = data.draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
+            depth -= 1
+            if not depth or not isinstance(at[key], (dict, list)) or not at[key]:
+                break
+            at = at[key]
+        at[key] = data.draw(anything)
+        body = json.dumps(meta).encode()
+    else:
+        body = damaged(data, files[name])
+    open(f"{folder}/{name}", "wb").write(body)
+    try:
+        survives(lambda: read_everything(folder))
+    finally:
+        open(f"{folder}/{name}", "wb").write(files[name])
+
+
+@fuzz(data=st and st.data())
+def test_fuzz_pictures_recordings_texts_and_features(data, tmp_path_factory):
+    base, cfg = tmp_path_factory.getbasetemp(), P.read_config([], P.PREPARE_KEYS)
+    kind = data.draw(st.sampled_from(("png", "jpg", "gif", "wav", "json", "txt", "npz")))
+    path, whole = str(base / f"fuzz-in.{kind}"), str(base / f"fuzz-whole.{kind}")
+    if kind in ("png", "jpg", "gif"):
+        Image.new("RGB", (12, 9), (9, 99, 200)).save(whole)
+    elif kind == "wav":
+        write_wave(whole)
+    elif kind == "npz":
+        np.savez(whole, features=np.ones((12, 4)), labels=np.arange(12) % 2)
+    else:
+        open(whole, "w").write(json.dumps({"cat": ["a cat"] * 9, "dog": ["a dog"] * 9}, indent=0))
+    open(path, "wb").write(damaged(data, open(whole, "rb").read()))
+    read = dict(wav=lambda: P.read_recordings(cfg, [path]), npz=lambda: P.npz_source(cfg, "image", path), json=lambda: P.file_source(cfg, "text", path),
+                txt=lambda: P.file_source(cfg, "text", path)).get(kind, lambda: P.read_picture(path, 8))
+    survives(read)

@@ -6,14 +6,16 @@ FSDD (10 MB) and CIFAR-10 (170 MB) are fetched once; offline, --image=shapes. Un
 """
 target = "audio"
 audio = "fsdd"
-image = "cifar10"
+image = "shapes"
 audio_test_group = "each"  # seed 0 is tested on the first speaker and validated on the second, seed 1 ...
 audio_examples = 200
 image_loss = "next"
+image_batch = 32
 
 width = 96
 layers = 3
-learning_rate = 2e-3
-warm_start_steps = 400
-steps = 600
-eval_interval = 100
+learning_rate = 5e-3
+weight_decay = 0.5
+warm_start_steps = 200
+steps = 400
+eval_interval = 50
