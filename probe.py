@@ -10,7 +10,7 @@ Analyses read the target's test split (val, if the run was told never to open te
 training examples (few-shot ones on draws from the whole training split, all classes) and chosen on validation; apart from
 few-shot, items of unseen classes are left out. The last line is JSON.
 
-Sections: measures on features, corruptions, runs side by side, statistics, compare, theory, exchange, embed, report.
+Sections: measures on features, corruptions, runs side by side, statistics, compare, theory, exchange, scale, embed, report.
 """
 import ast
 import csv
@@ -35,8 +35,8 @@ from tqdm import tqdm
 from model import linear_probe
 from prepare import (LOG_MEL_RANGE, SHAPE_CLASSES, UserError, active_slots, draw_scenes, encode_recordings, exit_on_user_error,
                      load_bpe, load_split, modality_of, paint_scenes, patchify, plain_name, prepare, read_config,
-                     read_meta, read_pictures, read_recordings, read_text, shard_folder, sound_scenes, tell_scenes, unpatchify, write_json)
-from train import (FREE_KEYS, KEYS, choose_examples, evaluate, extract, fit_probe, load_checkpoint, load_model, open_slots,
+                     read_json, read_meta, read_pictures, read_recordings, read_text, shard_folder, sound_scenes, tell_scenes, unpatchify, write_json)
+from train import (FREE_KEYS, KEYS, benchmark, choose_examples, evaluate, extract, fit_probe, load_checkpoint, load_model, open_slots,
                    read_run_config, resolve, run, save_checkpoint)
 
 CPU = torch.device("cpu")
@@ -726,7 +726,7 @@ def monte_carlo(sides, repetitions, seed=0):
 
 
 def theory(folder="out/theory", repetitions=100_000):
-    """Demonstrate, in float64 and under a minute, what METHOD's linear model says; a table, theory.png and theory.json."""
+    """Demonstrate, in float64 and under a minute, what the linear model says; a table, theory.png and theory.json."""
     rng, d, observed, private, noise = np.random.default_rng(0), 6, 12, 3, 0.5
     mix = lambda width: rng.normal(0, 1, (observed, width))
     a_x, b_y, b_c, full = mix(private), mix(private), mix(d), mix(d)
@@ -876,6 +876,51 @@ def exchange(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# scale: what a step costs as things grow
+
+
+def measure_step(cfg):
+    """(milliseconds a step, anonymous MiB) of one config; memory is that of Linux' RssAnon, so mapped shards do not count."""
+    ms = benchmark(cfg, say=lambda line: None, repeats=8)["ms_per_step"]
+    with open("/proc/self/status", encoding="ascii") as f:
+        anonymous = next(int(line.split()[1]) for line in f if line.startswith("RssAnon"))
+    return ms, anonymous / 1024
+
+
+def scale(argv, folder="out/scale"):
+    """Step time against width, depth, tokens, batch and shard size, around sample_configs/benchmark.py; scale.png and scale.json."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    base = read_run_config([os.path.join(here, "sample_configs", "benchmark.py"), *argv])
+    linear = dict(image="gaussian:x", image_loss="reconstruct", gaussian_observed=768, mask_ratio=0.0, bottleneck=16)  # 3,072 bytes an item, as CIFAR-10
+    panels = {  # name: (slope that large sizes tend to, {size: changed keys})
+        "width": ("1 to 2", {n: dict(width=n) for n in (64, 128, 256, 512)}),
+        "layers": ("1", {n: dict(layers=n) for n in (1, 2, 4, 8)}),
+        "tokens": ("1 to 2", {(32 // n) ** 2: dict(patch_size=n) for n in (8, 4, 2)}),
+        "batch": ("1", {n: dict(image_batch=n) for n in (16, 64, 256)}),
+        "items in the shards": ("0", {n: dict(linear, gaussian_count=n) for n in (5000, 50000, 500000)}),
+    }
+    out, (fig, axes) = dict(kind="scale", panels={}), figure(15, 3.2, ncols=len(panels))
+    for ax, (name, (expected, sizes)) in zip(axes, panels.items()):
+        found = {}
+        for size, change in sizes.items():  # a fresh process each, so that memory is its own
+            prepare(dict(base, **change), "image", say=print)
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                found[size] = pool.submit(measure_step, dict(base, **change)).result()
+            print(f"{name} {size}: {found[size][0]:.1f} ms/step, {found[size][1]:,.0f} MiB anonymous memory")
+        ms = [t for t, _ in found.values()]
+        slope = math.log(ms[-1] / ms[-2]) / math.log(list(found)[-1] / list(found)[-2])
+        out["panels"][name] = dict(sizes=list(found), ms=ms, mib=[m for _, m in found.values()], slope=slope, expected=expected)
+        ax.loglog(list(found), ms, marker="o")
+        ax.set(xlabel=name, ylabel="ms a step", title=f"slope at the end {slope:.2f} (expected {expected})")
+        ax.set_xticks(list(found), [f"{n:,}" for n in found])
+        ax.minorticks_off()
+    os.makedirs(folder, exist_ok=True)
+    save_figure(fig, os.path.join(folder, "scale.png"))
+    write_json(os.path.join(folder, "scale.json"), out)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # embed: features and predictions for files the run has never seen
 
 
@@ -943,6 +988,12 @@ def report(readme="README.md", folder=os.path.join("assets", "results")):
     """Rewrite each `<!-- results NAME ... -->` block of the README from assets/results/NAME.json."""
     with open(readme, encoding="utf-8") as f:
         lines = f.read().split("\n")
+    def result_of(name):
+        path = os.path.join(folder, name + ".json")
+        if not os.path.exists(path):
+            raise UserError(f"{readme} wants {path}, which is not there: copy the run's compare.json to it")
+        return read_json(path)
+
     out, skipping = [], False
     for line in lines:
         if line.startswith("<!-- /results"):
@@ -952,16 +1003,31 @@ def report(readme="README.md", folder=os.path.join("assets", "results")):
         if line.startswith("<!-- results "):
             skipping = True
             out += ["| target, examples | auxiliary | alone | longer | uml | control | uml - alone | p | seeds |", "|---" * 9 + "|"]
-            for name in line.split()[2:-1]:
-                path = os.path.join(folder, name + ".json")
-                if not os.path.exists(path):
-                    raise UserError(f"{readme} wants {path}, which is not there: copy the run's compare.json to it")
-                with open(path, encoding="utf-8") as f:
-                    out.append(table_row(json.load(f)))
+            out += [table_row(result_of(name)) for name in line.split()[2:-1]]
+        if line.startswith("<!-- curve "):
+            file, *names = line.split()[2:-1]
+            draw_curve(os.path.join(os.path.dirname(folder), file), [result_of(name) for name in names])
     with open(readme + ".tmp", "w", encoding="utf-8") as f:
         f.write("\n".join(out))
     os.replace(readme + ".tmp", readme)
     print(f"rewrote the tables of {readme}")
+
+
+def draw_curve(path, results):
+    """Accuracy against labelled target examples a class, one line an arm: what unpaired data saves is the horizontal distance."""
+    fig, ax = figure(6, 3.8)
+    classes = 1 / results[0]["chance"]
+    for i, arm in enumerate(("alone", "uml", "control")):
+        points = sorted((r["examples"] / classes, r["arms"][arm]) for r in results if arm in r["arms"])
+        shots, means, halves = [s for s, _ in points], [e["mean"] for _, e in points], [e["half"] for _, e in points]
+        ax.errorbar(shots, means, halves, marker="o", ms=4, capsize=3, color=f"C{i}", label=arm)
+    ax.axhline(results[0]["chance"], ls=":", color="grey", lw=1)
+    ax.set(xscale="log", xlabel="labelled examples a class", ylabel=f"{results[0]['split']} accuracy",
+           title=f"{short_source(results[0]['target'])} with {show_auxiliaries(results[0])}")
+    ax.set_xticks(shots, [f"{s:.3g}" for s in shots])
+    ax.minorticks_off()
+    ax.legend()
+    save_figure(fig, path)
 
 
 def draw_assets(folder="assets"):
@@ -1037,6 +1103,8 @@ def main():
         embed(*argv[1:])
     elif argv[0] == "exchange":
         print(json.dumps(exchange(argv[1:])))
+    elif argv[0] == "scale":
+        print(json.dumps(scale(argv[1:])))
     elif argv[0] == "theory":
         print(json.dumps(theory()))
     elif argv[0] == "report":
