@@ -148,11 +148,16 @@ def locked(path, busy, wait=False):
 # ---------------------------------------------------------------------------------------------------------------------
 # config: `key = literal` lines, read with ast and never executed; any key can be overridden as --key=value
 
+# modality: (its objective unless the config says otherwise, what --help says of its sources). A new one is a line here.
+MODALITIES = dict(
+    image=("label", "shapes, cifar10, folder:PATH; any slot also takes npz:PATH, encoded data; image2 ... are further slots"),
+    text=("next", "shapes, cupl, pydoc, digits, file:PATH"),
+    audio=("label", "shapes, fsdd, folder:PATH"),
+)
+
 # key: (default, one line of help). train.py adds its own keys to these.
 PREPARE_KEYS = dict(
-    image=("", "source of the image slot: shapes, cifar10, folder:PATH (empty: off)"),
-    text=("", "source of the text slot: shapes, cupl, pydoc, digits, file:PATH (empty: off); text2 ... are further slots"),
-    audio=("", "source of the audio slot: shapes, fsdd, folder:PATH (empty: off). Any slot also takes npz:PATH, encoded data"),
+    **{modality: ("", f"source of the {modality} slot (empty: off): {sources}") for modality, (_, sources) in MODALITIES.items()},
     raw_dir=("data/raw", "where raw files lie, one folder a source"),
     data_dir=("data", "where shards are written"),
     image_size=(32, "pictures are resized and centre-cropped to this many pixels a side"),
@@ -179,7 +184,7 @@ PREPARE_KEYS = dict(
     skip_bad=(False, "skip (and count) unreadable files instead of stopping at the first"),
     shard_mb=(256, "largest shard file in MiB"),
 )
-SLOT_NAME = re.compile(r"(image|text|audio)\d?")
+SLOT_NAME = re.compile(rf"({'|'.join(MODALITIES)})\d?")
 SLOT_SUFFIXES = ("", "_loss", "_weight", "_updates", "_batch", "_examples")  # what every slot, numbered or not, has
 
 
@@ -189,9 +194,9 @@ def modality_of(slot):
 
 
 def active_slots(cfg):
-    """The slots of cfg that hold a source, in the fixed order image, text, audio, then numbered ones."""
+    """The slots of cfg that hold a source, in the order of MODALITIES, then numbered ones."""
     names = [key for key in cfg if SLOT_NAME.fullmatch(key) and cfg[key]]
-    return sorted(names, key=lambda name: (name[-1].isdigit(), ["image", "text", "audio"].index(modality_of(name)), name))
+    return sorted(names, key=lambda name: (name[-1].isdigit(), list(MODALITIES).index(modality_of(name)), name))
 
 
 def read_assignments(path):
@@ -1120,8 +1125,8 @@ SOURCES = {  # source: (function, modalities it can fill)
     "cupl": (cupl_source, ("text",)), "pydoc": (pydoc_source, ("text",)), "fsdd": (fsdd_source, ("audio",)),
     "digits": (digits_source, ("text",)),
     "folder": (folder_source, ("image", "audio")), "file": (file_source, ("text",)),
-    "npz": (npz_source, ("image", "text", "audio")),
-    "gaussian": (gaussian_source, ("image", "text", "audio")),
+    "npz": (npz_source, tuple(MODALITIES)),
+    "gaussian": (gaussian_source, tuple(MODALITIES)),
 }
 WITH_PATH = ("folder", "file", "npz", "gaussian")
 MADE_BY = dict(image=("image_size", "patch_size"), text=("text_length", "vocab_size"),
@@ -1171,7 +1176,7 @@ def shard_folder(cfg, slot):
         near = difflib.get_close_matches(name, fitting, n=1)
         raise UserError(f"{slot}='{source}' is no source of {modality}" + (f", did you mean '{near[0]}'?" if near else "")
                         + f" (there are {', '.join(fitting)})")
-    keys = [key for key in PREPARE_KEYS if key.startswith("gaussian_")] if name == "gaussian" else MADE_BY[modality]
+    keys = [key for key in PREPARE_KEYS if key.startswith("gaussian_")] if name == "gaussian" else MADE_BY.get(modality, ())
     made_from = dict(format=FORMAT, modality=modality, source=source, skip_bad=cfg["skip_bad"], shard_mb=cfg["shard_mb"],
                      **{key: cfg[key] for key in (*keys, "val_fraction", "split_seed")})
     if path and name != "gaussian":  # the user's own files: names, sizes and times, so that a changed folder is prepared anew

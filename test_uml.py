@@ -938,6 +938,22 @@ def test_the_readmes_commands_parse_and_its_tables_are_current(tmp_path, monkeyp
     assert copy.read_text(encoding="utf-8") == text
 
 
+def test_the_readmes_new_modality_runs_as_written(tmp_path):
+    """Its three blocks are put where they say they belong, in a copy, and trained."""
+    readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    line, source, cfg = (re.search(rf"```python\n# {where}\n(.*?)```", readme, re.S)[1] for where in
+                         ("prepare.py, in MODALITIES", "prepare.py, after SOURCES", "sample_configs/walks.py"))
+    for name in ("prepare.py", "model.py", "train.py"):
+        code = open(os.path.join(HERE, name), encoding="utf-8").read()
+        if name == "prepare.py":
+            code = code.replace("MODALITIES = dict(\n", "MODALITIES = dict(\n" + line, 1).replace("WITH_PATH = ", source + "\n\nWITH_PATH = ", 1)
+        (tmp_path / name).write_text(code, encoding="utf-8")
+    (tmp_path / "walks.py").write_text(cfg)
+    done = subprocess.run([sys.executable, "train.py", "walks.py", "--threads=1"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["test_accuracy"] > 0.6
+
+
 @pytest.mark.parametrize("script", ["prepare.py", "train.py", "probe.py"])
 def test_help_lists_the_keys(script):
     done = subprocess.run([sys.executable, os.path.join(HERE, script), "--help"], capture_output=True, text=True, cwd=HERE)

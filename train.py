@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import UML, linear_probe
-from prepare import (FORMAT, LOG_MEL_RANGE, PREPARE_KEYS, SLOT_NAME, UserError, active_slots, exit_on_user_error, load_split, locked,
+from prepare import (FORMAT, LOG_MEL_RANGE, MODALITIES, PREPARE_KEYS, SLOT_NAME, UserError, active_slots, exit_on_user_error, load_split, locked,
                      modality_of, patchify, peak_memory, plain_name, prepare, print_help, read_config, read_json, read_meta,
                      shard_folder, tell, unpatchify, write_file, write_json, writing)
 
@@ -41,10 +41,8 @@ KEYS = dict(
     **PREPARE_KEYS,
     # slots: what each modality learns from. Numbered slots (text2_loss, ...) take the defaults of their modality.
     target=("image", "the slot whose representation we want; all other slots are auxiliaries"),
-    image_loss=("label", "objectives joined by '+': next, reconstruct, label"),
-    text_loss=("next", "the same for text"),
-    audio_loss=("label", "the same for audio"),
-    **{f"{slot}_{key}": value for slot in ("image", "text", "audio") for key, value in dict(
+    **{f"{slot}_{key}": value for slot, (loss, _) in MODALITIES.items() for key, value in dict(
+        loss=(loss, f"objectives of the {slot} slot, joined by '+': next, reconstruct, label"),
         weight=(1.0, f"factor on the {slot} loss"),
         updates=(1, f"{slot} steps per target step under schedule='alternate' (of the target: always 1)"),
         batch=(64, f"{slot} items in a step"),
@@ -98,7 +96,7 @@ def drop_inactive(cfg):
     off = [slot for slot in cfg if SLOT_NAME.fullmatch(slot) and slot not in slots]
     # text_length and its like belong to a modality: they stay as long as any slot of it is on
     idle = [slot for slot in off if slot[-1].isdigit() or slot not in map(modality_of, slots)]
-    dropped = [key for key in cfg if key.split("_")[0] in idle and key not in ("image", "text", "audio")]
+    dropped = [key for key in cfg if key.split("_")[0] in idle and key not in MODALITIES]
     was_set = [key for key in dropped if key not in KEYS or cfg[key] != KEYS[key][0]]
     cfg = {key: value for key, value in cfg.items() if key not in dropped}
     if len(slots) == 1:  # nothing to start from without an auxiliary
