@@ -181,15 +181,13 @@ def check_shards(folder, cfg):
 
 def open_run(folder):
     """A finished run: its config, slots, best model, and the split its analyses may read."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
-        raise UserError(f"{folder} holds no run (no config.json): train one first, for example "
+    if not os.path.exists(os.path.join(folder, "best.pt")):
+        raise UserError(f"{folder} holds no run (no best.pt): train one first, for example "
                         "`python train.py sample_configs/shapes_text.py`")
-    with open(path, encoding="utf-8") as f:
-        cfg = json.load(f)
+    model, checkpoint = load_model(os.path.join(folder, "best.pt"))
+    cfg = checkpoint["config"]
     check_shards(folder, cfg)
     slots, classes = open_slots(cfg, say=lambda line: None)
-    model, _ = load_model(os.path.join(folder, "best.pt"))
     split = "test" if cfg["score_test"] else "val"
     target = slots[cfg["target"]]
     held = load_split(target.folder, split)

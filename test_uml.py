@@ -905,7 +905,7 @@ def test_probe_reads_runs_side_by_side_and_embeds_new_files(data, tmp_path, monk
     features = np.load(tmp_path / "uml/embed.npy")
     rows = open(tmp_path / "uml/embed.csv").read().splitlines()
     assert features.shape == (24, 32) and len(rows) == 25 and rows[0] == "file,class,probability" and rows[1].split(",")[1] in P.SHAPE_CLASSES
-    snippet = re.search(r"```python\n(.*?)```", open(os.path.join(HERE, "README.md"), encoding="utf-8").read(), re.S)[1]
+    snippet = re.search(r"```python\n(import numpy.*?)```", open(os.path.join(HERE, "README.md"), encoding="utf-8").read(), re.S)[1]
     run = snippet.replace("out/shapes_text", f"{tmp_path}/uml") + "print(features.shape[1])"
     assert subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, cwd=HERE).stdout.strip() == "32"
 

@@ -338,6 +338,27 @@ def on_signal(number, frame):
         raise KeyboardInterrupt
 
 
+def catch_signals():
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
+
+
+@contextlib.contextmanager
+def undisturbed(out_dir):
+    """No other process may train into out_dir meanwhile, and signals are what they were afterwards."""
+    parent, name = os.path.split(os.path.abspath(out_dir))
+    busy = f"another process is training into {out_dir}: wait for it or choose another --out_dir"
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with locked(os.path.join(parent, f".{name}.lock"), busy) if ranks()[0] == 0 else contextlib.nullcontext():
+        try:
+            yield
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+
+
 def ranks():
     """(the number of this process, how many share the run); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -500,7 +521,7 @@ def save_checkpoint(path, keep=None, **state):
                         f"{state['config']['learning_rate']}); {path} keeps the checkpoint before it")
     data = io.BytesIO()
     torch.save(dict(state, format=FORMAT), data)
-    write_file(path, data.getbuffer(), keep)
+    write_file(path, data.getvalue(), keep)
 
 
 def load_checkpoint(path):
@@ -557,6 +578,19 @@ def load_newest(cfg, model, optimizer, say):
             torch.set_num_threads(saved["threads"])  # what torch chose then: another number would round differently
         return saved
     return None
+
+
+def log_until(path, step):
+    """The lines of a log.jsonl up to a step; what is later, or was cut short by a kill, the resumed run writes again."""
+    if not step or not os.path.exists(path):
+        return ""
+    kept = []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if json.loads(line)["step"] <= step and line.endswith("\n"):
+                    kept.append(line)
+    return "".join(kept)
 
 
 def build_model(cfg, slots, classes):
@@ -652,19 +686,12 @@ def run(cfg, say=tell):
     """
     cfg = resolve(cfg, say)
     cfg["shards"] = {slot: os.path.basename(shard_folder(cfg, slot)[0]) for slot in active_slots(cfg)}  # other data, another run
-    parent, name = os.path.split(os.path.abspath(cfg["out_dir"]))
-    busy = f"another process is training into {cfg['out_dir']}: wait for it or choose another --out_dir"
-    with locked(os.path.join(parent, f".{name}.lock"), busy) if ranks()[0] == 0 else contextlib.nullcontext():
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            return run_locked(cfg, say)
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
+    with undisturbed(cfg["out_dir"]):
+        return train(cfg, say)
 
 
-def run_locked(cfg, say):
+def train(cfg, say):
+    """The run itself, top to bottom; cfg is resolved and out_dir ours alone."""
     rank, world = ranks()
     if (finished := finished_result(cfg)) is not None:
         say(f"{cfg['out_dir']} is finished; its result again:")
@@ -682,12 +709,8 @@ def run_locked(cfg, say):
     if world > 1:
         dist.barrier()  # all have read what process 0 goes on to write
     step, best, spent, items, updates = 0, None, 0.0, 0, {name: 0 for name in slots}
-    log = []  # what log.jsonl starts with
     if saved:
         step, best, updates, spent, items = (saved[key] for key in ("step", "best", "updates", "seconds", "items"))
-        if os.path.exists(log_path):
-            with open(log_path, encoding="utf-8", errors="replace") as f:  # a line cut short by a kill is later than the checkpoint
-                log = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= step]
         say(f"resuming {cfg['out_dir']} at step {step}")
     elif cfg["resume"]:
         say(f"nothing to resume in {cfg['out_dir']}: starting from scratch")
@@ -695,7 +718,7 @@ def run_locked(cfg, say):
         with writing(cfg["out_dir"], 0):
             os.makedirs(cfg["out_dir"], exist_ok=True)
         write_json(os.path.join(cfg["out_dir"], "config.json"), cfg)
-        write_file(log_path, "".join(log).encode())
+        write_file(log_path, log_until(log_path, step).encode())
         if os.path.exists(result_path):  # of fewer steps, now resumed
             os.remove(result_path)
     total = warm + cfg["steps"]
@@ -717,13 +740,11 @@ def run_locked(cfg, say):
             f.write(entry)
 
     def save(path):
-        save_checkpoint(path, keep=prev_path if path == last_path else None, threads=torch.get_num_threads(), model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, config=cfg, slots=model.slots,
-                        classes=classes, target_classes=len(target.meta["classes"]), best=best, updates=updates,
+        save_checkpoint(path, keep=prev_path if path == last_path else None, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                        step=step, config=cfg, slots=model.slots, threads=torch.get_num_threads(), classes=classes, target_classes=len(target.meta["classes"]), best=best, updates=updates,
                         seconds=spent, items=items)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
+    catch_signals()
     first, losses, window = step, {}, (step, spent, items)  # losses stay on the device until a log line is due
     clock = time.perf_counter()
     while True:
