@@ -354,7 +354,8 @@ def check_meta(meta):
         split = meta["splits"][part]
         must(count(split["count"]) and "tokens" in split["files"], f"{part} has no items")
         for name, files in split["files"].items():
-            must(all(re.fullmatch(rf"{part}(_[a-z]+)?_\d+\.bin", e["file"]) and count(e["count"]) for e in files), f"files of {part} {name}")
+            named = all(re.fullmatch(rf"{part}(_[a-z]+)?_\d+\.bin", e["file"]) and count(e["count"]) for e in files)
+            must(named, f"files of {part} {name}")
             must(sum(e["count"] for e in files) == split["count"] and name in meta["arrays"], f"count of {part} {name}")
         must("labels" not in split["files"] or len(split["class_counts"]) == len(classes), f"class_counts of {part}")
 

@@ -35,7 +35,8 @@ from tqdm import tqdm
 from model import linear_probe
 from prepare import (LOG_MEL_RANGE, SHAPE_CLASSES, UserError, active_slots, draw_scenes, encode_recordings, exit_on_user_error,
                      load_bpe, load_split, modality_of, paint_scenes, patchify, plain_name, prepare, read_config,
-                     read_json, read_meta, read_pictures, read_recordings, read_text, shard_folder, sound_scenes, tell_scenes, unpatchify, write_json)
+                     read_json, read_meta, read_pictures, read_recordings, read_text, shard_folder, sound_scenes,
+                     tell_scenes, unpatchify, write_json)
 from train import (FREE_KEYS, KEYS, benchmark, choose_examples, evaluate, extract, fit_probe, load_checkpoint, load_model, open_slots,
                    read_run_config, resolve, run, save_checkpoint)
 
@@ -542,7 +543,8 @@ def compare(argv):
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise UserError(f"unknown arm '{unknown[0]}' (there are: {', '.join(ARMS)})")
     if n < 1 or own["jobs"] < 1 or own["first_seed"] < 0 or not active_slots(cfg)[1:]:
-        raise UserError(f"compare needs seeds={n} and jobs={own['jobs']} of at least 1, first_seed of at least 0, and a config with an auxiliary slot")
+        raise UserError(f"compare needs seeds={n} and jobs={own['jobs']} of at least 1, first_seed={own['first_seed']} of at least 0, "
+                        "and a config with an auxiliary slot")
     arms = [arm for arm in ARMS if arm in {*arms, "alone", "uml"}]
     settings = candidates(own["search"], cfg)
     cfg.update(stop_after=0, benchmark=False)
@@ -846,19 +848,23 @@ def exchange(argv):
     cells = list(itertools.product(lists[x_key], lists[y_key]))
     folder, bar = os.path.join(cfg["out_dir"], "compare"), tqdm(total=0, desc="runs", disable=None)
     os.makedirs(folder, exist_ok=True)
-    results = run_all([dict(cfg, **{x_key: x, y_key: y, "seed": seed}) for x, y in cells for seed in range(own["seeds"])], folder, own["jobs"], bar)
+    runs = [dict(cfg, **{x_key: x, y_key: y, "seed": seed}) for x, y in cells for seed in range(own["seeds"])]
+    results = run_all(runs, folder, own["jobs"], bar)
     bar.close()
     scores = np.array([score_of(r, "test" if cfg["score_test"] else "val") for r in results]).reshape(len(cells), own["seeds"])
     n_x, n_y = np.array(cells, float).T
     fit, rng = fit_exchange(n_x, n_y, scores.mean(1)), np.random.default_rng(0)
     at = float(np.median(n_y[n_y > 0]))
-    draws = [fit_exchange(n_x, n_y, scores[:, rng.integers(0, own["seeds"], own["seeds"])].mean(1)) for _ in range(100 if own["seeds"] > 1 else 0)]
+    draws = [fit_exchange(n_x, n_y, scores[:, rng.integers(0, own["seeds"], own["seeds"])].mean(1))
+             for _ in range(100 if own["seeds"] > 1 else 0)]
     interval = np.percentile([exchange_rate(draw, at) for draw in draws], (2.5, 97.5)).tolist() if draws else None
     rate, words = exchange_rate(fit, at), mean_words(cfg, y_key[:-len("_examples")])
     out = dict(kind="exchange", cells=cells, scores=scores.tolist(), fit=fit, at=at, rate=rate, interval=interval, words_per_item=words,
                command="python probe.py exchange " + " ".join(argv))
-    print(f"score = {fit['b0']:.3f} + {fit['b1']:.3f} log({x_key} + {fit['rho']:.3g} {y_key}^{fit['gamma']}), residual {fit['residual']:.4f}")
-    print(f"at {at:,.0f} {y_key}, one of them is worth {rate:.3g} {x_key}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else ""))
+    print(f"score = {fit['b0']:.3f} + {fit['b1']:.3f} log({x_key} + {fit['rho']:.3g} {y_key}^{fit['gamma']}), "
+          f"residual {fit['residual']:.4f}")
+    print(f"at {at:,.0f} {y_key}, one of them is worth {rate:.3g} {x_key}"
+          + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else ""))
     if words and rate:
         print(f"one {target} example is worth {words / rate:,.0f} words")
     write_json(os.path.join(cfg["out_dir"], "exchange.json"), out)
@@ -889,7 +895,8 @@ def scale(argv, folder="out/scale"):
     """Step time against width, depth, tokens, batch and shard size, around sample_configs/benchmark.py; scale.png and scale.json."""
     here = os.path.dirname(os.path.abspath(__file__))
     base = read_run_config([os.path.join(here, "sample_configs", "benchmark.py"), *argv])
-    linear = dict(image="gaussian:x", image_loss="reconstruct", gaussian_observed=768, mask_ratio=0.0, bottleneck=16)  # 3,072 bytes an item, as CIFAR-10
+    # 768 floats make 3,072 bytes an item, as many as a picture of CIFAR-10 has
+    linear = dict(image="gaussian:x", image_loss="reconstruct", gaussian_observed=768, mask_ratio=0.0, bottleneck=16)
     panels = {  # name: (slope that large sizes tend to, {size: changed keys})
         "width": ("1 to 2", {n: dict(width=n) for n in (64, 128, 256, 512)}),
         "layers": ("1", {n: dict(layers=n) for n in (1, 2, 4, 8)}),

@@ -30,9 +30,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import UML, linear_probe
-from prepare import (FORMAT, LOG_MEL_RANGE, MODALITIES, PREPARE_KEYS, SLOT_NAME, UserError, active_slots, exit_on_user_error, load_split, locked,
-                     modality_of, patchify, peak_memory, plain_name, prepare, print_help, read_config, read_json, read_meta,
-                     shard_folder, tell, unpatchify, write_file, write_json, writing)
+from prepare import (FORMAT, LOG_MEL_RANGE, MODALITIES, PREPARE_KEYS, SLOT_NAME, UserError, active_slots, exit_on_user_error,
+                     load_split, locked, modality_of, patchify, peak_memory, plain_name, prepare, print_help, read_config,
+                     read_json, read_meta, shard_folder, tell, unpatchify, write_file, write_json, writing)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # config: these keys and prepare.py's make a run; sample_configs/*.py set some, --key=value overrides any
@@ -717,6 +717,9 @@ def train(cfg, say):
     if rank == 0:
         with writing(cfg["out_dir"], 0):
             os.makedirs(cfg["out_dir"], exist_ok=True)
+            for name in os.listdir(cfg["out_dir"]):
+                if name.endswith(".tmp"):  # half-written by a process that was killed
+                    os.remove(os.path.join(cfg["out_dir"], name))
         write_json(os.path.join(cfg["out_dir"], "config.json"), cfg)
         write_file(log_path, log_until(log_path, step).encode())
         if os.path.exists(result_path):  # of fewer steps, now resumed
@@ -741,8 +744,8 @@ def train(cfg, say):
 
     def save(path):
         save_checkpoint(path, keep=prev_path if path == last_path else None, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                        step=step, config=cfg, slots=model.slots, threads=torch.get_num_threads(), classes=classes, target_classes=len(target.meta["classes"]), best=best, updates=updates,
-                        seconds=spent, items=items)
+                        step=step, config=cfg, slots=model.slots, classes=classes, target_classes=len(target.meta["classes"]),
+                        threads=torch.get_num_threads(), best=best, updates=updates, seconds=spent, items=items)
 
     catch_signals()
     first, losses, window = step, {}, (step, spent, items)  # losses stay on the device until a log line is due

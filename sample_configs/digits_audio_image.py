@@ -1,7 +1,9 @@
-"""Spoken digits of an unheard speaker, 200 labelled clips of four others, helped by pictures of anything.
+"""Spoken digits of an unheard speaker, 200 labelled clips of four others, beside pictures of something else: it does NOT help.
 
-FSDD (10 MB) and CIFAR-10 (170 MB) are fetched once; offline, --image=shapes. Untuned, and not compared yet: claims nothing.
+FSDD (10 MB) is fetched once. Two CPU cores: about half a minute. On validation (folds 0, 2, 4) alone reaches 0.68, with shapes pictures 0.63,
+with CIFAR-10 pictures 0.60.
     python train.py sample_configs/digits_audio_image.py
+    python train.py sample_configs/digits_audio_image.py --image=cifar10 --out_dir=out/digits_cifar
     python train.py sample_configs/digits_audio_image.py --image= --out_dir=out/digits_alone
 """
 target = "audio"
@@ -16,6 +18,6 @@ width = 96
 layers = 3
 learning_rate = 5e-3
 weight_decay = 0.5
-warm_start_steps = 200
+warm_start_steps = 200     # pictures alone
 steps = 400
 eval_interval = 50

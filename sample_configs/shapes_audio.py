@@ -1,6 +1,6 @@
-"""Sounds of the shapes world, 4 labelled ones a class, helped by sentences about other scenes.
+"""Sounds of the shapes world, 4 labelled ones a class, beside sentences about other scenes: a case where text does NOT help.
 
-Offline. Minutes on two CPU cores. Untuned, and not compared yet: claims nothing.
+Offline. Two CPU cores: about a minute. On validation (seeds 1000, 1001) alone reaches 0.80, with the sentences 0.75 to 0.78.
     python train.py sample_configs/shapes_audio.py
     python train.py sample_configs/shapes_audio.py --text= --out_dir=out/shapes_audio_alone
 """
@@ -13,7 +13,8 @@ audio_examples = 256
 width = 96
 layers = 3
 text_batch = 32
-learning_rate = 6e-3
-warm_start_steps = 300
-steps = 1000
+learning_rate = 3e-3
+weight_decay = 0.5
+warm_start_steps = 300    # text alone
+steps = 800
 eval_interval = 200
