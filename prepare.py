@@ -21,6 +21,7 @@ import hashlib
 import http.client
 import io
 import json
+import math
 import os
 import re
 import resource
@@ -55,6 +56,8 @@ def exit_on_user_error(main):
         stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 shows \\u4e2d, not a traceback
     try:
         main()
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as problem:  # OSError: a file that cannot be read; it names it
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
@@ -139,10 +142,10 @@ def locked(path, busy, wait=False):
     try:
         yield
     finally:
-        os.remove(path)
-        lock.close()
         with contextlib.suppress(OSError):
+            os.remove(path)
             os.rmdir(os.path.dirname(path))  # if nothing came of it
+        lock.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,6 +307,8 @@ def write_shards(folder, meta, splits, shard_mb):
                 file = f"{split}_{i:03d}.bin" if name == "tokens" else f"{split}_{name}_{i:03d}.bin"
                 with writing(os.path.join(folder, file), part.nbytes), open(os.path.join(folder, file), "wb") as f:
                     f.write(part)
+                    f.flush()
+                    os.fsync(f.fileno())
                 files[name].append(dict(file=file, count=len(part), sha256=hashlib.sha256(part).hexdigest()))
         meta["splits"][split] = dict(count=len(arrays["tokens"]), files=files)
         if "labels" in arrays:
@@ -336,6 +341,7 @@ def check_meta(meta):
     for name, array in meta["arrays"].items():
         must(array["dtype"] in ("uint8", "uint16", "int32", "int64", "float32"), f"{name} is of dtype {array['dtype']!r}")
         must(len(array["shape"]) <= 2 and all(count(n, 2**24) for n in array["shape"]), f"{name} has rows of shape {array['shape']}")
+        must(name not in ("labels", "lengths") or (array["dtype"], array["shape"]) == ("int32", []), f"{name} are {array}")
     shape, classes = meta["arrays"]["tokens"]["shape"], meta["classes"]
     must(type(classes) is list and all(type(c) is str for c in classes), "classes are not names")
     must(meta["kind"] in ("discrete", "continuous") and len(shape) == (1 if meta["kind"] == "discrete" else 2), "no such kind of tokens")
@@ -357,7 +363,10 @@ def check_meta(meta):
             named = all(re.fullmatch(rf"{part}(_[a-z]+)?_\d+\.bin", e["file"]) and count(e["count"]) for e in files)
             must(named, f"files of {part} {name}")
             must(sum(e["count"] for e in files) == split["count"] and name in meta["arrays"], f"count of {part} {name}")
+            must(all(re.fullmatch("[0-9a-f]{64}", e["sha256"]) for e in files), f"checksums of {part} {name}")
+        must(("labels" in split["files"]) == bool(classes), f"labels of {part}")
         must("labels" not in split["files"] or len(split["class_counts"]) == len(classes), f"class_counts of {part}")
+        must("lengths" in split["files"] or (meta["kind"] != "discrete" and "mels" not in meta), f"lengths of {part}")
 
 
 def verify_shards(folder, meta):
@@ -417,7 +426,7 @@ PATIENCE = 30  # seconds without a byte
 def raw_file(cfg, source, name, url, sha256, size=None):
     """Path of RAW_DIR/SOURCE/NAME with the given sha256 (None: not known), downloaded if missing. UserError has the way out."""
     path = os.path.join(cfg["raw_dir"], source, name)
-    way_out = (f"put the file from {url} (sha256 {sha256}) at {path} by hand, "
+    way_out = (f"put the file from {url}{f' (sha256 {sha256})' if sha256 else ''} at {path} by hand, "
                "or run the offline config sample_configs/shapes_text.py")
     if os.path.exists(path):
         check_sha256(path, sha256, f"{path}: remove it and {way_out}")
@@ -532,7 +541,7 @@ def read_pictures(cfg, paths):
                 raise UserError(f"{problem}: remove it, or pass --skip_bad=True") from None
             kept[i] = False
     if not kept.all():
-        print(f"skipped {(~kept).sum()} of {len(paths)} files: not readable images")
+        tell(f"skipped {(~kept).sum()} of {len(paths)} files: not readable images")
     if not kept.any():
         raise UserError(f"none of the {len(paths)} files is a readable image")
     return pictures[kept], kept
@@ -646,6 +655,8 @@ def read_recording(cfg, file, name):
     if not samples.any():
         raise UserError(f"{name} holds no sound, only silence")
     if rate != cfg["audio_rate"]:
+        if rate * cfg["audio_rate"] // math.gcd(rate, cfg["audio_rate"]) ** 2 > 10**7:  # the size of the resampling filter
+            raise UserError(f"{name} has {rate} samples a second, which cannot be resampled to {cfg['audio_rate']}: convert it")
         import torch
         from torchaudio.functional import resample
         samples = resample(torch.from_numpy(samples.astype(np.float32)), rate, cfg["audio_rate"]).numpy()
@@ -675,7 +686,7 @@ def read_recordings(cfg, paths):
                 raise UserError(f"{problem}: remove it, or pass --skip_bad=True") from None
             kept[i] = False
     if not kept.all():
-        print(f"skipped {(~kept).sum()} of {len(paths)} files: not readable recordings")
+        tell(f"skipped {(~kept).sum()} of {len(paths)} files: not readable recordings")
     if not recordings:
         raise UserError(f"none of the {len(paths)} files is a readable recording")
     return recordings, kept
@@ -1053,7 +1064,7 @@ SPOKEN = "z ih r ow, w ah n, t uw, th r iy, f ao r, f ay v, s ih k s, s eh v ah 
 
 
 def digits_source(cfg, modality, _):
-    """4,000 generated sentences about the digits zero to nine: their names, numerals, neighbours and how they sound."""
+    """4,000 draws of 80 sentences about the digits zero to nine: names, numerals, neighbours, sounds. For an auxiliary: its splits overlap."""
     rng, described = np.random.default_rng([zlib.crc32(b"digits text")]), {}
     for i, (name, sound) in enumerate(zip(DIGITS, SPOKEN)):
         before, after, sounds = DIGITS[i - 1], DIGITS[(i + 1) % 10], sound.split()
@@ -1076,9 +1087,9 @@ def npz_source(cfg, modality, path):
     if features is None or features.ndim not in (2, 3) or features.dtype.kind not in "fiu" or not features.size:
         shape = "none" if features is None else f"{features.dtype} {features.shape}"
         raise UserError(f"{path} needs an array `features` of numbers, (n, D) or (n, T, D), found {shape}")
-    if not np.isfinite(features).all():
-        row = np.argwhere(~np.isfinite(features))[0][0]
-        raise UserError(f"{path}: `features` has NaN or infinite values, first in row {row}")
+    usable = np.abs(features.astype(np.float64)) < 1e30  # what float32 holds with room to spare
+    if not usable.all():
+        raise UserError(f"{path}: `features` has NaN, infinite or huge values, first in row {np.argwhere(~usable)[0][0]}")
     classes = []
     if labels is not None:
         if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu":

@@ -4,6 +4,8 @@
     python probe.py compare sample_configs/shapes_text.py --seeds=3  # alone against uml against control, with the verdict
     python probe.py embed out/shapes_text /my/pictures               # features and predictions for new files
     python probe.py theory                                           # the linear world: bounds, blind directions, rates
+    python probe.py exchange CONFIG --image_examples=[200,1000,5000] --text_examples=[0,9000] # how many words an image is worth
+    python probe.py scale                                            # what a step costs as things grow
     python probe.py report                                           # rewrite the README's tables from assets/results/
 
 Analyses read the target's test split (val, if the run was told never to open test); probes are fitted on the run's own
@@ -15,6 +17,7 @@ Sections: measures on features, corruptions, runs side by side, statistics, comp
 import ast
 import csv
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -22,9 +25,11 @@ import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import sys
 import textwrap
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,8 +41,8 @@ from model import linear_probe
 from prepare import (LOG_MEL_RANGE, SHAPE_CLASSES, UserError, active_slots, draw_scenes, encode_recordings, exit_on_user_error,
                      load_bpe, load_split, modality_of, paint_scenes, patchify, plain_name, prepare, read_config,
                      read_json, read_meta, read_pictures, read_recordings, read_text, shard_folder, sound_scenes,
-                     tell_scenes, unpatchify, write_json)
-from train import (FREE_KEYS, KEYS, benchmark, choose_examples, evaluate, extract, fit_probe, load_checkpoint, load_model, open_slots,
+                     tell_scenes, tell, unpatchify, write_file, write_json)
+from train import (FREE_KEYS, KEYS, SIGNALS, benchmark, choose_examples, evaluate, extract, fit_probe, load_checkpoint, load_model, open_slots,
                    read_run_config, resolve, run, save_checkpoint)
 
 CPU = torch.device("cpu")
@@ -181,9 +186,9 @@ def check_shards(folder, cfg):
 
 
 def open_run(folder):
-    """A finished run: its config, slots, best model, and the split its analyses may read."""
-    if not os.path.exists(os.path.join(folder, "best.pt")):
-        raise UserError(f"{folder} holds no run (no best.pt): train one first, for example "
+    """A finished run: its config, slots, best model, and the split its analyses may read. UserError for one under way."""
+    if not os.path.exists(os.path.join(folder, "result.json")):
+        raise UserError(f"{folder} holds no finished run (no result.json): train one first, for example "
                         "`python train.py sample_configs/shapes_text.py`")
     model, checkpoint = load_model(os.path.join(folder, "best.pt"))
     cfg = checkpoint["config"]
@@ -476,7 +481,14 @@ def file_digests(paths):
 
 
 def quiet_run(cfg):
-    return run(cfg, say=lambda line: None)
+    """One run in a worker; a worker that was told to stop begins nothing more."""
+    if SIGNALS:
+        sys.exit(128 + SIGNALS[0])
+    try:
+        return run(cfg, say=lambda line: None)
+    except KeyboardInterrupt:  # before run() caught signals itself
+        SIGNALS.append(signal.SIGINT)
+        raise
 
 
 def run_all(configs, folder, jobs, bar):
@@ -496,8 +508,10 @@ def run_all(configs, folder, jobs, bar):
         tasks.append(cfg)
         if cfg["warm_start_steps"]:
             # what only the main phase uses is set alike, so that arms agree on the warm start where they can
+            auxiliaries = [slot for slot in active_slots(cfg) if slot != cfg["target"]]
+            all_idle = not any(cfg[f"{slot}_updates"] for slot in auxiliaries)  # init, frozen: they warm up as if they had one
             same = dict(identity, steps=1, eval_interval=cfg["warm_start_steps"], score_test=False, freeze_trunk=False,
-                        **{f"{slot}_updates": cfg[f"{slot}_updates"] or 1 for slot in active_slots(cfg)})
+                        **{f"{slot}_updates": 1 for slot in auxiliaries if all_idle})
             warm_of[cfg["out_dir"]] = dict(cfg, **same, out_dir=os.path.join(folder, "warm-" + digest(same, decides)),
                                            stop_after=cfg["warm_start_steps"])
     starting = [cfg for cfg in tasks if cfg["out_dir"] in warm_of and not os.path.exists(os.path.join(cfg["out_dir"], "last.pt"))]
@@ -531,7 +545,13 @@ def run_pool(configs, jobs, bar):
         futures = [pool.submit(quiet_run, cfg) for cfg in configs]
         for future in futures:
             future.add_done_callback(lambda _: bar.update())
-        return [future.result() for future in futures]
+        try:
+            return [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise UserError(f"a run was killed, perhaps for lack of memory: lower jobs={jobs}; the same command goes on") from None
+        except BaseException:  # a refusal or Ctrl-C: those at work finish their step and save, the others need not begin
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def compare(argv):
@@ -543,10 +563,12 @@ def compare(argv):
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise UserError(f"unknown arm '{unknown[0]}' (there are: {', '.join(ARMS)})")
     if n < 1 or own["jobs"] < 1 or own["first_seed"] < 0 or not active_slots(cfg)[1:]:
-        raise UserError(f"compare needs seeds={n} and jobs={own['jobs']} of at least 1, first_seed={own['first_seed']} of at least 0, "
-                        "and a config with an auxiliary slot")
+        raise UserError(f"seeds={n} and jobs={own['jobs']} must be at least 1, first_seed={own['first_seed']} at least 0, "
+                        "and the config needs an auxiliary slot")
     arms = [arm for arm in ARMS if arm in {*arms, "alone", "uml"}]
     settings = candidates(own["search"], cfg)
+    if SEARCH_SEED in seeds and len(settings) > 1 and cfg["audio_test_group"] != "each":
+        raise UserError(f"seed {SEARCH_SEED} is the one that chooses settings: pick another first_seed than {own['first_seed']}")
     cfg.update(stop_after=0, benchmark=False)
     for arm in arms:
         resolve(arm_config(cfg, arm, own["unrelated"]), say=lambda line: None)  # what is wrong shows now, not hours later
@@ -848,7 +870,8 @@ def exchange(argv):
     cells = list(itertools.product(lists[x_key], lists[y_key]))
     folder, bar = os.path.join(cfg["out_dir"], "compare"), tqdm(total=0, desc="runs", disable=None)
     os.makedirs(folder, exist_ok=True)
-    runs = [dict(cfg, **{x_key: x, y_key: y, "seed": seed}) for x, y in cells for seed in range(own["seeds"])]
+    seeds = range(own["first_seed"], own["first_seed"] + own["seeds"])
+    runs = [dict(cfg, **{x_key: x, y_key: y, "seed": seed}) for x, y in cells for seed in seeds]
     results = run_all(runs, folder, own["jobs"], bar)
     bar.close()
     scores = np.array([score_of(r, "test" if cfg["score_test"] else "val") for r in results]).reshape(len(cells), own["seeds"])
@@ -908,10 +931,10 @@ def scale(argv, folder="out/scale"):
     for ax, (name, (expected, sizes)) in zip(axes, panels.items()):
         found = {}
         for size, change in sizes.items():  # a fresh process each, so that memory is its own
-            prepare(dict(base, **change), "image", say=print)
+            prepare(dict(base, **change), "image")
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 found[size] = pool.submit(measure_step, dict(base, **change)).result()
-            print(f"{name} {size}: {found[size][0]:.1f} ms/step, {found[size][1]:,.0f} MiB anonymous memory")
+            tell(f"{name} {size}: {found[size][0]:.1f} ms/step, {found[size][1]:,.0f} MiB anonymous memory")
         ms = [t for t, _ in found.values()]
         slope = math.log(ms[-1] / ms[-2]) / math.log(list(found)[-1] / list(found)[-2])
         out["panels"][name] = dict(sizes=list(found), ms=ms, mib=[m for _, m in found.values()], slope=slope, expected=expected)
@@ -960,7 +983,7 @@ def embed(folder, path):
             real = torch.arange(slot["length"]) < torch.from_numpy(arrays["train"]["lengths"])[:, None]
     else:
         raise UserError(f"embed reads pictures, recordings or a text file; the target of {folder} is {name}={cfg[name]}")
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: a linear probe may be fitted in here
         real = torch.ones(tokens.shape[:2], dtype=torch.bool) if real is None else real
         parts = [model.features(name, tokens[i:i + 500], real[i:i + 500]) for i in range(0, len(tokens), 500)]
         features, scores = torch.cat(parts), None
@@ -970,18 +993,18 @@ def embed(folder, path):
             weight, bias = evaluate(*(lambda r: (r.model, r.target, r.target.val))(open_run(folder)), CPU)["probe"]
             scores = features @ weight.T + bias
     written = [os.path.join(folder, "embed.npy")]
-    with open(written[0] + ".tmp", "wb") as f:
-        np.save(f, features.numpy())
-    os.replace(written[0] + ".tmp", written[0])
+    array = io.BytesIO()
+    np.save(array, features.numpy())
+    write_file(written[0], array.getvalue())
     classes = checkpoint["classes"][:checkpoint["target_classes"]]
     if scores is not None:
         chances = scores[:, :len(classes)].softmax(1)
         written.append(os.path.join(folder, "embed.csv"))
-        with open(written[1] + ".tmp", "w", newline="", encoding="utf-8") as f:
-            writer = csv.writer(f)
-            writer.writerow(["file", "class", "probability"])
-            writer.writerows([n, classes[int(c.argmax())], f"{c.max().item():.4f}"] for n, c in zip(names, chances))
-        os.replace(written[1] + ".tmp", written[1])
+        table = io.StringIO(newline="")
+        writer = csv.writer(table)
+        writer.writerow(["file", "class", "probability"])
+        writer.writerows([n, classes[int(c.argmax())], f"{c.max().item():.4f}"] for n, c in zip(names, chances))
+        write_file(written[1], table.getvalue().encode(errors="surrogateescape"))
     print(json.dumps(dict(items=len(names), features=list(features.shape), written=written)))
 
 
@@ -1012,24 +1035,23 @@ def report(readme="README.md", folder=os.path.join("assets", "results")):
         if line.startswith("<!-- curve "):
             file, *names = line.split()[2:-1]
             draw_curve(os.path.join(os.path.dirname(folder), file), [result_of(name) for name in names])
-    with open(readme + ".tmp", "w", encoding="utf-8") as f:
-        f.write("\n".join(out))
-    os.replace(readme + ".tmp", readme)
+    write_file(readme, "\n".join(out).encode())
     print(f"rewrote the tables of {readme}")
 
 
 def draw_curve(path, results):
     """Accuracy against labelled target examples a class, one line an arm: what unpaired data saves is the horizontal distance."""
     fig, ax = figure(6, 3.8)
-    classes = 1 / results[0]["chance"]
+    per_class = lambda r: r["examples"] * r["chance"]
     for i, arm in enumerate(("alone", "uml", "control")):
-        points = sorted((r["examples"] / classes, r["arms"][arm]) for r in results if arm in r["arms"])
+        points = sorted(((per_class(r), r["arms"][arm]) for r in results if arm in r["arms"]), key=lambda point: point[0])
         shots, means, halves = [s for s, _ in points], [e["mean"] for _, e in points], [e["half"] for _, e in points]
         ax.errorbar(shots, means, halves, marker="o", ms=4, capsize=3, color=f"C{i}", label=arm)
     ax.axhline(results[0]["chance"], ls=":", color="grey", lw=1)
-    ax.set(xscale="log", xlabel="labelled examples a class", ylabel=f"{results[0]['split']} accuracy",
+    ax.set(xscale="log", xlabel="labelled examples, mean over classes", ylabel=f"{results[0]['split']} accuracy",
            title=f"{short_source(results[0]['target'])} with {show_auxiliaries(results[0])}")
-    ax.set_xticks(shots, [f"{s:.3g}" for s in shots])
+    ticks = sorted({per_class(r) for r in results})
+    ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     ax.minorticks_off()
     ax.legend()
     save_figure(fig, path)
@@ -1095,6 +1117,7 @@ def draw_world(path):
 
 def main():
     argv = sys.argv[1:]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that compare stops its workers
     if not argv or "--help" in argv or "-h" in argv:
         print(__doc__)
         print("Keys of compare, besides every key of train.py:")

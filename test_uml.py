@@ -167,9 +167,10 @@ def test_patchify_is_undone_by_unpatchify():
 
 def test_many_small_shards_read_like_one(tmp_path):
     tokens, labels = np.arange(7000 * 100, dtype=np.uint16).reshape(7000, 100), np.arange(7000, dtype=np.int32) % 3
-    few = dict(tokens=tokens[:3], labels=labels[:3])
+    every = dict(tokens=tokens, labels=labels, lengths=np.full(7000, 100, np.int32))
+    few = {name: array[:3] for name, array in every.items()}
     meta = dict(modality="text", kind="discrete", vocab=65536, classes=["a", "b", "c"])
-    P.write_shards(str(tmp_path), meta, dict(train=dict(tokens=tokens, labels=labels), val=few, test=few), shard_mb=1)
+    P.write_shards(str(tmp_path), meta, dict(train=every, val=few, test=few), shard_mb=1)
     assert (tmp_path / "train_001.bin").exists()
     split, rows = P.load_split(str(tmp_path), "train"), np.array([6999, 0, 5242, 5243, 17])
     assert np.array_equal(split["tokens"][rows], tokens[rows]) and np.array_equal(split["labels"], labels)
@@ -629,12 +630,15 @@ def test_a_run_leaves_what_it_promises(data, tmp_path):
         train(data, f"{tmp_path}/run", "--steps=7")
 
 
-def test_more_steps_go_on_from_a_finished_run_and_fewer_end_it(data, tmp_path):
+def test_more_steps_go_on_from_a_finished_run_and_fewer_are_refused(data, tmp_path):
     """A stale result must not be taken for the new one, and a run past its last step must not go on for ever."""
     train(data, f"{tmp_path}/o")
     assert train(data, f"{tmp_path}/o", "--steps=8", "--resume", "--stop_after=10") is None
     assert train(data, f"{tmp_path}/o", "--steps=8", "--resume")["steps"] == 8
-    assert train(data, f"{tmp_path}/o", "--steps=4", "--resume")["steps"] == 4
+    with pytest.raises(P.UserError, match="is at step 11, beyond the 7 asked for"):
+        train(data, f"{tmp_path}/o", "--steps=4", "--resume")
+    assert train(data, f"{tmp_path}/p", "--stop_after=7", "--eval_interval=6") is None  # before its first evaluation
+    assert train(data, f"{tmp_path}/p", "--steps=4", "--resume", "--eval_interval=6")["best_step"] == 7
 
 
 def test_a_run_whose_data_changed_is_another_run(tmp_path):
@@ -901,6 +905,8 @@ def test_probe_reads_runs_side_by_side_and_embeds_new_files(data, tmp_path, monk
     assert len(reports) == 2 and len(reports[0]["layers"]) == 3 and reports[0]["alignment"]["text"]["classes"] == 64 and not reports[1]["alignment"]
     assert {"confusion.png", "pca.png", "side_by_side.png"} <= set(os.listdir(tmp_path / "uml"))
     pictures = picture_folder(tmp_path / "new")
+    train(data, f"{tmp_path}/next", "--text=", "--image_loss=next")  # no label head of its own: embed fits a probe
+    B.embed(f"{tmp_path}/next", pictures)
     B.embed(f"{tmp_path}/uml", pictures)
     features = np.load(tmp_path / "uml/embed.npy")
     rows = open(tmp_path / "uml/embed.csv").read().splitlines()
@@ -911,7 +917,7 @@ def test_probe_reads_runs_side_by_side_and_embeds_new_files(data, tmp_path, monk
 
 
 def test_probe_says_where_there_is_no_run(tmp_path):
-    assert "no run" in refusal(tmp_path, script="probe.py")
+    assert "no finished run" in refusal(tmp_path, script="probe.py")
 
 
 # -- README -----------------------------------------------------------------------------------------------------------
@@ -1233,12 +1239,13 @@ def test_pictures_of_every_odd_kind_are_read_or_refused(tmp_path):
 
 
 def test_wave_headers_that_lie_are_refused():
+    """No channels, no rate, one that would need a filter of terabytes, sizes beyond the file, odd widths, a header cut short."""
     def header(channels=1, rate=8000, bits=16, size=200, kind=1):
         block = channels * bits // 8
         return (b"RIFF" + struct.pack("<I", (36 + size) % 2**32) + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, kind, channels, rate, rate * block, block, bits)
                 + b"data" + struct.pack("<I", size))
     cfg = P.read_config([], P.PREPARE_KEYS)
-    for head in (header(channels=0), header(rate=0), header(size=2**31), header(size=2**32 - 1), header(bits=12), header(bits=0), header(bits=64), header()[:30]):
+    for head in (header(channels=0), header(rate=0), header(rate=10_000_019), header(size=2**31), header(size=2**32 - 1), header(bits=12), header(bits=0), header(bits=64), header()[:30]):
         with pytest.raises(P.UserError, match="a.wav"):
             P.read_recording(cfg, io.BytesIO(head + bytes(50)), "a.wav")
 
@@ -1346,6 +1353,7 @@ def read_everything(folder):
         arrays, meta = P.load_split(folder, split), P.read_meta(folder)
         slot = T.SimpleNamespace(name="image", folder=folder, meta=meta, loss="next", cfg=cfg)
         T.collate(slot, arrays, np.arange(min(9, len(arrays["tokens"]))), B.CPU, np.random.default_rng(0), augment=True)
+    P.verify_shards(folder, P.read_meta(folder))
     if meta["modality"] == "text":
         P.load_bpe(folder)
 

@@ -4,7 +4,8 @@
     python train.py sample_configs/cifar_text.py                     # on a GPU the same command runs bf16 and compiled
     python train.py sample_configs/shapes_text.py --resume           # go on after an interruption, bit for bit
 
-Writes out/NAME/: last.pt (the newest checkpoint), best.pt (the best on validation), config.json, log.jsonl, result.json.
+Writes out/NAME/: last.pt (the newest checkpoint; prev.pt the one before, until the end), best.pt (the best on validation), config.json,
+log.jsonl, result.json.
 
 Sections: config, slots and their examples, batches, processes, optimisation, evaluation, checkpoints, the run.
 """
@@ -339,6 +340,7 @@ def on_signal(number, frame):
 
 
 def catch_signals():
+    SIGNALS.clear()
     if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
@@ -374,11 +376,11 @@ def my_part(batch, mask_ratio):
     return dict({key: value[rank::world] for key, value in batch.items()}, counts=counts)
 
 
-def asked_to_stop(device):
+def asked_to_stop():
     """Has a signal reached any of the processes? All must leave the loop after the same step."""
     if ranks()[1] == 1:
         return bool(SIGNALS)
-    asked = torch.tensor(float(bool(SIGNALS)), device=device)
+    asked = torch.tensor(float(bool(SIGNALS)))  # on the CPU, where reading it waits for no GPU
     dist.all_reduce(asked)
     return asked.item() > 0
 
@@ -525,7 +527,7 @@ def save_checkpoint(path, keep=None, **state):
 
 
 def load_checkpoint(path):
-    """A checkpoint dict: model, optimizer, step, config, slots, classes, best. Only tensors and plain values are unpickled."""
+    """What save() in train() put into a checkpoint, a dict. Only tensors and plain values are unpickled; UserError for anything else."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT:
@@ -637,7 +639,7 @@ def finished_result(cfg):
                         "choose another --out_dir or delete it")
     if "steps" not in differing and result is not None:
         return result
-    if not cfg["resume"] and os.path.exists(os.path.join(cfg["out_dir"], "last.pt")):
+    if not cfg["resume"] and any(os.path.exists(os.path.join(cfg["out_dir"], name)) for name in ("last.pt", "prev.pt")):
         raise UserError(f"{cfg['out_dir']} holds an unfinished run of this config: add --resume to go on, or delete it")
     return None
 
@@ -684,6 +686,8 @@ def run(cfg, say=tell):
 
     SIGINT and SIGTERM end it after the step, saved, with exit code 130 or 143. Under torchrun only process 0 returns a result.
     """
+    if ranks()[0] > 0:
+        say = lambda line: None
     cfg = resolve(cfg, say)
     cfg["shards"] = {slot: os.path.basename(shard_folder(cfg, slot)[0]) for slot in active_slots(cfg)}  # other data, another run
     with undisturbed(cfg["out_dir"]):
@@ -697,7 +701,6 @@ def train(cfg, say):
         say(f"{cfg['out_dir']} is finished; its result again:")
         return finished if rank == 0 else None
     if rank > 0:
-        say = lambda line: None
         dist.barrier()  # process 0 prepares the shards first
     device, slots, classes, model, loss_of, optimizer, autocast = set_up(cfg, say)
     if world > 1 and rank == 0:
@@ -717,14 +720,16 @@ def train(cfg, say):
     if rank == 0:
         with writing(cfg["out_dir"], 0):
             os.makedirs(cfg["out_dir"], exist_ok=True)
-            for name in os.listdir(cfg["out_dir"]):
-                if name.endswith(".tmp"):  # half-written by a process that was killed
-                    os.remove(os.path.join(cfg["out_dir"], name))
+            for path in (last_path, best_path, result_path):  # half-written by a process that was killed
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path + ".tmp")
         write_json(os.path.join(cfg["out_dir"], "config.json"), cfg)
         write_file(log_path, log_until(log_path, step).encode())
         if os.path.exists(result_path):  # of fewer steps, now resumed
             os.remove(result_path)
     total = warm + cfg["steps"]
+    if step > total:
+        raise UserError(f"{cfg['out_dir']} is at step {step}, beyond the {total} asked for: choose another --out_dir")
     for slot in slots.values():
         role = " (target)" if slot is target else ""
         say(f"{slot.name}: {cfg[slot.name]}, {len(slot.rows):,} training items, loss {slot.loss}{role}")
@@ -753,8 +758,9 @@ def train(cfg, say):
     while True:
         # 1. what is due between steps; the clock stands still meanwhile
         evaluating = step > max(first, warm) and ((step - warm) % cfg["eval_interval"] == 0 or step == total)
+        evaluating = evaluating or step == total and best is None  # resumed exactly at its end
         logging = step > first and (step % cfg["log_interval"] == 0 or step == total)
-        stopping = step >= total or 0 < cfg["stop_after"] <= step or asked_to_stop(device)
+        stopping = step >= total or 0 < cfg["stop_after"] <= step or asked_to_stop()
         saving = stopping or evaluating or (step > first and step % cfg["eval_interval"] == 0)
         if logging or saving:
             synchronize()
