@@ -1031,7 +1031,10 @@ def report(readme="README.md", folder=os.path.join("assets", "results")):
         if line.startswith("<!-- results "):
             skipping = True
             out += ["| target, examples | auxiliary | alone | longer | uml | control | uml - alone | p | seeds |", "|---" * 9 + "|"]
-            out += [table_row(result_of(name)) for name in line.split()[2:-1]]
+            found = {name: result_of(name) for name in line.split()[2:-1]}
+            out += [table_row(r) for r in found.values()]
+            out += ["", "<details><summary>commands and hardware</summary>", ""]
+            out += [f"- {name}: `{r['command']}` ({r['hardware']})" for name, r in found.items()] + ["", "</details>"]
         if line.startswith("<!-- curve "):
             file, *names = line.split()[2:-1]
             draw_curve(os.path.join(os.path.dirname(folder), file), [result_of(name) for name in names])

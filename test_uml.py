@@ -1245,9 +1245,10 @@ def test_wave_headers_that_lie_are_refused():
         return (b"RIFF" + struct.pack("<I", (36 + size) % 2**32) + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, kind, channels, rate, rate * block, block, bits)
                 + b"data" + struct.pack("<I", size))
     cfg = P.read_config([], P.PREPARE_KEYS)
-    for head in (header(channels=0), header(rate=0), header(rate=10_000_019), header(size=2**31), header(size=2**32 - 1), header(bits=12), header(bits=0), header(bits=64), header()[:30]):
+    for head in (header(channels=0), header(rate=0), header(rate=10_000_019, size=50), header(size=2**31), header(size=2**32 - 1),
+                 header(bits=12), header(bits=0), header(bits=64), header()[:30]):
         with pytest.raises(P.UserError, match="a.wav"):
-            P.read_recording(cfg, io.BytesIO(head + bytes(50)), "a.wav")
+            P.read_recording(cfg, io.BytesIO(head + bytes(range(50))), "a.wav")
 
 
 def test_odd_text_is_text(tmp_path):
