@@ -1052,7 +1052,8 @@ def draw_curve(path, results):
         ax.errorbar(shots, means, halves, marker="o", ms=4, capsize=3, color=f"C{i}", label=arm)
     ax.axhline(results[0]["chance"], ls=":", color="grey", lw=1)
     ax.set(xscale="log", xlabel="labelled examples, mean over classes", ylabel=f"{results[0]['split']} accuracy",
-           title=f"{short_source(results[0]['target'])} with {show_auxiliaries(results[0])}")
+           ylim=(0, None))
+    ax.set_title(f"{short_source(results[0]['target'])} with {show_auxiliaries(results[0])}", fontsize=9)
     ticks = sorted({per_class(r) for r in results})
     ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     ax.minorticks_off()
