@@ -19,6 +19,7 @@ import difflib
 import fcntl
 import hashlib
 import http.client
+import inspect
 import io
 import json
 import math
@@ -208,7 +209,7 @@ def read_assignments(path):
         with open(path, encoding="utf-8") as f:
             tree = ast.parse(f.read(), path)
     except OSError as problem:
-        raise UserError(f"cannot read config file {path} ({problem.strerror})") from None
+        raise UserError(f"cannot read config file {path} ({problem.strerror}): sample_configs/ has some to start from") from None
     except (SyntaxError, ValueError) as problem:
         raise UserError(f"{path}: not a config file of `key = literal` lines ({problem})") from None
     lines = []
@@ -246,7 +247,7 @@ def read_config(argv, keys, strict=True):
     """
     files = [arg for arg in argv if not arg.startswith("--")]
     if len(files) > 1:
-        raise UserError(f"expected one config file, found {len(files)}: {' '.join(files)}")
+        raise UserError(f"expected one config file, found {len(files)}: {' '.join(files)} (keys are written --key=value, without a blank)")
     lines = [(*line, strict) for path in files for line in read_assignments(path)]
     for arg in argv:
         if arg.startswith("--"):
@@ -427,7 +428,7 @@ def raw_file(cfg, source, name, url, sha256, size=None):
     """Path of RAW_DIR/SOURCE/NAME with the given sha256 (None: not known), downloaded if missing. UserError has the way out."""
     path = os.path.join(cfg["raw_dir"], source, name)
     way_out = (f"put the file from {url}{f' (sha256 {sha256})' if sha256 else ''} at {path} by hand, "
-               "or run the offline config sample_configs/shapes_text.py")
+               "name the folder it lies under with --raw_dir=FOLDER, or run the offline config sample_configs/shapes_text.py")
     if os.path.exists(path):
         check_sha256(path, sha256, f"{path}: remove it and {way_out}")
         return path
@@ -920,7 +921,9 @@ CUPL_SHA256 = dict(
 
 def cupl_source(cfg, modality, _):
     """CuPL (Pratt et al. 2022): 97,840 sentences that GPT-3 wrote to describe the classes of 14 image datasets."""
-    described = {}
+    described, missing = {}, [name for name in CUPL_SHA256 if not os.path.exists(os.path.join(cfg["raw_dir"], "cupl", f"{name}_prompts_full.json"))]
+    if missing:
+        tell(f"CuPL is 14 files in {os.path.join(cfg['raw_dir'], 'cupl')}; to fetch: {', '.join(f'{n}_prompts_full.json' for n in missing)}")
     for name, sha256 in CUPL_SHA256.items():
         file = f"{name}_prompts_full.json"
         with open(raw_file(cfg, "cupl", file, CUPL_URL + file, sha256), encoding="utf-8") as f:
@@ -1184,8 +1187,10 @@ def shard_folder(cfg, slot):
     modality, source = modality_of(slot), cfg[slot]
     name, _, path = source.partition(":")
     if name not in SOURCES or modality not in SOURCES[name][1] or bool(path) != (name in WITH_PATH):
-        fitting = [s + (":PATH" if s in WITH_PATH else "") for s in SOURCES if modality in SOURCES[s][1]]
+        fitting = [s + (":x or :y" if s == "gaussian" else ":PATH" if s in WITH_PATH else "") for s in SOURCES if modality in SOURCES[s][1]]
         near = difflib.get_close_matches(name, fitting, n=1)
+        if os.path.exists(source):
+            near = [f"{dict(text='file').get(modality, 'folder')}:{source}"]
         raise UserError(f"{slot}='{source}' is no source of {modality}" + (f", did you mean '{near[0]}'?" if near else "")
                         + f" (there are {', '.join(fitting)})")
     keys = [key for key in PREPARE_KEYS if key.startswith("gaussian_")] if name == "gaussian" else MADE_BY.get(modality, ())
@@ -1195,6 +1200,7 @@ def shard_folder(cfg, slot):
         files = sorted(os.path.join(d, f) for d, _, inside in os.walk(path) for f in inside) if os.path.isdir(path) else [path]
         listing = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f)]
         made_from["files"] = hashlib.sha256(repr(listing).encode()).hexdigest()
+    made_from["code"] = hashlib.sha256(inspect.getsource(SOURCES[name][0]).encode()).hexdigest()[:8]  # an edited source is another
     made_from["version"] = dict(cifar10=CIFAR10_SHA256, cupl=CUPL_URL, fsdd=FSDD_URL, pydoc=sys.version.split()[0]).get(name, "")
     hash8 = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
     label = re.sub(r"\W+", "-", name + ("-" + os.path.basename(path.rstrip("/")) if path else "")).strip("-")
@@ -1248,7 +1254,11 @@ def make_shards(cfg, slot, folder, made_from, say):
     splits["val"], splits["train"] = take(in_val), take(~in_test & ~in_val)
     for split, (part, *_) in splits.items():
         if not len(part):
-            raise UserError(f"{slot}={cfg[slot]}: too few items ({count}) to leave any for the {split} split")
+            raise UserError(f"{slot}={cfg[slot]}: too few items ({count}) to leave any for the {split} split: about {2 / cfg['val_fraction']:.0f} "
+                            "are needed, three of every class at least")
+    small = [f"{split} has {len(splits[split][0])}" for split in ("val", "test") if labels is not None and len(splits[split][0]) < 50]
+    if small:
+        say(f"warning: {slot}={cfg[slot]}: {', '.join(small)} items, too few to tell runs apart; raise --val_fraction or add files")
 
     making = f"{folder}.tmp"
     shutil.rmtree(making, ignore_errors=True)  # what a killed process left; the lock says that nobody is at work there

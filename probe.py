@@ -8,14 +8,17 @@
     python probe.py scale                                            # what a step costs as things grow
     python probe.py report                                           # rewrite the README's tables from assets/results/
 
+compare, exchange: besides every key of train.py those at the end; --image_examples of exchange takes three values at least.
+
 Analyses read the target's test split (val, if the run was told never to open test); probes are fitted on the run's own
 training examples (few-shot ones on draws from the whole training split, all classes) and chosen on validation; apart from
-few-shot, items of unseen classes are left out. The last line is JSON.
+few-shot, items of unseen classes are left out. The last line is JSON, of compare the verdict and its files.
 
 Sections: measures on features, corruptions, runs side by side, statistics, compare, theory, exchange, scale, embed, report.
 """
 import ast
 import csv
+import difflib
 import hashlib
 import io
 import itertools
@@ -280,6 +283,8 @@ def analyse(folder):
     out = dict(name=run_.name, split=run_.split, layers=layer_table(run_), few_shot=few_shot(*every, *all_held), probe_l2=l2,
                margin=[margin.quantile(q).item() for q in (0.1, 0.5, 0.9)], class_spread=class_spread(new, truth),
                robustness=robustness(run_), alignment={name: alignment(run_, slot) for name, slot in labelled.items()})
+    answers = evaluate(run_.model, target, run_.held, CPU, (weight, bias))  # of the label head where there is one
+    out.update(accuracy=answers["accuracy"], unseen_accuracy=answers["unseen_accuracy"])
     draw_confusion(os.path.join(folder, "confusion.png"), truth, scores.argmax(1), classes)
     draw_pca(os.path.join(folder, "pca.png"), new, truth, classes)
     return out, margin.numpy()
@@ -291,6 +296,8 @@ def show_side_by_side(reports):
         print(f"{label:28}" + "".join(f"{value:>18}" for value in values))
     number = lambda v: "-" if v is None else f"{v:.4f}"
     row(f"on the {reports[0]['split']} split", [r["name"][-17:] for r in reports])
+    row("accuracy", [number(r["accuracy"]) for r in reports])
+    row("on unseen classes", [number(r["unseen_accuracy"]) for r in reports])
     for layer in range(max(len(r["layers"]) for r in reports)):
         for key in ("linear", "knn"):
             row(f"layer {layer} {key}", [number(r["layers"][layer][key]) if layer < len(r["layers"]) else "-" for r in reports])
@@ -557,14 +564,15 @@ def run_pool(configs, jobs, bar):
 def compare(argv):
     """Search each arm on validation, freeze, run every seed with the test split scored once, and say what follows."""
     cfg = read_run_config(argv, dict(KEYS, **COMPARE_KEYS))
+    if not active_slots(cfg)[1:]:
+        raise UserError("compare needs a config with a target and an auxiliary: python probe.py compare CONFIG --key=value")
     own = {key: cfg.pop(key) for key in COMPARE_KEYS}
     arms, n = own["arms"].split(","), own["seeds"]
     seeds = range(own["first_seed"], own["first_seed"] + n)
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise UserError(f"unknown arm '{unknown[0]}' (there are: {', '.join(ARMS)})")
-    if n < 1 or own["jobs"] < 1 or own["first_seed"] < 0 or not active_slots(cfg)[1:]:
-        raise UserError(f"seeds={n} and jobs={own['jobs']} must be at least 1, first_seed={own['first_seed']} at least 0, "
-                        "and the config needs an auxiliary slot")
+    if n < 1 or own["jobs"] < 1 or own["first_seed"] < 0:
+        raise UserError(f"seeds={n} and jobs={own['jobs']} must be at least 1, first_seed={own['first_seed']} at least 0")
     arms = [arm for arm in ARMS if arm in {*arms, "alone", "uml"}]
     settings = candidates(own["search"], cfg)
     if SEARCH_SEED in seeds and len(settings) > 1 and cfg["audio_test_group"] != "each":
@@ -623,6 +631,7 @@ def compare(argv):
     write_json(os.path.join(cfg["out_dir"], "compare.json"), out)
     draw_compare(os.path.join(cfg["out_dir"], "compare.png"), out)
     show_compare(out)
+    print(f"wrote compare.json and compare.png in {cfg['out_dir']}")
     return out
 
 
@@ -1030,9 +1039,9 @@ def report(readme="README.md", folder=os.path.join("assets", "results")):
             out.append(line)
         if line.startswith("<!-- results "):
             skipping = True
-            out += ["| target, examples | auxiliary | alone | longer | uml | control | uml - alone | p | seeds |", "|---" * 9 + "|"]
+            out += ["| result | target, examples | auxiliary | alone | longer | uml | control | uml - alone | p | seeds |", "|---" * 10 + "|"]
             found = {name: result_of(name) for name in line.split()[2:-1]}
-            out += [table_row(r) for r in found.values()]
+            out += [f"| {name} {table_row(r)}" for name, r in found.items()]
             out += ["", "<details><summary>commands and hardware</summary>", ""]
             out += [f"- {name}: `{r['command']}` ({r['hardware']})" for name, r in found.items()] + ["", "</details>"]
         if line.startswith("<!-- curve "):
@@ -1142,10 +1151,15 @@ def main():
     elif argv[0] == "report":
         report()
         draw_assets()
+    elif near := difflib.get_close_matches(argv[0], ("compare", "embed", "exchange", "scale", "theory", "report"), n=1):
+        raise UserError(f"'{argv[0]}' is no command, did you mean '{near[0]}'?")
+    elif argv[0].endswith(".py"):
+        raise UserError(f"{argv[0]} is a config: python train.py {argv[0]}, or python probe.py compare {argv[0]}")
     else:
         reports, margin_lists = zip(*[analyse(folder) for folder in argv])
         show_side_by_side(reports)
         draw_side_by_side(os.path.join(argv[0], "side_by_side.png"), reports, margin_lists)
+        print(f"wrote confusion.png and pca.png of each run, and {os.path.join(argv[0], 'side_by_side.png')}")
         print(json.dumps(reports[0] if len(reports) == 1 else reports))
 
 

@@ -243,7 +243,7 @@ def test_a_wrong_archive_is_refused_by_its_checksum(tmp_path):
 
 def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(P, "CIFAR10_URL", "http://127.0.0.1:9/cifar.tar.gz")
-    with pytest.raises(P.UserError, match="by hand, or run the offline config"):
+    with pytest.raises(P.UserError, match="by hand, name the folder .* or run the offline config"):
         prepared(tmp_path / "d", "--image=cifar10", f"--raw_dir={tmp_path}/raw")
     assert not [f for _, _, files in os.walk(tmp_path) for f in files]
 
