@@ -1,6 +1,7 @@
 """Three modalities, none paired: pictures of shapes (4 labelled ones a class), sentences and sounds of other scenes.
 
-Offline. Minutes on two CPU cores. Untuned, and not compared yet: claims nothing.
+Offline. Two CPU cores: about 3 minutes. Test accuracy over seeds 10 to 15: 0.35 to 0.56, mean 0.45; with sentences alone 0.35 to 0.47, mean 0.42:
+the sounds' gain of 2.6 points is far inside the spread of seeds. Without either 0.21.
     python train.py sample_configs/shapes_trimodal.py
     python train.py sample_configs/shapes_trimodal.py --audio= --out_dir=out/shapes_bimodal
 """
@@ -16,7 +17,9 @@ image_flip = True
 width = 96
 layers = 3
 text_batch = 32
+audio_batch = 32
 learning_rate = 6e-3
-warm_start_steps = 300
-steps = 1000
+weight_decay = 0.5
+warm_start_steps = 200
+steps = 800
 eval_interval = 200
