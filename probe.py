@@ -906,7 +906,10 @@ def exchange(argv):
     ax.clabel(ax.contour(grid_x, grid_y, surface, levels=8, cmap="viridis"), fontsize=7)
     for (x, y), mean in zip(cells, scores.mean(1)):
         ax.annotate(f"{mean:.3f}", (x, y), fontsize=7, ha="center")
-    ax.set(xscale="log", xlabel=x_key, ylabel=y_key, title="iso-score curves of the fit, measured means as numbers")
+    ax.set(xscale="log", xlabel=x_key, ylabel=y_key, xlim=(n_x.min() / 1.3, n_x.max() * 1.3), ylim=(-0.06 * n_y.max(), 1.06 * n_y.max()))
+    ax.set_title("curves of equal score of the fit; measured means as numbers", fontsize=9)
+    ax.set_xticks(sorted(set(n_x)), [f"{n:,.0f}" for n in sorted(set(n_x))])
+    ax.minorticks_off()
     save_figure(fig, os.path.join(cfg["out_dir"], "exchange.png"))
     return out
 
@@ -936,8 +939,8 @@ def scale(argv, folder="out/scale"):
         "batch": ("1", {n: dict(image_batch=n) for n in (16, 64, 256)}),
         "items in the shards": ("0", {n: dict(linear, gaussian_count=n) for n in (5000, 50000, 500000)}),
     }
-    out, (fig, axes) = dict(kind="scale", panels={}), figure(15, 3.2, ncols=len(panels))
-    for ax, (name, (expected, sizes)) in zip(axes, panels.items()):
+    out = dict(kind="scale", panels={})
+    for name, (expected, sizes) in panels.items():
         found = {}
         for size, change in sizes.items():  # a fresh process each, so that memory is its own
             prepare(dict(base, **change), "image")
@@ -947,14 +950,21 @@ def scale(argv, folder="out/scale"):
         ms = [t for t, _ in found.values()]
         slope = math.log(ms[-1] / ms[-2]) / math.log(list(found)[-1] / list(found)[-2])
         out["panels"][name] = dict(sizes=list(found), ms=ms, mib=[m for _, m in found.values()], slope=slope, expected=expected)
-        ax.loglog(list(found), ms, marker="o")
-        ax.set(xlabel=name, ylabel="ms a step", title=f"slope at the end {slope:.2f} (expected {expected})")
-        ax.set_xticks(list(found), [f"{n:,}" for n in found])
-        ax.minorticks_off()
     os.makedirs(folder, exist_ok=True)
-    save_figure(fig, os.path.join(folder, "scale.png"))
+    draw_scale(os.path.join(folder, "scale.png"), out)
     write_json(os.path.join(folder, "scale.json"), out)
     return out
+
+
+def draw_scale(path, out):
+    fig, axes = figure(14, 3.2, ncols=len(out["panels"]), sharey=True)
+    for ax, (name, panel) in zip(axes, out["panels"].items()):
+        ax.loglog(panel["sizes"], panel["ms"], marker="o")
+        ax.set_title(f"slope at the end {panel['slope']:.2f} (expected {panel['expected']})", fontsize=9)
+        ax.set(xlabel=name, ylabel="ms a step" if ax is axes[0] else None)
+        ax.set_xticks(panel["sizes"], [f"{n:,}" for n in panel["sizes"]])
+        ax.minorticks_off()
+    save_figure(fig, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
