@@ -963,6 +963,8 @@ def test_the_readmes_new_modality_runs_as_written(tmp_path):
 @pytest.mark.parametrize("script", ["prepare.py", "train.py", "probe.py"])
 def test_help_lists_the_keys(script):
     done = subprocess.run([sys.executable, os.path.join(HERE, script), "--help"], capture_output=True, text=True, cwd=HERE)
+    keys = dict(P.PREPARE_KEYS if script == "prepare.py" else B.COMPARE_KEYS if script == "probe.py" else T.KEYS)
+    assert done.returncode == 0 and all(f"  {key} = " in done.stdout for key in keys) and "Sections:" in done.stdout
 
 
 # -- several processes ------------------------------------------------------------------------------------------------
