@@ -118,7 +118,8 @@ class UML(nn.Module):
                     self.register_buffer(f"{name}_{key}", value)
                 if image_embed == "conv" and "patch" in slot:
                     if "next" in losses:
-                        raise ValueError(f"image_embed='conv' shows each patch its neighbours, so {name}_loss cannot hold 'next': set image_embed='linear'")
+                        raise ValueError(f"image_embed='conv' shows each patch its neighbours, so {name}_loss cannot hold 'next': "
+                                         "set image_embed='linear'")
                     if 2 ** int(math.log2(slot["patch"])) != slot["patch"] or slot["patch"] < 2:
                         raise ValueError(f"image_embed='conv' needs a patch_size that is a power of two, found {slot['patch']}")
                     self.embed[name] = PatchStem(slot["patch"], slot["dim"] // slot["patch"] ** 2, width)

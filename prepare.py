@@ -306,10 +306,7 @@ def write_shards(folder, meta, splits, shard_mb):
             for i, start in enumerate(range(0, len(array), rows)):
                 part = array[start:start + rows]
                 file = f"{split}_{i:03d}.bin" if name == "tokens" else f"{split}_{name}_{i:03d}.bin"
-                with writing(os.path.join(folder, file), part.nbytes), open(os.path.join(folder, file), "wb") as f:
-                    f.write(part)
-                    f.flush()
-                    os.fsync(f.fileno())
+                write_file(os.path.join(folder, file), memoryview(part).cast("B"))
                 files[name].append(dict(file=file, count=len(part), sha256=hashlib.sha256(part).hexdigest()))
         meta["splits"][split] = dict(count=len(arrays["tokens"]), files=files)
         if "labels" in arrays:
@@ -921,11 +918,11 @@ CUPL_SHA256 = dict(
 
 def cupl_source(cfg, modality, _):
     """CuPL (Pratt et al. 2022): 97,840 sentences that GPT-3 wrote to describe the classes of 14 image datasets."""
-    described, missing = {}, [name for name in CUPL_SHA256 if not os.path.exists(os.path.join(cfg["raw_dir"], "cupl", f"{name}_prompts_full.json"))]
-    if missing:
-        tell(f"CuPL is 14 files in {os.path.join(cfg['raw_dir'], 'cupl')}; to fetch: {', '.join(f'{n}_prompts_full.json' for n in missing)}")
-    for name, sha256 in CUPL_SHA256.items():
-        file = f"{name}_prompts_full.json"
+    folder, files = os.path.join(cfg["raw_dir"], "cupl"), {f"{name}_prompts_full.json": sha256 for name, sha256 in CUPL_SHA256.items()}
+    if missing := [file for file in files if not os.path.exists(os.path.join(folder, file))]:
+        tell(f"CuPL is {len(files)} files in {folder}; to fetch: {', '.join(missing)}")
+    described = {}
+    for file, sha256 in files.items():
         with open(raw_file(cfg, "cupl", file, CUPL_URL + file, sha256), encoding="utf-8") as f:
             for label, sentences in json.load(f).items():
                 described.setdefault(plain_name(label), (label, []))[1].extend(sentences)
@@ -1190,7 +1187,7 @@ def shard_folder(cfg, slot):
         fitting = [s + (":x or :y" if s == "gaussian" else ":PATH" if s in WITH_PATH else "") for s in SOURCES if modality in SOURCES[s][1]]
         near = difflib.get_close_matches(name, fitting, n=1)
         if os.path.exists(source):
-            near = [f"{dict(text='file').get(modality, 'folder')}:{source}"]
+            near = [f"{'file' if modality == 'text' else 'folder'}:{source}"]
         raise UserError(f"{slot}='{source}' is no source of {modality}" + (f", did you mean '{near[0]}'?" if near else "")
                         + f" (there are {', '.join(fitting)})")
     keys = [key for key in PREPARE_KEYS if key.startswith("gaussian_")] if name == "gaussian" else MADE_BY.get(modality, ())

@@ -43,10 +43,10 @@ from tqdm import tqdm
 from model import linear_probe
 from prepare import (LOG_MEL_RANGE, SHAPE_CLASSES, UserError, active_slots, draw_scenes, encode_recordings, exit_on_user_error,
                      load_bpe, load_split, modality_of, paint_scenes, patchify, plain_name, prepare, read_config,
-                     read_json, read_meta, read_pictures, read_recordings, read_text, shard_folder, sound_scenes,
-                     tell_scenes, tell, unpatchify, write_file, write_json)
-from train import (FREE_KEYS, KEYS, SIGNALS, benchmark, choose_examples, evaluate, extract, fit_probe, load_checkpoint, load_model, open_slots,
-                   read_run_config, resolve, run, save_checkpoint)
+                     read_json, read_meta, read_pictures, read_recordings, read_text, sound_scenes, tell,
+                     tell_scenes, unpatchify, write_file, write_json)
+from train import (FREE_KEYS, KEYS, SIGNALS, benchmark, choose_examples, evaluate, extract, fit_probe, load_checkpoint,
+                   load_model, open_slots, read_run_config, resolve, run, save_checkpoint, shard_names)
 
 CPU = torch.device("cpu")
 
@@ -183,9 +183,9 @@ PICTURE_CORRUPTIONS, SOUND_CORRUPTIONS = ("noise", "blur", "contrast", "pixelate
 
 def check_shards(folder, cfg):
     """Refuse a run whose data has changed: a new draw of the splits would let training items into its test."""
-    for slot, recorded in cfg["shards"].items():
-        if os.path.basename(shard_folder(cfg, slot)[0]) != recorded:
-            raise UserError(f"{folder} was trained on {recorded}, but {slot}={cfg[slot]} has changed since: train it again")
+    for slot, name in shard_names(cfg).items():
+        if name != cfg["shards"][slot]:
+            raise UserError(f"{folder} was trained on {cfg['shards'][slot]}, but {slot}={cfg[slot]} has changed since: train it again")
 
 
 def open_run(folder):
@@ -528,8 +528,7 @@ def run_all(configs, folder, jobs, bar):
         os.makedirs(cfg["out_dir"], exist_ok=True)
         there = warm_of[cfg["out_dir"]]["out_dir"]
         shutil.copyfile(os.path.join(there, "log.jsonl"), os.path.join(cfg["out_dir"], "log.jsonl"))
-        shards = {slot: os.path.basename(shard_folder(cfg, slot)[0]) for slot in active_slots(cfg)}
-        begun = dict(load_checkpoint(os.path.join(there, "last.pt")), config=dict(cfg, shards=shards))
+        begun = dict(load_checkpoint(os.path.join(there, "last.pt")), config=dict(cfg, shards=shard_names(cfg)))
         save_checkpoint(os.path.join(cfg["out_dir"], "last.pt"), **begun)
     return run_pool(tasks, jobs, bar)
 
@@ -1035,6 +1034,7 @@ def report(readme="README.md", folder=os.path.join("assets", "results")):
     """Rewrite each `<!-- results NAME ... -->` block of the README from assets/results/NAME.json."""
     with open(readme, encoding="utf-8") as f:
         lines = f.read().split("\n")
+
     def result_of(name):
         path = os.path.join(folder, name + ".json")
         if not os.path.exists(path):

@@ -9,7 +9,7 @@ import http.server
 import io
 import json
 import os
-import pickle
+import pickle  # only to forge a hostile checkpoint
 import re
 import resource
 import signal

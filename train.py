@@ -339,11 +339,16 @@ def on_signal(number, frame):
         raise KeyboardInterrupt
 
 
+def set_handlers(handlers):
+    """Install {signal number: handler}; Python allows it in the main thread alone."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def catch_signals():
     SIGNALS.clear()
-    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
+    set_handlers(dict.fromkeys((signal.SIGINT, signal.SIGTERM), on_signal))
 
 
 @contextlib.contextmanager
@@ -356,9 +361,7 @@ def undisturbed(out_dir):
         try:
             yield
         finally:
-            if threading.current_thread() is threading.main_thread():
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
+            set_handlers(handlers)
 
 
 def ranks():
@@ -366,9 +369,24 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def meet():
+    """Wait until every process is here."""
+    if ranks()[1] > 1:
+        dist.barrier()
+
+
+def add_up(*tensors):
+    """Sum each tensor over the processes, in place."""
+    if ranks()[1] > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
 def my_part(batch, mask_ratio):
     """This process's items of a batch, with what each objective counts in the whole of it: see UML.forward."""
     rank, world = ranks()
+    if world == 1:
+        return batch
     tokens, real, hidden = batch["tokens"], batch.get("real"), batch.get("hidden")
     real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if real is None else real
     counts = dict(label=len(tokens), next=real[:, 1:].sum().clamp_min(1),
@@ -378,18 +396,9 @@ def my_part(batch, mask_ratio):
 
 def asked_to_stop():
     """Has a signal reached any of the processes? All must leave the loop after the same step."""
-    if ranks()[1] == 1:
-        return bool(SIGNALS)
     asked = torch.tensor(float(bool(SIGNALS)))  # on the CPU, where reading it waits for no GPU
-    dist.all_reduce(asked)
+    add_up(asked)
     return asked.item() > 0
-
-
-def add_up_gradients(model):
-    """Sum over processes; an idle slot has no gradient in any of them."""
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -622,6 +631,11 @@ def start_head_from(model, slot, device):
         model.label_head.weight[row] = (mean / mean.norm().clamp_min(1e-6)).to(device)
 
 
+def shard_names(cfg):
+    """{slot: the name of its shard folder}, which is a hash of all that decides the data."""
+    return {slot: os.path.basename(shard_folder(cfg, slot)[0]) for slot in active_slots(cfg)}
+
+
 def finished_result(cfg):
     """The result in out_dir if this very config was finished there, else None. Refuses the folder of another run."""
     path = os.path.join(cfg["out_dir"], "config.json")
@@ -630,8 +644,9 @@ def finished_result(cfg):
     try:
         there, result_path = read_json(path), os.path.join(cfg["out_dir"], "result.json")
         result = read_json(result_path) if os.path.exists(result_path) else None
-        there.keys(), result and result.keys()
-    except (ValueError, AttributeError, RecursionError) as problem:
+        if not (isinstance(there, dict) and (result is None or isinstance(result, dict))):
+            raise ValueError("not a mapping")
+    except (ValueError, RecursionError) as problem:
         raise UserError(f"{cfg['out_dir']} has a damaged config.json or result.json ({problem}): delete it") from None
     differing = sorted(key for key in (there.keys() | cfg.keys()) - FREE_KEYS if there.get(key) != cfg.get(key))
     if not cfg["resume"] and differing or set(differing) - FREE_ON_RESUME:
@@ -689,28 +704,27 @@ def run(cfg, say=tell):
     if ranks()[0] > 0:
         say = lambda line: None
     cfg = resolve(cfg, say)
-    cfg["shards"] = {slot: os.path.basename(shard_folder(cfg, slot)[0]) for slot in active_slots(cfg)}  # other data, another run
+    cfg["shards"] = shard_names(cfg)  # other data, another run
     with undisturbed(cfg["out_dir"]):
         return train(cfg, say)
 
 
 def train(cfg, say):
     """The run itself, top to bottom; cfg is resolved and out_dir ours alone."""
-    rank, world = ranks()
+    rank, _ = ranks()
     if (finished := finished_result(cfg)) is not None:
         say(f"{cfg['out_dir']} is finished; its result again:")
         return finished if rank == 0 else None
     if rank > 0:
-        dist.barrier()  # process 0 prepares the shards first
+        meet()  # process 0 prepares the shards first
     device, slots, classes, model, loss_of, optimizer, autocast = set_up(cfg, say)
-    if world > 1 and rank == 0:
-        dist.barrier()
+    if rank == 0:
+        meet()
     target, warm = slots[cfg["target"]], cfg["warm_start_steps"]
     last_path, prev_path, best_path, log_path, result_path = (
         os.path.join(cfg["out_dir"], name) for name in ("last.pt", "prev.pt", "best.pt", "log.jsonl", "result.json"))
     saved = load_newest(cfg, model, optimizer, say) if cfg["resume"] else None
-    if world > 1:
-        dist.barrier()  # all have read what process 0 goes on to write
+    meet()  # all have read what process 0 goes on to write
     step, best, spent, items, updates = 0, None, 0.0, 0, {name: 0 for name in slots}
     if saved:
         step, best, updates, spent, items = (saved[key] for key in ("step", "best", "updates", "seconds", "items"))
@@ -757,8 +771,8 @@ def train(cfg, say):
     clock = time.perf_counter()
     while True:
         # 1. what is due between steps; the clock stands still meanwhile
-        evaluating = step > max(first, warm) and ((step - warm) % cfg["eval_interval"] == 0 or step == total)
-        evaluating = evaluating or step == total and best is None  # resumed exactly at its end
+        evaluating = (step > max(first, warm) and ((step - warm) % cfg["eval_interval"] == 0 or step == total)
+                      or step == total and best is None)  # resumed exactly at its end
         logging = step > first and (step % cfg["log_interval"] == 0 or step == total)
         stopping = step >= total or 0 < cfg["stop_after"] <= step or asked_to_stop()
         saving = stopping or evaluating or (step > first and step % cfg["eval_interval"] == 0)
@@ -802,20 +816,16 @@ def train(cfg, say):
         for names in pattern(cfg, slots, step):
             optimizer.zero_grad(set_to_none=True)
             for name in names:
-                batch = train_batch(slots[name], cfg["seed"], updates[name], device)
-                if world > 1:
-                    batch = my_part(batch, cfg["mask_ratio"])
+                batch = my_part(train_batch(slots[name], cfg["seed"], updates[name], device), cfg["mask_ratio"])
                 with autocast:
                     loss = loss_of(name, **batch)
                 (slots[name].weight * loss).backward()
                 loss = loss.detach()
-                if world > 1:
-                    dist.all_reduce(loss)
+                add_up(loss)
                 losses.setdefault(name, []).append((step, loss))
                 updates[name] += 1
                 items += slots[name].batch
-            if world > 1:
-                add_up_gradients(model)
+            add_up(*(p.grad for p in model.parameters() if p.grad is not None))  # an idle slot has none in any process
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         step += 1
