@@ -698,6 +698,9 @@ def encode_recordings(cfg, splits):
     hop, (low, high) = rate // 100, LOG_MEL_RANGE
     to_mel = MelSpectrogram(rate, n_fft=512 if rate <= 16000 else 2048, win_length=hop * 5 // 2, hop_length=hop, n_mels=mels)
     arrays = {}
+    if long := [len(r) for recordings in splits.values() for r in recordings if len(r) > frames * hop]:
+        tell(f"{len(long) / sum(map(len, splits.values())):.0%} of the recordings last longer than {frames / 100:.2f} s and are cut there: "
+             "--audio_frames=N keeps N hundredths of a second")
     for split, recordings in splits.items():
         tokens, lengths = np.zeros((len(recordings), frames, mels), np.uint8), np.zeros(len(recordings), np.int32)
         for start in range(0, len(recordings), 256):  # in batches, padded with silence

@@ -539,18 +539,26 @@ def is_warm(cfg):
 
 
 def run_pool(configs, jobs, bar):
+    """The results of configs in their order, `jobs` of them at a time. Where no bar is drawn (a log file) each makes a line."""
     bar.total += len(configs)
     bar.refresh()
+    finished = itertools.count(1)
+
+    def count(*_):
+        bar.update()
+        if bar.disable:
+            tell(f"run {next(finished)} of {len(configs)} finished")
+
     if jobs == 1 or len(configs) < 2:
         results = []
         for cfg in configs:
             results.append(quiet_run(cfg))
-            bar.update()
+            count()
         return results
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(quiet_run, cfg) for cfg in configs]
         for future in futures:
-            future.add_done_callback(lambda _: bar.update())
+            future.add_done_callback(count)
         try:
             return [future.result() for future in futures]
         except BrokenProcessPool:
@@ -607,14 +615,17 @@ def compare(argv):
 
     split, target, first = "test" if cfg["score_test"] else "val", cfg["target"], results["alone"][0]
     scores = {arm: [score_of(r, split) for r in results[arm]] for arm in arms}
+    # Seeds that are tested on the same speaker are averaged first: the statistics are over speakers.
+    folds = [tested_on(dict(cfg, seed=seed)) if per_seed else seed for seed in seeds]
+    units = {arm: [float(np.mean([s for s, f in zip(scores[arm], folds) if f == fold])) for fold in dict.fromkeys(folds)] for arm in arms}
     out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), split=split,
                target=f"{target}={cfg[target]}", target_loss=cfg[f"{target}_loss"],
                auxiliaries={s: f"{cfg[s]} ({cfg[f'{s}_loss']})" for s in active_slots(cfg) if s != target},
-               examples=first["examples"][target], seeds=n, first_seed=own["first_seed"], chance=first["chance"], steps=cfg["steps"],
+               examples=first["examples"][target], seeds=n, folds=len(units["alone"]), first_seed=own["first_seed"], chance=first["chance"], steps=cfg["steps"],
                warm_start_steps=cfg["warm_start_steps"], candidates=settings, command="python probe.py compare " + " ".join(argv),
                hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", arms={})
     for arm in arms:
-        mean, half = t_interval(scores[arm])
+        mean, half = t_interval(units[arm])
         entry = dict(scores=scores[arm], mean=mean, half=half, settings=chosen[arm],
                      search_scores=searched[arm].tolist(), gflops=float(np.mean([r["flops"] for r in results[arm]])) / 1e9,
                      seconds=float(np.mean([r["seconds"] for r in results[arm]])))
@@ -622,9 +633,9 @@ def compare(argv):
             if results[arm][0].get(key) is not None:
                 entry[key] = [r[key] for r in results[arm]]
         if arm != "alone":
-            entry["minus_alone"] = paired(scores[arm], scores["alone"])
+            entry["minus_alone"] = paired(units[arm], units["alone"])
         if arm not in ("uml", "alone"):
-            entry["uml_minus"] = paired(scores["uml"], scores[arm])
+            entry["uml_minus"] = paired(units["uml"], units[arm])
         out["arms"][arm] = entry
     out["verdict"] = verdict(out)
     write_json(os.path.join(cfg["out_dir"], "compare.json"), out)
@@ -632,6 +643,12 @@ def compare(argv):
     show_compare(out)
     print(f"wrote compare.json and compare.png in {cfg['out_dir']}")
     return out
+
+
+def tested_on(cfg):
+    """The checksums of the target's test split: equal for two configs that are tested on the same items."""
+    files = read_meta(prepare(resolve(cfg, say=lambda line: None), cfg["target"]))["splits"]["test"]["files"]["tokens"]
+    return tuple(entry["sha256"] for entry in files)
 
 
 def score_of(result, split):
@@ -646,8 +663,8 @@ def verdict(out):
     d, unit = out["arms"]["uml"]["minus_alone"], 100 if out["chance"] else 1
     low, high = unit * (d["mean"] - d["half"]), unit * (d["mean"] + d["half"])
     said = f"{unit * d['mean']:+.1f} [{low:+.1f}, {high:+.1f}]" + (" points" if out["chance"] else "")
-    if out["seeds"] < 6:
-        return f"too few seeds for a verdict ({out['seeds']}; 6 are needed): uml minus alone is {said}"
+    if (n := out.get("folds", out["seeds"])) < 6:
+        return f"too few seeds for a verdict ({n}; 6 are needed): uml minus alone is {said}"
     if d["p"] >= 0.05:
         return f"no effect shown: uml minus alone is {said}, p = {d['p']:.3g}"
     if d["mean"] < 0:
@@ -671,9 +688,13 @@ def short_source(source):
     return name + colon + os.path.basename(path.rstrip("/"))
 
 
+def show_seeds(out):
+    return f"{out['seeds']}" + (f" on {out['folds']} speakers" if out.get("folds", out["seeds"]) != out["seeds"] else "")
+
+
 def show_compare(out):
     print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary {show_auxiliaries(out)}; "
-          f"{out['seeds']} seeds, {out['split']} split, chance {out['chance'] or 0:.4f}")
+          f"{show_seeds(out)} seeds, {out['split']} split, chance {out['chance'] or 0:.4f}")
     print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}{'GFLOP':>9}{'s':>7}  setting")
     for arm, e in out["arms"].items():
         line = f"{arm:10}{e['mean']:10.4f} +- {e['half']:.4f}"
@@ -971,7 +992,10 @@ def draw_scale(path, out):
 
 
 def embed(folder, path):
-    """Write FOLDER/embed.npy (n, C) and, where the run knows classes, FOLDER/embed.csv with file, class, probability."""
+    """Write FOLDER/embed.npy (n, C) and, where the run knows classes, FOLDER/embed.csv with file, class, probability.
+
+    path: a folder of pictures or recordings, a text file (one item a line), or for anything else an .npy array as the source gave it.
+    """
     model, checkpoint = load_model(os.path.join(folder, "best.pt"))
     cfg, name = checkpoint["config"], checkpoint["config"]["target"]
     slot, modality, real = checkpoint["slots"][name], modality_of(name), None
@@ -999,8 +1023,14 @@ def embed(folder, path):
             arrays, _ = encode_recordings(cfg, dict(train=items))
             tokens = torch.from_numpy(arrays["train"]["tokens"])
             real = torch.arange(slot["length"]) < torch.from_numpy(arrays["train"]["lengths"])[:, None]
-    else:
-        raise UserError(f"embed reads pictures, recordings or a text file; the target of {folder} is {name}={cfg[name]}")
+    else:  # features of a frozen encoder, or of a source of one's own
+        try:
+            tokens = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+        except (OSError, ValueError, TypeError) as problem:
+            raise UserError(f"{path} is no .npy array of numbers ({problem}), which {name}={cfg[name]} of {folder} needs") from None
+        tokens, names = tokens[:, None] if tokens.dim() == 2 else tokens, list(range(len(tokens)))
+        if tokens.shape[1:] != (slot["length"], slot["dim"]) or not len(tokens) or not tokens.isfinite().all():
+            raise UserError(f"{path} must hold finite numbers (n, {slot['length']}, {slot['dim']}), found {tuple(tokens.shape)}")
     with torch.no_grad():  # not inference_mode: a linear probe may be fitted in here
         real = torch.ones(tokens.shape[:2], dtype=torch.bool) if real is None else real
         parts = [model.features(name, tokens[i:i + 500], real[i:i + 500]) for i in range(0, len(tokens), 500)]
@@ -1090,7 +1120,7 @@ def table_row(r):
         return f"{100 * r['arms'][arm]['mean']:.1f} ± {100 * r['arms'][arm]['half']:.1f}" if arm in r["arms"] else "-"
     d = r["arms"]["uml"]["minus_alone"]
     return (f"| {short_source(r['target'])}, {r['examples']}, {r['target_loss']} | {show_auxiliaries(r)} | {show('alone')} | {show('longer')} | "
-            f"{show('uml')} | {show('control')} | **{100 * d['mean']:+.1f}** ± {100 * d['half']:.1f} | {d['p']:.2g} | {r['seeds']} |")
+            f"{show('uml')} | {show('control')} | **{100 * d['mean']:+.1f}** ± {100 * d['half']:.1f} | {d['p']:.2g} | {show_seeds(r)} |")
 
 
 def draw_architecture(path):

@@ -306,6 +306,17 @@ def test_recordings_become_log_mel_tokens_with_their_true_length():
     assert bands[0] < bands[1] and len(info["mean"]) == 40
 
 
+def test_recordings_of_any_rate_and_length_go_through_training(tmp_path, capsys):
+    """16 kHz, 24 mels, tokens of 8 frames; clips of 0.3 s cut at 0.24 s are announced; every audio key arrives."""
+    root = speaker_folder(tmp_path / "r")
+    result = T.run(T.read_run_config(["--target=audio", f"--audio=folder:{root}", "--audio_rate=16000", "--audio_mels=24", "--audio_frames=24", "--audio_group=8",
+                                      "--audio_shift=2", "--audio_gain=3.0", "--audio_mask=2", "--audio_weight=0.5", "--split_seed=1", "--width=16", "--layers=1",
+                                      "--heads=2", "--steps=2", "--audio_batch=4", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"]), say=quiet)
+    (folder,) = [f for f in os.listdir(tmp_path / "d") if f.startswith("audio")]
+    assert P.read_meta(tmp_path / "d" / folder)["arrays"]["tokens"]["shape"] == [3, 8 * 24] and result["test_accuracy"] is not None
+    assert "100% of the recordings last longer than 0.24 s and are cut there" in capsys.readouterr().out
+
+
 def speaker_folder(path, speakers=("ann", "bob", "cy", "di")):
     for k, digit in enumerate(("one", "two")):
         for i, name in enumerate(speakers):
@@ -706,6 +717,13 @@ def test_frozen_features_through_a_bare_head_learn_and_start_from_class_means(tm
     argv = [f"--image=npz:{tmp_path}/image.npz", f"--text=npz:{tmp_path}/text.npz", "--text_loss=label", "--layers=0", "--width=32", "--head_from=text",
             "--temperature=True", "--image_examples=30", "--steps=150", "--learning_rate=0.01", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"]
     assert T.run(T.read_run_config(argv), quiet)["test_accuracy"] > 0.8
+    np.save(tmp_path / "new.npy", centres)  # embed takes what the source gave, as an array
+    B.embed(f"{tmp_path}/o", f"{tmp_path}/new.npy")
+    assert [row.split(",")[1] for row in open(tmp_path / "o/embed.csv").read().splitlines()[1:]] == list("012345")
+    np.save(tmp_path / "new.npy", centres[:, :5])
+    for path, words in (("new.npy", r"\(n, 1, 8\), found \(6, 1, 5\)"), ("image.npz", "no .npy array"), ("none.npy", "no .npy array")):
+        with pytest.raises(P.UserError, match=words):
+            B.embed(f"{tmp_path}/o", f"{tmp_path}/{path}")
     cfg, slots, classes = (c := T.resolve(T.read_run_config(argv), quiet)), *T.open_slots(c, quiet)
     model = T.build_model(cfg, T.model_slots(slots), classes)
     T.start_head_from(model, slots["text"], B.CPU)
@@ -857,11 +875,15 @@ def test_exchange_runs_a_grid(tmp_path, capsys):
 def test_compare_gives_every_speaker_a_turn_and_chooses_within_each_fold(tmp_path):
     """With audio_test_group='each', seed k is tested on the k-th speaker, and its rate is chosen on its own validation speaker."""
     root = speaker_folder(tmp_path / "r", speakers=("1", "2", "3"))
-    out = B.compare([f"--audio=folder:{root}", "--audio_groups=_([0-9])_", "--audio_test_group=each", "--target=audio", "--text=pydoc", "--text_batch=4", "--width=16",
-                     "--layers=1", "--heads=2", "--steps=2", "--audio_batch=4", "--seeds=3", "--search=1,2", "--arms=alone,uml", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"])
+    argv = [f"--audio=folder:{root}", "--audio_groups=_([0-9])_", "--audio_test_group=each", "--target=audio", "--text=pydoc", "--text_batch=4", "--width=16",
+            "--layers=1", "--heads=2", "--steps=2", "--audio_batch=4", "--arms=alone,uml", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"]
+    out = B.compare([*argv, "--seeds=3", "--search=1,2"])
     made = [json.load(open(tmp_path / "o/compare" / run / "config.json")) for run in os.listdir(tmp_path / "o/compare")]
     assert {(c["seed"], c["audio_test_group"], c["audio_val_group"]) for c in made} == {(k, f"#{k}", f"#{k + 1}") for k in range(3)}
-    assert np.shape(out["arms"]["uml"]["search_scores"]) == (3, 2)
+    assert np.shape(out["arms"]["uml"]["search_scores"]) == (3, 2) and out["folds"] == 3
+    out = B.compare([*argv, "--seeds=6", "--search=1"])  # two seeds a speaker are averaged before speakers are compared
+    means = np.reshape(out["arms"]["alone"]["scores"], (2, 3)).mean(0)
+    assert out["folds"] == 3 and out["arms"]["alone"]["half"] == pytest.approx(B.t_interval(means)[1]) and "too few seeds" in out["verdict"]
 
 
 def test_compare_searches_without_the_test_split_shares_warm_starts_and_is_cached(tmp_path, monkeypatch, capsys):

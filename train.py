@@ -1,6 +1,6 @@
 """train.py: the alternating loop. Each modality brings its own unpaired data; one trunk learns from all of them in turn.
 
-    python train.py sample_configs/shapes_text.py                    # offline, about 3 minutes on two CPU cores
+    python train.py sample_configs/shapes_text.py                    # offline, 1 to 3 minutes on two CPU cores
     python train.py sample_configs/cifar_text.py                     # on a GPU the same command runs bf16 and compiled
     python train.py sample_configs/shapes_text.py --resume           # go on after an interruption, bit for bit
 
@@ -845,7 +845,7 @@ def train(cfg, say):
     test = evaluate(model, target, load_split(target.folder, "test"), device, val["probe"]) if cfg["score_test"] else {}
     flops = sum(updates[name] * count_flops(model, name, train_batch(slots[name], cfg["seed"], 0, device)) for name in slots)
     result = dict(name=os.path.basename(os.path.normpath(cfg["out_dir"])), target=target.name,
-                  losses={name: slot.loss for name, slot in slots.items()}, seed=cfg["seed"], steps=cfg["steps"],
+                  losses={name: slot.loss for name, slot in slots.items()}, seed=cfg["seed"], steps=cfg["steps"], warm_start_steps=warm,
                   examples={name: len(slot.rows) for name, slot in slots.items()}, best_step=best["step"],
                   val_accuracy=val["accuracy"], test_accuracy=test.get("accuracy"),
                   chance=1 / len(target.meta["classes"]) if target.meta["classes"] else None,
