@@ -1026,7 +1026,7 @@ def embed(folder, path):
     else:  # features of a frozen encoder, or of a source of one's own
         try:
             tokens = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
-        except (OSError, ValueError, TypeError) as problem:
+        except (OSError, ValueError, TypeError, AttributeError) as problem:  # AttributeError: an .npz
             raise UserError(f"{path} is no .npy array of numbers ({problem}), which {name}={cfg[name]} of {folder} needs") from None
         tokens, names = tokens[:, None] if tokens.dim() == 2 else tokens, list(range(len(tokens)))
         if tokens.shape[1:] != (slot["length"], slot["dim"]) or not len(tokens) or not tokens.isfinite().all():
