@@ -306,6 +306,23 @@ def test_recordings_become_log_mel_tokens_with_their_true_length():
     assert bands[0] < bands[1] and len(info["mean"]) == 40
 
 
+def test_a_probe_reads_uint8_log_mels_as_well_as_floats():
+    """Sounds of the shapes world, the timbre (one of eight) to be told: within a point of full precision."""
+    from torchaudio.transforms import MelSpectrogram
+    scenes, _, rng = P.draw_scenes("audio", "quantised", 1200)
+    sounds, timbre = P.sound_scenes(scenes, rng), torch.from_numpy(scenes[:, 0]).long()
+    stored = P.encode_recordings(AUDIO, dict(train=list(sounds)))[0]["train"]["tokens"].reshape(1200, 64, 40)
+    exact = MelSpectrogram(8000, n_fft=512, win_length=200, hop_length=80, n_mels=40)(torch.from_numpy(sounds)).clamp_min(1e-6).log()[:, :, :64].transpose(1, 2)
+    low, high = P.LOG_MEL_RANGE
+    stored, right = torch.from_numpy(stored) / 255 * (high - low) + low, []
+    assert (stored - exact).abs().max() < 0.51 * (high - low) / 255
+    for frames in (stored, exact):
+        features = torch.cat([frames.mean(1), frames.std(1)], 1)
+        weight, bias = M.linear_probe(features[:800], timbre[:800], 8, 10.0)
+        right.append(((features[800:] @ weight.T + bias).argmax(1) == timbre[800:]).float().mean().item())
+    assert right[1] > 0.4 and abs(right[0] - right[1]) <= 0.01, right
+
+
 def test_recordings_of_any_rate_and_length_go_through_training(tmp_path, capsys):
     """16 kHz, 24 mels, tokens of 8 frames; clips of 0.3 s cut at 0.24 s are announced; every audio key arrives."""
     root = speaker_folder(tmp_path / "r")
