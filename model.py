@@ -2,11 +2,11 @@
 
     python train.py sample_configs/shapes_text.py                 # trains it on pictures and sentences, never paired
     python train.py sample_configs/shapes_text.py --text=         # the same model on pictures alone
-    python -m pytest -q test_uml.py -k model                      # what it promises: padding, sharing, initialisation
+    python -m pytest -q -k "padding or future or rebuilds or shared"  # what it promises
 
-        tokens of image --embed.image--> |       | --head.image--> the image's own tokens
-        tokens of text  --embed.text --> | trunk | --head.text---> the text's own tokens
-                                         |       | --label_head--> classes, the SAME rows for every slot
+        tokens of image --embed.image--> |       | --head.image-----------> the image's own tokens
+        tokens of text  --embed.text --> | trunk | --embed.text, transposed--> the text's own tokens
+                                         |       | --label_head-----------> classes, the SAME rows for every slot
 
 The trunk, its last norm, the label head and the bottleneck are where modalities meet (Gupta et al. 2025, arXiv
 2510.08492, section 3). Nothing here knows which slot is the target, how many slots there are, or where data comes from.
@@ -53,7 +53,7 @@ class PatchStem(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward. LayerNorm and ReLU, because both are one cheap fused kernel on every device."""
+    """Pre-norm attention and feed-forward, as in GPT-2, with ReLU and no biases in the matrices."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -87,10 +87,12 @@ def at_least_float32(scores):
 class UML(nn.Module):
     """The unpaired multimodal learner.
 
-    slots: {name: dict(kind="discrete"|"continuous", length=T, loss="next+label", and vocab=V, or dim=D with mean and std
-        (lists whose length divides D), for pictures patch=p, for "label" rows=[rows of the label head])}. Any number.
-    classes: number of rows of the shared label head (0: none). embed: "linear" or "conv" for slots that have a patch.
-    bottleneck=k > 0 sends "reconstruct" through k units a sequence; those units are then the features.
+    slots: {name: dict}, any number of them. Every slot has kind ("discrete" or "continuous"), length (in tokens) and loss (its
+        objectives, joined by "+"). A discrete slot has vocab; a continuous one dim, mean and std (lists, repeated up to dim), a
+        picture slot patch besides. A slot with "label" has rows: those of the label head that it trains.
+    classes: rows of the shared label head (0: none). image_embed: "linear" or "conv", for slots with a patch.
+    mask_ratio=0: "reconstruct" hides nothing. bottleneck=k > 0 sends "reconstruct" through k numbers an item; they are the
+    features of a slot that has no other objective. temperature: learn one per slot with "label".
     Raises ValueError, in one sentence, for a combination that cannot work.
     """
 
@@ -99,25 +101,25 @@ class UML(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}")
-        self.slots, self.mask_ratio = slots, mask_ratio
+        self.slots = slots
         self.embed, self.head = nn.ModuleDict(), nn.ModuleDict()
         self.position, self.hidden, self.temperature = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         for name, slot in slots.items():
-            losses = slot["loss"].split("+")
-            if unknown := set(losses) - {"next", "reconstruct", "label"}:
+            objectives = slot["loss"].split("+")
+            if unknown := set(objectives) - {"next", "reconstruct", "label"}:
                 raise ValueError(f"{name}_loss='{slot['loss']}': '{unknown.pop()}' is none of next, reconstruct, label")
-            if "next" in losses and slot["length"] < 2:
+            if "next" in objectives and slot["length"] < 2:
                 raise ValueError(f"{name}_loss='{slot['loss']}': 'next' needs more than one token a sequence")
-            if "reconstruct" in losses and not mask_ratio and not bottleneck:
+            if "reconstruct" in objectives and not mask_ratio and not bottleneck:
                 raise ValueError(f"{name}_loss='{slot['loss']}': set mask_ratio or bottleneck, else 'reconstruct' only copies")
             if slot["kind"] == "discrete":  # one table in and out: the head is the embed, transposed
                 self.embed[name] = nn.Embedding(slot["vocab"], width)
             else:
-                for key in ("mean", "std"):  # kept in the checkpoint, so that it embeds new data by itself
+                for key in ("mean", "std"):  # buffers, so that they move to the GPU with the model
                     value = torch.tensor(slot[key]).repeat(slot["dim"] // len(slot[key]))
                     self.register_buffer(f"{name}_{key}", value)
                 if image_embed == "conv" and "patch" in slot:
-                    if "next" in losses:
+                    if "next" in objectives:
                         raise ValueError(f"image_embed='conv' shows each patch its neighbours, so {name}_loss cannot hold 'next': "
                                          "set image_embed='linear'")
                     if 2 ** int(math.log2(slot["patch"])) != slot["patch"] or slot["patch"] < 2:
@@ -125,18 +127,18 @@ class UML(nn.Module):
                     self.embed[name] = PatchStem(slot["patch"], slot["dim"] // slot["patch"] ** 2, width)
                 else:
                     self.embed[name] = nn.Linear(slot["dim"], width)
-                if losses != ["label"]:
+                if objectives != ["label"]:
                     self.head[name] = nn.Linear(width, slot["dim"])
-            if "label" in losses:  # the rows this slot has examples of; it leaves other slots' classes alone
+            if "label" in objectives:  # the rows this slot has examples of; it leaves other slots' classes alone
                 mask = torch.zeros(classes, dtype=torch.bool)
                 mask[slot["rows"]] = True
                 self.register_buffer(f"{name}_rows", mask)
                 if temperature:
                     self.temperature[name] = nn.Parameter(torch.empty(1))  # its logarithm
             self.position[name] = nn.Parameter(torch.empty(slot["length"], width))
-            if "reconstruct" in losses and mask_ratio:
+            if "reconstruct" in objectives and mask_ratio:
                 self.hidden[name] = nn.Parameter(torch.empty(width))  # stands in for a hidden token
-            if "reconstruct" in losses and bottleneck:
+            if "reconstruct" in objectives and bottleneck:
                 self.position[f"{name}_decoder"] = nn.Parameter(torch.empty(slot["length"], width))
         self.trunk = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
@@ -198,30 +200,30 @@ class UML(nn.Module):
         """The slot's loss on a batch, a scalar: the sum of its objectives.
 
         tokens (B, T, D) or (B, T) as stored; real (B, T) bool or None; labels (B,) rows of the label head;
-        hidden (B, T) bool, the places that "reconstruct" hides (all False where mask_ratio is 0).
+        hidden (B, T) bool, the places that "reconstruct" hides and rebuilds (None: it rebuilds all and hides none).
         counts {objective: places}: what to divide by where this is one process's part of a larger batch; None: the whole.
         """
-        losses, counts, total = self.slots[slot]["loss"].split("+"), counts or {}, 0.0
+        objectives, counts, total = self.slots[slot]["loss"].split("+"), counts or {}, 0.0
         tokens = self.normalise(slot, tokens)
-        every = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if real is None else real
-        if "next" in losses:  # causal: state t predicts token t + 1
+        is_real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if real is None else real
+        if "next" in objectives:  # causal: state t predicts token t + 1
             h = self.states(slot, tokens[:, :-1], causal=True)[-1]
-            total = total + self.token_loss(slot, h, tokens[:, 1:], every[:, 1:], counts.get("next"))
-        if "label" in losses:
+            total = total + self.token_loss(slot, h, tokens[:, 1:], is_real[:, 1:], counts.get("next"))
+        if "label" in objectives:
             # over the slot's own classes: a class that only the text knows must not be unlearned by every picture
             scores = at_least_float32(self.label_head(self.pooled(slot, tokens, real)))
             if slot in self.temperature:
                 scores = scores * self.temperature[slot].exp()
             scores = scores.masked_fill(~getattr(self, f"{slot}_rows"), -torch.inf)
             total = total + F.cross_entropy(scores, labels, reduction="sum") / counts.get("label", len(labels))
-        if "reconstruct" in losses:
-            masked = self.mask_ratio > 0
-            h = self.states(slot, tokens, real, hidden=hidden if masked else None)[-1]
+        if "reconstruct" in objectives:
+            h = self.states(slot, tokens, real, hidden=hidden)[-1]
             if self.bottleneck is not None:  # all the decoder learns of the sequence are k numbers
                 h = self.bottleneck.back(self.bottleneck.down(self.pool(h, real)))[:, None]
                 h = h + self.position[f"{slot}_decoder"][:tokens.shape[1]]
                 h = h + self.bottleneck.out(F.relu(self.bottleneck.up(h)))
-            total = total + self.token_loss(slot, h, tokens, hidden & every if masked else every, counts.get("reconstruct"))
+            rebuilt = is_real if hidden is None else hidden & is_real
+            total = total + self.token_loss(slot, h, tokens, rebuilt, counts.get("reconstruct"))
         return total
 
     def pooled(self, slot, tokens, real=None, layer=-1):
@@ -229,7 +231,8 @@ class UML(nn.Module):
         return self.pool(self.states(slot, tokens, real, causal=self.slots[slot]["loss"] == "next")[layer], real)
 
     def features(self, slot, tokens, real=None, layer=-1):
-        """What a probe reads of a raw batch: the pooled trunk output (B, C), or for a bottleneck slot its k units (B, k).
+        """What a probe reads of a raw batch: the pooled trunk output (B, C); (B, k), what passes the bottleneck, where there is one
+        and "reconstruct" is the slot's only loss.
 
         Attention is causal if "next" is the slot's only loss, else bidirectional. layer: 0 the embed, 1 ... after each
         block; -1 (the default) the last, normed.
@@ -245,15 +248,16 @@ class UML(nn.Module):
         """Every value is drawn from (seed, the parameter's name) alone.
 
         So the trunk starts the same whatever slots stand around it, and the first rows of a longer label head equal those
-        of a shorter one: all arms of a comparison share their start. (numpy draws sequentially, which torch does not.)
+        of a shorter one: all arms of a comparison share their start. (numpy's, because its first numbers stay the same when more
+        are drawn, and torch's do not.)
         """
         for name, parameter in self.named_parameters():
             kind = name.split(".")[0]
-            if parameter.dim() == 1 and kind != "hidden":
-                parameter.fill_(float("norm" in name and name.endswith("weight")))
+            if parameter.dim() == 1 and kind != "hidden":  # LayerNorm weights are 1, biases and log temperatures 0
+                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
                 continue
-            fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
-            std = 0.02 if kind in ("hidden", "label_head") else 1 / math.sqrt(fan_in)
+            # parameter[0] is one row: all inputs of one unit of a matrix or convolution, or one entry of a table
+            std = 0.02 if kind in ("hidden", "label_head") else 1 / math.sqrt(parameter[0].numel())
             if name.endswith(("proj.weight", "down.weight")) and kind == "trunk":
                 std /= math.sqrt(2 * len(self.trunk))  # 2 residual writes a block, so that their sum keeps its size
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])

@@ -7,7 +7,7 @@
 A slot (image, text, audio, text2, ...) names a source; a source becomes data/MODALITY-SOURCE-HASH8/ with
     meta.json                       what the shards hold, with a checksum of each; written last
     {train,val,test}_000.bin        tokens: (n, T, D) uint8 patches, or (n, T) uint16 BPE ids padded on the right
-    {train,val,test}_labels_000.bin and _lengths, _latents where the source has them
+    {train,val,test}_labels_000.bin and _lengths, _latents where the source has them; bpe.tiktoken beside text
 train.py calls prepare() for a source that is missing, so running this file by hand is optional.
 
 Sections: errors, files, config, shards, raw files, pictures, text, audio, the shapes world, sources, prepare.
@@ -41,7 +41,7 @@ import tiktoken
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-FORMAT = 1  # of the shards; part of every folder name, so raise it when you change how a source or its tokens are made
+FORMAT = 2  # of the shards; part of every folder name, so raise it when you change how a source or its tokens are made
 
 # ---------------------------------------------------------------------------------------------------------------------
 # errors: everything a user can get wrong ends in one clear sentence and exit code 2
@@ -182,7 +182,7 @@ PREPARE_KEYS = dict(
     gaussian_noise=(0.09, "standard deviation of its noise"),
     gaussian_clear=(1, "shared latents that x shows in full; the others are attenuated"),
     gaussian_weak=(0.05, "the factor of that attenuation"),
-    val_fraction=(0.1, "share of the training items that becomes the validation split"),
+    val_fraction=(0.1, "share of the items that becomes the validation split (and, where a source has none, the test split)"),
     split_seed=(0, "seed of the draw of the validation split (and of the test split where a source has none)"),
     verify=(False, "compare every shard with its checksum before use (sizes are always checked)"),
     skip_bad=(False, "skip (and count) unreadable files instead of stopping at the first"),
@@ -281,10 +281,10 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def print_help(doc, keys):
+def print_help(doc, keys, title="Every key, for a config file or as --key=value:"):
     """What --help prints: the file's own docstring, then every key with its default and one line."""
     print(doc)
-    print("Every key, for a config file or as --key=value:")
+    print(title)
     for key, (default, text) in keys.items():
         print(f"  {key + ' = ' + repr(default):34} {text}")
 
@@ -344,7 +344,7 @@ def check_meta(meta):
     must(type(classes) is list and all(type(c) is str for c in classes), "classes are not names")
     must(meta["kind"] in ("discrete", "continuous") and len(shape) == (1 if meta["kind"] == "discrete" else 2), "no such kind of tokens")
     if meta["kind"] == "discrete":
-        must(count(meta["vocab"], 65536), f"vocab is {meta['vocab']!r}")
+        must(count(meta["vocab"], 65536) and re.fullmatch("[0-9a-f]{64}", meta["bpe_sha256"]), f"vocab is {meta['vocab']!r}")
     else:
         length, width = shape
         for key in ("mean", "std"):
@@ -372,21 +372,23 @@ def verify_shards(folder, meta):
     for split in meta["splits"].values():
         for entry in (entry for files in split["files"].values() for entry in files):
             check_sha256(os.path.join(folder, entry["file"]), entry["sha256"], f"{folder}: delete it to prepare it again")
+    if meta["kind"] == "discrete":
+        check_sha256(os.path.join(folder, "bpe.tiktoken"), meta["bpe_sha256"], f"{folder}: delete it to prepare it again")
 
 
 class Shards:
     """The rows of one array over all its shard files, e.g. tokens (n, T, D); the files stay on disk (np.memmap)."""
 
     def __init__(self, folder, files, dtype, shape):
-        self.dtype, self.shape = np.dtype(dtype), tuple(shape)
-        row_bytes = self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        self.dtype, self.row_shape = np.dtype(dtype), tuple(shape)
+        row_bytes = self.dtype.itemsize * int(np.prod(self.row_shape, dtype=np.int64))
         self.maps = []
         for entry in files:
             path = os.path.join(folder, entry["file"])
             found, wanted = os.path.getsize(path) if os.path.exists(path) else 0, entry["count"] * row_bytes
             if found != wanted:
                 raise UserError(f"{path} has {found} bytes where meta.json says {wanted}: delete {folder} to prepare it again")
-            self.maps.append(np.memmap(path, self.dtype, "r", shape=(entry["count"], *self.shape)))
+            self.maps.append(np.memmap(path, self.dtype, "r", shape=(entry["count"], *self.row_shape)))
         self.starts = np.cumsum([0] + [len(m) for m in self.maps])
 
     def __len__(self):
@@ -396,7 +398,7 @@ class Shards:
         """rows: (k,) integer array -> (k, *shape) array in memory; one read per shard touched."""
         if len(self.maps) == 1:
             return self.maps[0][rows]
-        out, which = np.empty((len(rows), *self.shape), self.dtype), np.searchsorted(self.starts, rows, side="right") - 1
+        out, which = np.empty((len(rows), *self.row_shape), self.dtype), np.searchsorted(self.starts, rows, side="right") - 1
         for i in np.unique(which):
             out[which == i] = self.maps[i][rows[which == i] - self.starts[i]]
         return out
@@ -407,7 +409,7 @@ def load_split(folder, split):
     meta = read_meta(folder)
     arrays = {name: Shards(folder, files, **meta["arrays"][name]) for name, files in meta["splits"][split]["files"].items()}
     arrays = {name: a if name == "tokens" else a[np.arange(len(a))] for name, a in arrays.items()}
-    for name, low, high in (("labels", 0, len(meta["classes"]) - 1), ("lengths", 1, arrays["tokens"].shape[0])):
+    for name, low, high in (("labels", 0, len(meta["classes"]) - 1), ("lengths", 1, arrays["tokens"].row_shape[0])):
         if name in arrays and not low <= arrays[name].min() <= arrays[name].max() <= high:
             raise UserError(f"{folder}: {split} {name} run from {arrays[name].min()} to {arrays[name].max()}, expected {low} to {high}: "
                             "delete it to prepare it again")
@@ -475,6 +477,21 @@ def check_sha256(path, sha256, way_out):
         raise UserError(f"wrong checksum: {os.path.getsize(path)} bytes of sha256 {found}, expected {sha256}, in {way_out}")
 
 
+def read_archive(path, wanted, largest=10**6):
+    """{name: bytes} of the files of a tar.gz whose name is wanted, at most `largest` bytes each; nothing is extracted to disk."""
+    found = {}
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            for member in archive:
+                if member.isfile() and wanted(member.name):
+                    if member.size > largest:
+                        raise UserError(f"{path}: {member.name} claims {member.size} bytes, more than {largest}: remove it to fetch it again")
+                    found[member.name] = archive.extractfile(member).read(member.size)
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
+        raise UserError(f"{path} is not a readable tar.gz archive ({problem}): remove it to fetch it again") from None
+    return found
+
+
 def read_text(path):
     """The text of a UTF-8 file, with or without a byte-order mark."""
     try:
@@ -514,7 +531,7 @@ def read_picture(path, size):
             with Image.open(path) as picture:
                 picture.draft("RGB", (size, size))  # lets the JPEG decoder skip resolution nobody will see
                 picture = ImageOps.exif_transpose(picture)
-                if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit greys: keep the high byte
+                if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit greys: 65535 becomes 255
                     picture = Image.fromarray((np.asarray(picture).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
                 if "A" in picture.getbands() or "transparency" in picture.info:
                     picture = picture.convert("RGBA")
@@ -598,7 +615,8 @@ def encode_text(cfg, splits, folder):
     length = cfg["text_length"]
     if length < 2:
         raise UserError(f"text_length={length}: must be at least 2")
-    train_bpe(splits["train"], cfg["vocab_size"], os.path.join(folder, "bpe.tiktoken"))
+    path = os.path.join(folder, "bpe.tiktoken")
+    train_bpe(splits["train"], cfg["vocab_size"], path)
     bpe = load_bpe(folder)
     arrays = {}
     for split, documents in splits.items():
@@ -609,7 +627,8 @@ def encode_text(cfg, splits, folder):
             row[:len(ids)] = ids
         arrays[split] = {"tokens": tokens, "lengths": np.array([len(ids) for _, ids in windows], np.int32),
                          "document": np.array([i for i, _ in windows], np.int64)}
-    return arrays, dict(kind="discrete", vocab=bpe.n_vocab)
+    with open(path, "rb") as f:
+        return arrays, dict(kind="discrete", vocab=bpe.n_vocab, bpe_sha256=hashlib.sha256(f.read()).hexdigest())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -746,7 +765,7 @@ LATENTS = ("shape", "colour", "size", "row", "column", "ground", "angle", "clutt
 
 
 def draw_scenes(modality, part, count):
-    """count scenes from the stream of this modality alone -> ((count, 8) latents as in LATENTS, (count,) labels).
+    """count scenes from the stream of this modality alone -> (latents (count, 8) as in LATENTS, labels (count,), that stream).
 
     Each modality and part has its own random stream, so no picture ever shares its scene with a sentence; classes are
     as even as count allows.
@@ -830,11 +849,10 @@ def sound_scenes(scenes, rng, rate=8000, seconds=0.64):
     sounds = np.empty((len(scenes), len(clock)), np.float32)
     for sound, (shape, colour, big, row, column, ground, angle, clutter) in zip(sounds, scenes):
         pitch = 170 * 2 ** ((colour + 0.25 * angle + rng.normal(0, 0.08)) / 4)  # a quarter octave apart
-        harmonics = np.arange(1, 9)
-        h = harmonics
+        h = np.arange(1, 9)  # harmonics
         weights = (h == 1, h % 2 / h**2, h % 2 / h, 1 / h, h <= 3, (h == 1) | (h == 6), h % 2 == 0, np.exp(-((h - 4) ** 2) / 2))[int(shape)]
-        weights = weights * (harmonics * pitch < 0.47 * rate)
-        waves = np.sin(2 * np.pi * pitch * np.outer(harmonics, clock) + rng.uniform(0, 6.28, (8, 1)))
+        weights = weights * (h * pitch < 0.47 * rate)
+        waves = np.sin(2 * np.pi * pitch * np.outer(h, clock) + rng.uniform(0, 6.28, (8, 1)))
         tone = weights / np.linalg.norm(weights) @ waves
         start, strokes = (0.04, 0.14, 0.24)[int(column)] + rng.normal(0, 0.01), int(row) + 1
         since = clock - start
@@ -849,8 +867,10 @@ def sound_scenes(scenes, rng, rate=8000, seconds=0.64):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# sources: each returns dict(train=(items, labels or None), test=the same or None, classes=[names], and latents if known);
-# items are pictures (n, S, S, 3) uint8 or a list of documents. A new source is a function here and a line in SOURCES.
+# sources: functions of (cfg, modality, path) -> dict(train=(items, labels or None), test=the same, or None to have it drawn,
+# classes=[names]), and perhaps train_latents and test_latents; groups (n,) to split by, with default_groups=(test, val);
+# encode="features" for items that are encoded already. Items are pictures (n, S, S, 3) uint8, a list of documents, a list of
+# sounds (k,) float32, or numbers (n, D) or (n, T, D). A new source is a function here and a line in SOURCES.
 
 
 SHAPES_COUNTS = dict(image=8000, text=20000, audio=8000, test=2560)
@@ -878,16 +898,7 @@ def cifar10_source(cfg, modality, _):
     path = raw_file(cfg, "cifar10", "cifar-10-binary.tar.gz", CIFAR10_URL, CIFAR10_SHA256, 170_052_171)
     row, wanted = 1 + 3072, [f"cifar-10-batches-bin/{n}" for n in
                              [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin", "batches.meta.txt"]]
-    found = {}
-    try:
-        with tarfile.open(path, "r:gz") as archive:
-            for member in archive:
-                if member.name in wanted and member.isfile():
-                    if member.size > max(row * CIFAR10_ROWS, 4096):
-                        raise UserError(f"{path}: {member.name} claims {member.size} bytes, more than CIFAR-10 has")
-                    found[member.name] = archive.extractfile(member).read(member.size)
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
-        raise UserError(f"{path} is not a readable tar.gz archive ({problem}): remove it to fetch it again") from None
+    found = read_archive(path, lambda name: name in wanted, largest=max(row * CIFAR10_ROWS, 4096))
     if missing := [name for name in wanted if name not in found]:
         raise UserError(f"{path} lacks {missing[0]}: remove it to fetch it again")
 
@@ -1018,12 +1029,13 @@ def folder_source(cfg, modality, path):
 
 def speakers(pattern, files):
     """The first group of a regular expression in each file's name; UserError where it does not match."""
-    try:
-        found = [re.search(pattern, os.path.basename(file)) for file in files]
-        return np.array([match[1] for match in found])
-    except (re.error, IndexError, TypeError) as problem:
-        example = os.path.basename(files[0])
-        raise UserError(f"audio_groups='{pattern}' must find a group in every file name, such as {example} ({problem})") from None
+    found = []
+    for name in map(os.path.basename, files):
+        try:
+            found.append(re.search(pattern, name)[1] + "")  # TypeError: no match, or a group that took no part in it
+        except (re.error, IndexError, TypeError) as problem:
+            raise UserError(f"audio_groups='{pattern}' must find a group in every file name, but not in {name} ({problem})") from None
+    return np.array(found)
 
 
 FSDD_URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz"
@@ -1042,14 +1054,8 @@ def fsdd_source(cfg, modality, _):
                 with open(os.path.join(folder, name), "rb") as f:
                     files[name] = f.read()
     else:
-        path = raw_file(cfg, "fsdd", "v1.0.10.tar.gz", FSDD_URL, None)
-        try:
-            with tarfile.open(path, "r:gz") as tar:
-                for member in tar:
-                    if "/recordings/" in member.name and member.name.endswith(".wav") and member.isfile() and member.size < 10**6:
-                        files[os.path.basename(member.name)] = tar.extractfile(member).read(member.size)
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
-            raise UserError(f"{path} is not a readable tar.gz archive ({problem}): remove it to fetch it again") from None
+        found = read_archive(raw_file(cfg, "fsdd", "v1.0.10.tar.gz", FSDD_URL, None), lambda name: re.search(r"/recordings/[^/]*\.wav$", name))
+        files = {os.path.basename(name): data for name, data in found.items()}
     names, digest = sorted(files), hashlib.sha256()
     for name in names:
         digest.update(name.encode() + files[name])
@@ -1103,7 +1109,7 @@ def npz_source(cfg, modality, path):
         classes = [str(name) for name in names]
     if split is None:
         return dict(train=(features, labels), test=None, classes=classes, encode="features")
-    names = np.array([str(s) for s in split])
+    names = np.array([str(s) for s in np.atleast_1d(split)])
     if split.shape != features.shape[:1] or not {"train", "test"} <= set(names) <= {"train", "val", "test"}:
         raise UserError(f"{path}: `split` must hold train, test and perhaps val, one for each of the {len(features)} rows")
     return dict(train=(features, labels), test=None, classes=classes, encode="features", groups=names,
@@ -1200,7 +1206,8 @@ def shard_folder(cfg, slot):
         files = sorted(os.path.join(d, f) for d, _, inside in os.walk(path) for f in inside) if os.path.isdir(path) else [path]
         listing = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f)]
         made_from["files"] = hashlib.sha256(repr(listing).encode()).hexdigest()
-    made_from["code"] = hashlib.sha256(inspect.getsource(SOURCES[name][0]).encode()).hexdigest()[:8]  # an edited source is another
+    made_from["code"] = hashlib.sha256(inspect.getsource(SOURCES[name][0]).encode()).hexdigest()[:8]  # its own lines only:
+    # after an edit of anything that it calls, raise FORMAT
     made_from["version"] = dict(cifar10=CIFAR10_SHA256, cupl=CUPL_URL, fsdd=FSDD_URL, pydoc=sys.version.split()[0]).get(name, "")
     hash8 = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
     label = re.sub(r"\W+", "-", name + ("-" + os.path.basename(path.rstrip("/")) if path else "")).strip("-")
@@ -1222,13 +1229,14 @@ def prepare(cfg, slot, say=tell):
 
 def make_shards(cfg, slot, folder, made_from, say):
     """Run a source, split and encode what it gives, and write the shards to folder."""
-    rate, mels, frames, group = (cfg.get(f"audio_{key}", 1000) for key in ("rate", "mels", "frames", "group"))
     if not 0 < cfg["val_fraction"] < 1 or cfg["split_seed"] < 0 or cfg["shard_mb"] < 1:
         raise UserError(f"val_fraction={cfg['val_fraction']} must lie between 0 and 1, split_seed={cfg['split_seed']} be at least 0, "
                         f"shard_mb={cfg['shard_mb']} at least 1")
-    if rate < 1000 or min(mels, group, frames) < 1 or frames % group:
-        raise UserError(f"audio_frames={frames} must be a multiple of audio_group={group}, audio_rate={rate} at least 1000, "
-                        f"audio_mels={mels} at least 1")
+    if modality_of(slot) == "audio":
+        rate, mels, frames, group = (cfg[f"audio_{key}"] for key in ("rate", "mels", "frames", "group"))
+        if not 1000 <= rate <= 48000 or min(mels, group, frames) < 1 or frames % group:
+            raise UserError(f"audio_frames={frames} must be a multiple of audio_group={group}, audio_rate={rate} lie between 1000 and 48000, "
+                            f"audio_mels={mels} be at least 1")
     say(f"preparing {slot}={cfg[slot]} in {folder}")
     start = time.perf_counter()
     name, _, path = cfg[slot].partition(":")
@@ -1242,6 +1250,8 @@ def make_shards(cfg, slot, folder, made_from, say):
         in_test, in_val = draw_groups(cfg, slot, raw)
         splits["test"] = take(in_test)
     else:
+        if modality_of(slot) == "audio" and any(cfg[f"audio_{key}"] for key in ("groups", "test_group", "val_group")):
+            tell(f"warning: {slot}={cfg[slot]} is NOT split by speaker: that needs PATH/CLASS/* folders and --audio_groups")
         in_test = np.zeros(count, bool)
         if raw["test"] is None:
             in_test = draw_split(labels, count, cfg["val_fraction"], cfg["split_seed"] + 1)

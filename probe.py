@@ -4,15 +4,16 @@
     python probe.py compare sample_configs/shapes_text.py --seeds=3  # alone against uml against control, with the verdict
     python probe.py embed out/shapes_text /my/pictures               # features and predictions for new files
     python probe.py theory                                           # the linear world: bounds, blind directions, rates
-    python probe.py exchange CONFIG --image_examples=[200,1000,5000] --text_examples=[0,9000] # how many words an image is worth
+    python probe.py exchange CONFIG '--image_examples=[200,1000,5000]' '--text_examples=[0,9000]'  # words an image is worth
     python probe.py scale                                            # what a step costs as things grow
     python probe.py report                                           # rewrite the README's tables from assets/results/
 
-compare, exchange: besides every key of train.py those at the end; --image_examples of exchange takes three values at least.
+compare and exchange take every key of train.py and those that --help lists; exchange takes two of them as lists.
 
-Analyses read the target's test split (val, if the run was told never to open test); probes are fitted on the run's own
-training examples (few-shot ones on draws from the whole training split, all classes) and chosen on validation; apart from
-few-shot, items of unseen classes are left out. The last line is JSON, of compare the verdict and its files.
+Analyses read the target's test split (val, if the run was told never to open test). Probes are fitted on the run's own
+training examples, their penalty is chosen on validation, and items of unseen classes are left out. Only few-shot probes
+(penalty 1, draws from the whole training split) and alignment take in all classes. The last line is JSON, except of
+compare, which writes compare.json, and of report.
 
 Sections: measures on features, corruptions, runs side by side, statistics, compare, theory, exchange, scale, embed, report.
 """
@@ -27,6 +28,7 @@ import math
 import multiprocessing
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -42,7 +44,7 @@ from tqdm import tqdm
 
 from model import linear_probe
 from prepare import (LOG_MEL_RANGE, SHAPE_CLASSES, UserError, active_slots, draw_scenes, encode_recordings, exit_on_user_error,
-                     load_bpe, load_split, modality_of, paint_scenes, patchify, plain_name, prepare, read_config,
+                     load_bpe, load_split, modality_of, paint_scenes, patchify, plain_name, prepare, print_help, read_config,
                      read_json, read_meta, read_pictures, read_recordings, read_text, sound_scenes, tell,
                      tell_scenes, unpatchify, write_file, write_json)
 from train import (FREE_KEYS, KEYS, SIGNALS, benchmark, choose_examples, evaluate, extract, fit_probe, load_checkpoint,
@@ -164,7 +166,8 @@ def corrupt_frames(tokens, mels, kind, severity):
     i, (low, high) = severity - 1, LOG_MEL_RANGE
     log_mel = tokens.reshape(*tokens.shape[:2], -1, mels) / 255 * (high - low) + low
     if kind == "noise":
-        power = np.exp(log_mel).mean((1, 2, 3), keepdims=True) / 10 ** ((2, 1, 0)[i])
+        heard = tokens.reshape(log_mel.shape).any(3, keepdims=True)  # padding is 0, recorded silence is not
+        power = np.exp(log_mel).mean((1, 2, 3), where=heard, keepdims=True) / 10 ** ((2, 1, 0)[i])
         log_mel = np.log(np.exp(log_mel) + power * np.random.default_rng(severity).exponential(1, log_mel.shape))
     elif kind == "gain":
         log_mel = log_mel - (6, 12, 18)[i] * math.log(10) / 10
@@ -200,9 +203,10 @@ def open_run(folder):
     split = "test" if cfg["score_test"] else "val"
     target = slots[cfg["target"]]
     held = load_split(target.folder, split)
-    seen = np.flatnonzero(~np.isin(held.get("labels", []), target.banned))  # items of classes that had labelled examples
+    # items of classes that had labelled examples
+    seen, seen_val = (np.flatnonzero(~np.isin(arrays.get("labels", []), target.banned)) for arrays in (held, target.val))
     return SimpleNamespace(folder=folder, name=os.path.basename(os.path.normpath(folder)), cfg=cfg, slots=slots, classes=classes,
-                           model=model, target=target, split=split, held=held, seen=seen)
+                           model=model, target=target, split=split, held=held, seen=seen, seen_val=seen_val)
 
 
 def features_of(run_, slot, arrays, rows=None, layer=-1):
@@ -214,10 +218,9 @@ def features_of(run_, slot, arrays, rows=None, layer=-1):
 def layer_table(run_):
     """Linear probe and kNN accuracy after the embed and after each block."""
     target, classes, table = run_.target, len(run_.target.meta["classes"]), []
-    for layer in range(len(run_.model.trunk) + 1):
-        layer = -1 if layer == len(run_.model.trunk) else layer
+    for layer in [*range(len(run_.model.trunk)), -1]:
         known = features_of(run_, target, target.train, target.rows, layer)
-        val = features_of(run_, target, target.val, layer=layer)
+        val = features_of(run_, target, target.val, run_.seen_val, layer)
         new, truth = features_of(run_, target, run_.held, run_.seen, layer)
         (weight, bias), _ = fit_probe(known, val, classes)
         table.append(dict(linear=((new @ weight.T + bias).argmax(1) == truth).float().mean().item(),
@@ -225,9 +228,9 @@ def layer_table(run_):
     return table
 
 
-def robustness(run_):
-    """{corruption: accuracy at severities 0 (clean) .. 3} of a picture or sound target, answered by its label head or probe."""
-    meta, probe = run_.target.meta, evaluate(run_.model, run_.target, run_.target.val, CPU)["probe"]
+def robustness(run_, probe):
+    """{corruption: accuracy at severities 0 (clean) .. 3} of a picture or sound target, answered by its label head or else the probe."""
+    meta = run_.target.meta
     tokens = run_.held["tokens"][np.arange(len(run_.held["tokens"]))]
     if "patch" in meta:
         pictures = unpatchify(tokens, meta["patch"])
@@ -274,7 +277,7 @@ def analyse(folder):
     target, classes = run_.target, run_.target.meta["classes"]
     if len(classes) < 2:
         raise UserError(f"{folder}: the target {target.name}={run_.cfg[target.name]} has no classes to probe for")
-    known, val = features_of(run_, target, target.train, target.rows), features_of(run_, target, target.val)
+    known, val = features_of(run_, target, target.train, target.rows), features_of(run_, target, target.val, run_.seen_val)
     new, truth = features_of(run_, target, run_.held, run_.seen)
     (weight, bias), l2 = fit_probe(known, val, len(classes))
     margin, scores = margins(new, truth, weight, bias), new @ weight.T + bias
@@ -282,7 +285,7 @@ def analyse(folder):
     labelled = {name: slot for name, slot in run_.slots.items() if slot is not target and "labels" in slot.train}
     out = dict(name=run_.name, split=run_.split, layers=layer_table(run_), few_shot=few_shot(*every, *all_held), probe_l2=l2,
                margin=[margin.quantile(q).item() for q in (0.1, 0.5, 0.9)], class_spread=class_spread(new, truth),
-               robustness=robustness(run_), alignment={name: alignment(run_, slot) for name, slot in labelled.items()})
+               robustness=robustness(run_, (weight, bias)), alignment={name: alignment(run_, slot) for name, slot in labelled.items()})
     answers = evaluate(run_.model, target, run_.held, CPU, (weight, bias))  # of the label head where there is one
     out.update(accuracy=answers["accuracy"], unseen_accuracy=answers["unseen_accuracy"])
     draw_confusion(os.path.join(folder, "confusion.png"), truth, scores.argmax(1), classes)
@@ -295,7 +298,8 @@ def show_side_by_side(reports):
     def row(label, values):
         print(f"{label:28}" + "".join(f"{value:>18}" for value in values))
     number = lambda v: "-" if v is None else f"{v:.4f}"
-    row(f"on the {reports[0]['split']} split", [r["name"][-17:] for r in reports])
+    row("run", [r["name"][-17:] for r in reports])
+    row("split", [r["split"] for r in reports])
     row("accuracy", [number(r["accuracy"]) for r in reports])
     row("on unseen classes", [number(r["unseen_accuracy"]) for r in reports])
     for layer in range(max(len(r["layers"]) for r in reports)):
@@ -303,7 +307,7 @@ def show_side_by_side(reports):
             row(f"layer {layer} {key}", [number(r["layers"][layer][key]) if layer < len(r["layers"]) else "-" for r in reports])
     for k in sorted({k for r in reports for k in r["few_shot"]}):
         shown = ["{:.4f} +-{:.4f}".format(*r["few_shot"][k]) if k in r["few_shot"] else "-" for r in reports]
-        row(f"few-shot {k} a class", shown)
+        row(f"few-shot {k} (std of draws)", shown)
     for i, name in enumerate(("10%", "median", "90%")):
         row(f"margin {name}", [number(r["margin"][i]) for r in reports])
     row("class spread", [number(r["class_spread"]) for r in reports])
@@ -359,7 +363,8 @@ def draw_pca(path, features, truth, classes):
     fig, ax = figure(6, 5.2)
     shown = ax.scatter(*flat[:3000].T, c=truth[:3000], s=6, cmap="tab10" if len(classes) <= 10 else "hsv")
     if len(classes) <= 10:
-        ax.legend(shown.legend_elements(num=None)[0], classes, fontsize=7, loc="best")
+        there = sorted(set(truth[:3000].tolist()))
+        ax.legend(shown.legend_elements(num=None)[0], [classes[c] for c in there], fontsize=7, loc="best")
     ax.set_xlabel(f"first principal component ({share[0]:.0%} of the variance)")
     ax.set_ylabel(f"second ({share[1]:.0%})")
     save_figure(fig, path)
@@ -395,10 +400,10 @@ def t_tail(t, df):
 
 
 def t_interval(values):
-    """(mean, half width of the 95% t-interval). One value has no spread to show: its half width is given as 0."""
+    """(mean, half width of the 95% t-interval). One value says nothing of the spread: None."""
     n = len(values)
     if n < 2:
-        return float(np.mean(values)), 0.0
+        return float(np.mean(values)), None
     low, high = 0.0, 1000.0
     for _ in range(60):  # bisect for the t with 5% outside
         middle = (low + high) / 2
@@ -407,7 +412,7 @@ def t_interval(values):
 
 
 def paired(a, b):
-    """Seed-by-seed difference a - b: mean, 95% half width, paired t-test p, sign-flip p and its floor 2/2^n."""
+    """Seed-by-seed difference a - b: mean, 95% half width, paired t-test p, sign-flip p and the least that it can be."""
     d = np.asarray(a, float) - np.asarray(b, float)
     mean, half = t_interval(d)
     spread = np.std(d, ddof=1) if len(d) > 1 else 0.0
@@ -417,7 +422,7 @@ def paired(a, b):
     else:  # too many to list: a sample, with the observed signs among them so that p is never 0
         signs = np.concatenate([np.ones((1, len(d))), np.random.default_rng(0).choice((1, -1), (65535, len(d)))])
     flips = np.abs(signs @ d / len(d)) >= abs(mean) - 1e-12
-    return dict(mean=mean, half=half, p=p, sign_flip_p=float(flips.mean()), sign_flip_floor=2 / 2 ** len(d))
+    return dict(mean=mean, half=half, p=p, sign_flip_p=float(flips.mean()), sign_flip_floor=(2 if len(d) <= 16 else 1) / len(signs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -568,30 +573,36 @@ def run_pool(configs, jobs, bar):
             raise
 
 
+def own_keys(cfg):
+    """Take the keys of compare and exchange out of cfg."""
+    own = {key: cfg.pop(key) for key in COMPARE_KEYS}
+    if own["seeds"] < 1 or own["jobs"] < 1 or own["first_seed"] < 0:
+        raise UserError(f"seeds={own['seeds']} and jobs={own['jobs']} must be at least 1, first_seed={own['first_seed']} at least 0")
+    cfg.update(stop_after=0, benchmark=False)  # keys of single runs
+    return own
+
+
 def compare(argv):
     """Search each arm on validation, freeze, run every seed with the test split scored once, and say what follows."""
     cfg = read_run_config(argv, dict(KEYS, **COMPARE_KEYS))
     if not active_slots(cfg)[1:]:
         raise UserError("compare needs a config with a target and an auxiliary: python probe.py compare CONFIG --key=value")
-    own = {key: cfg.pop(key) for key in COMPARE_KEYS}
+    own = own_keys(cfg)
     arms, n = own["arms"].split(","), own["seeds"]
     seeds = range(own["first_seed"], own["first_seed"] + n)
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise UserError(f"unknown arm '{unknown[0]}' (there are: {', '.join(ARMS)})")
-    if n < 1 or own["jobs"] < 1 or own["first_seed"] < 0:
-        raise UserError(f"seeds={n} and jobs={own['jobs']} must be at least 1, first_seed={own['first_seed']} at least 0")
     arms = [arm for arm in ARMS if arm in {*arms, "alone", "uml"}]
     settings = candidates(own["search"], cfg)
-    if SEARCH_SEED in seeds and len(settings) > 1 and cfg["audio_test_group"] != "each":
+    # Under "each" every speaker is tested in turn, so no seed is free of test data: each chooses on its own validation speaker.
+    per_seed = cfg["audio_test_group"] == "each"
+    if SEARCH_SEED in seeds and len(settings) > 1 and not per_seed:
         raise UserError(f"seed {SEARCH_SEED} is the one that chooses settings: pick another first_seed than {own['first_seed']}")
-    cfg.update(stop_after=0, benchmark=False)
     for arm in arms:
         resolve(arm_config(cfg, arm, own["unrelated"]), say=lambda line: None)  # what is wrong shows now, not hours later
     folder = os.path.join(cfg["out_dir"], "compare")
     os.makedirs(folder, exist_ok=True)
     bar = tqdm(total=0, desc="runs", disable=None)
-    # Under "each" every speaker is tested in turn, so no seed is free of test data: each chooses on its own validation speaker.
-    per_seed = cfg.get("audio_test_group") == "each"
     chosen, results, searched = {}, {}, {}
 
     def configs(arm, pairs, **change):
@@ -615,14 +626,16 @@ def compare(argv):
 
     split, target, first = "test" if cfg["score_test"] else "val", cfg["target"], results["alone"][0]
     scores = {arm: [score_of(r, split) for r in results[arm]] for arm in arms}
-    # Seeds that are tested on the same speaker are averaged first: the statistics are over speakers.
+    # Seeds that are tested on the same speaker are averaged first: the statistics are over speakers. Folds share most of
+    # their training speakers, so they are not independent, and p is if anything too small.
     folds = [tested_on(dict(cfg, seed=seed)) if per_seed else seed for seed in seeds]
     units = {arm: [float(np.mean([s for s, f in zip(scores[arm], folds) if f == fold])) for fold in dict.fromkeys(folds)] for arm in arms}
-    out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), split=split,
+    measure = next(key for key in MEASURES if first.get(f"{split}_{key}") is not None)
+    out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), split=split, measure=measure,
                target=f"{target}={cfg[target]}", target_loss=cfg[f"{target}_loss"],
                auxiliaries={s: f"{cfg[s]} ({cfg[f'{s}_loss']})" for s in active_slots(cfg) if s != target},
                examples=first["examples"][target], seeds=n, folds=len(units["alone"]), first_seed=own["first_seed"], chance=first["chance"], steps=cfg["steps"],
-               warm_start_steps=cfg["warm_start_steps"], candidates=settings, command="python probe.py compare " + " ".join(argv),
+               warm_start_steps=cfg["warm_start_steps"], candidates=settings, command=shlex.join(["python", "probe.py", "compare", *argv]),
                hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", arms={})
     for arm in arms:
         mean, half = t_interval(units[arm])
@@ -651,20 +664,29 @@ def tested_on(cfg):
     return tuple(entry["sha256"] for entry in files)
 
 
+MEASURES = dict(accuracy=1, r2=1, loss=-1)  # what arms are compared by: the first that a result has, times this
+
+
 def score_of(result, split):
-    """What arms are compared by: accuracy; without labels the R^2 of the known latents; without either minus the loss."""
-    for key, sign in (("accuracy", 1), ("r2", 1), ("loss", -1)):
+    """Accuracy; without labels the R^2 of the known latents; without either minus the loss."""
+    for key, sign in MEASURES.items():
         if result.get(f"{split}_{key}") is not None:
             return sign * result[f"{split}_{key}"]
 
 
+MIN_SEEDS = 6  # with 5 not even the sign-flip test can reach 0.05: its floor is 2 / 2^5 = 0.06
+
+
 def verdict(out):
     """One sentence, for or against. Help is claimed only above alone AND above the control, each with p < 0.05."""
-    d, unit = out["arms"]["uml"]["minus_alone"], 100 if out["chance"] else 1
-    low, high = unit * (d["mean"] - d["half"]), unit * (d["mean"] + d["half"])
-    said = f"{unit * d['mean']:+.1f} [{low:+.1f}, {high:+.1f}]" + (" points" if out["chance"] else "")
-    if (n := out.get("folds", out["seeds"])) < 6:
-        return f"too few seeds for a verdict ({n}; 6 are needed): uml minus alone is {said}"
+    d, (unit, digits) = out["arms"]["uml"]["minus_alone"], (100, 1) if out["chance"] else (1, 3)
+    n, spread = out.get("folds", out["seeds"]), ""
+    if d["half"] is not None:
+        spread = f" [{unit * (d['mean'] - d['half']):+.{digits}f}, {unit * (d['mean'] + d['half']):+.{digits}f}]"
+    said = f"{unit * d['mean']:+.{digits}f}{spread}" + (" points" if out["chance"] else "")
+    if n < MIN_SEEDS:
+        kind = "seeds" if n == out["seeds"] else "speakers"
+        return f"too few {kind} for a verdict ({n}; {MIN_SEEDS} are needed): uml minus alone is {said}"
     if d["p"] >= 0.05:
         return f"no effect shown: uml minus alone is {said}, p = {d['p']:.3g}"
     if d["mean"] < 0:
@@ -672,10 +694,10 @@ def verdict(out):
     if "control" not in out["arms"]:
         return f"uml is above alone by {said}, p = {d['p']:.3g}, but no control was run to say why"
     c = out["arms"]["control"]["uml_minus"]
-    beyond = f"{unit * c['mean']:+.1f} above the control, p = {c['p']:.3g}"
+    against = f"{unit * c['mean']:+.{digits}f} against the control, p = {c['p']:.3g}"
     if c["mean"] <= 0 or c["p"] >= 0.05:
-        return f"uml is above alone by {said}, p = {d['p']:.3g}, but only {beyond}: the auxiliary's structure is not what helped"
-    return f"the unpaired data helped: uml minus alone is {said}, p = {d['p']:.3g}, and {beyond}"
+        return f"uml is above alone by {said}, p = {d['p']:.3g}, but {against}: it is not shown that the auxiliary's structure helped"
+    return f"the unpaired data helped: uml minus alone is {said}, p = {d['p']:.3g}, and {against}"
 
 
 def show_auxiliaries(out):
@@ -688,22 +710,27 @@ def short_source(source):
     return name + colon + os.path.basename(path.rstrip("/"))
 
 
-def show_seeds(out):
-    return f"{out['seeds']}" + (f" on {out['folds']} speakers" if out.get("folds", out["seeds"]) != out["seeds"] else "")
+def show_seeds(out, unit=""):
+    return f"{out['seeds']}{unit}" + (f" on {out['folds']} speakers" if out.get("folds", out["seeds"]) != out["seeds"] else "")
+
+
+def show_half(half):
+    return "?" if half is None else f"{half:.4f}"
 
 
 def show_compare(out):
     print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary {show_auxiliaries(out)}; "
-          f"{show_seeds(out)} seeds, {out['split']} split, chance {out['chance'] or 0:.4f}")
+          f"{show_seeds(out, ' seeds')}, {out['measure']} on the {out['split']} split" + (f", chance {out['chance']:.4f}" if out["chance"] else ""))
     print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}{'GFLOP':>9}{'s':>7}  setting")
     for arm, e in out["arms"].items():
-        line = f"{arm:10}{e['mean']:10.4f} +- {e['half']:.4f}"
+        line = f"{arm:10}{e['mean']:10.4f} +- {show_half(e['half'])}"
         if d := e.get("minus_alone"):
-            line += (f"{d['mean']:+11.4f} +- {d['half']:.4f}{d['p']:10.3g}"
+            line += (f"{d['mean']:+11.4f} +- {show_half(d['half'])}{d['p']:10.3g}"
                      f"{d['sign_flip_p']:12.3g} ({d['sign_flip_floor']:.3g})").ljust(51)
         else:
             line += " " * 51
-        line += f"{e['gflops']:9,.0f}{e['seconds']:7.0f}  " + ", ".join(f"{key}={value}" for key, value in e["settings"][0].items())
+        settings = dict.fromkeys(", ".join(f"{key}={value}" for key, value in setting.items()) for setting in e["settings"])
+        line += f"{e['gflops']:9,.0f}{e['seconds']:7.0f}  " + " or ".join(settings)
         others = [key for key in ("test_balanced_accuracy", "test_unseen_accuracy") if key in e]
         print(line + "".join(f"; {key[5:]} {np.mean(e[key]):.4f}" for key in others))
     print("verdict: " + out["verdict"])
@@ -714,11 +741,11 @@ def draw_compare(path, out):
     fig, ax = figure(1.5 + 1.3 * len(out["arms"]), 4.2)
     for i, (arm, e) in enumerate(out["arms"].items()):
         ax.plot(i + np.linspace(-0.12, 0.12, out["seeds"]), e["scores"], "o", ms=4, alpha=0.6, color=f"C{i}")
-        ax.errorbar(i + 0.27, e["mean"], e["half"], fmt="s", ms=5, capsize=4, color="black")
+        ax.errorbar(i + 0.27, e["mean"], e["half"] or 0, fmt="s", ms=5, capsize=4, color="black")
     ax.set_xticks(range(len(out["arms"])), out["arms"])
     if out["chance"]:
         ax.axhline(out["chance"], ls=":", color="grey", lw=1)
-    ax.set_ylabel(f"{out['split']} accuracy" if out["chance"] else f"minus {out['split']} loss")
+    ax.set_ylabel(dict(accuracy="{} accuracy", r2="{} R²", loss="minus {} loss")[out["measure"]].format(out["split"]))
     ax.set_title(f"{short_source(out['target'])}, {out['examples']} examples\nwith {show_auxiliaries(out)}", fontsize=9)
     save_figure(fig, path)
 
@@ -800,7 +827,7 @@ def theory(folder="out/theory", repetitions=100_000):
     blind = [dict(n_x=n, x_alone=worst(n * j_x), x_and_y=worst(n * j_x + n_y * j_y)) for n in (10, 1000, 100000)]
     print("2. information about the worst direction: no number of X samples identifies what X is blind to; "
           + "; ".join(f"N_x = {b['n_x']}: {abs(b['x_alone']):.1g} from X alone, {b['x_and_y']:.3g} with {n_y} Y" for b in blind))
-    rates, vectors = exchange_rates(j_x, j_y)
+    rates, _ = exchange_rates(j_x, j_y)
     print("3. one Y sample is worth this many X samples, along each generalised eigenvector: "
           + ", ".join("unbounded" if np.isinf(r) else f"{r:.3g}" for r in rates))
 
@@ -885,7 +912,7 @@ def exchange(argv):
     """Train a grid of two example counts, fit the surface, and report what one example of either slot is worth in the other."""
     lists = {arg[2:].split("=")[0]: arg.split("=", 1)[1] for arg in argv if arg.startswith("--") and arg.partition("=")[2].startswith("[")}
     cfg = read_run_config([arg for arg in argv if arg[2:].split("=")[0] not in lists], dict(KEYS, **COMPARE_KEYS))
-    own, target = {key: cfg.pop(key) for key in COMPARE_KEYS}, cfg["target"]
+    own, target = own_keys(cfg), cfg["target"]
     try:
         lists = {key: sorted({int(value) for value in ast.literal_eval(text)}) for key, text in lists.items()}
     except (SyntaxError, ValueError, TypeError):
@@ -894,8 +921,8 @@ def exchange(argv):
     if len(lists) != 2 or len(other) != 1 or other[0][:-len("_examples")] not in active_slots(cfg):
         raise UserError(f"exchange takes exactly two lists, --{target}_examples=[200,...] and --SLOT_examples=[0,1000,...] of an auxiliary")
     x_key, y_key = f"{target}_examples", other[0]
-    if len(lists[x_key]) < 3 or len(lists[y_key]) < 2 or min(lists[x_key]) < 1:
-        raise UserError(f"too small a grid to fit: {x_key} needs three values above 0, {y_key} two, found {lists}")
+    if len(lists[x_key]) < 3 or len(lists[y_key]) < 2 or min(lists[x_key]) < 1 or min(lists[y_key]) < 0:
+        raise UserError(f"no grid to fit: {x_key} needs three values above 0, {y_key} two of at least 0 (a number for 'all'), found {lists}")
     cells = list(itertools.product(lists[x_key], lists[y_key]))
     folder, bar = os.path.join(cfg["out_dir"], "compare"), tqdm(total=0, desc="runs", disable=None)
     os.makedirs(folder, exist_ok=True)
@@ -908,15 +935,15 @@ def exchange(argv):
     fit, rng = fit_exchange(n_x, n_y, scores.mean(1)), np.random.default_rng(0)
     at = float(np.median(n_y[n_y > 0]))
     draws = [fit_exchange(n_x, n_y, scores[:, rng.integers(0, own["seeds"], own["seeds"])].mean(1))
-             for _ in range(100 if own["seeds"] > 1 else 0)]
+             for _ in range(100 if own["seeds"] > 2 else 0)]  # two seeds have three distinct resamples: no interval
     interval = np.percentile([exchange_rate(draw, at) for draw in draws], (2.5, 97.5)).tolist() if draws else None
     rate, words = exchange_rate(fit, at), mean_words(cfg, y_key[:-len("_examples")])
     out = dict(kind="exchange", cells=cells, scores=scores.tolist(), fit=fit, at=at, rate=rate, interval=interval, words_per_item=words,
-               command="python probe.py exchange " + " ".join(argv))
+               command=shlex.join(["python", "probe.py", "exchange", *argv]))
     print(f"score = {fit['b0']:.3f} + {fit['b1']:.3f} log({x_key} + {fit['rho']:.3g} {y_key}^{fit['gamma']}), "
           f"residual {fit['residual']:.4f}")
     print(f"at {at:,.0f} {y_key}, one of them is worth {rate:.3g} {x_key}"
-          + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else ""))
+          + (f" [{interval[0]:.3g}, {interval[1]:.3g}] over resampled seeds" if interval else ""))
     if words and rate:
         print(f"one {target} example is worth {words / rate:,.0f} words")
     write_json(os.path.join(cfg["out_dir"], "exchange.json"), out)
@@ -1001,10 +1028,13 @@ def embed(folder, path):
     slot, modality, real = checkpoint["slots"][name], modality_of(name), None
     if modality == "text" and slot["kind"] == "discrete":
         check_shards(folder, cfg)  # the BPE lies with the shards
-        bpe, names = load_bpe(prepare(cfg, name)), [line for line in read_text(path).splitlines() if line.strip()]
+        bpe, names = load_bpe(prepare(cfg, name)), [line.strip() for line in read_text(path).splitlines() if line.strip()]
         if not names:
             raise UserError(f"{path} is empty: expected one text a line")
-        coded = [bpe.encode_ordinary(line)[:slot["length"]] for line in names]
+        coded = [bpe.encode_ordinary(line) for line in names]
+        if cut := sum(len(ids) > slot["length"] for ids in coded):
+            tell(f"{cut} of {len(names)} texts are cut at {slot['length']} tokens")
+        coded = [ids[:slot["length"]] for ids in coded]
         tokens = torch.zeros(len(coded), slot["length"], dtype=torch.long)
         for row, ids in zip(tokens, coded):
             row[:len(ids)] = torch.tensor(ids)
@@ -1038,7 +1068,8 @@ def embed(folder, path):
         if "label" in slot["loss"]:
             scores = model.label_head(features) * (model.temperature[name].exp() if name in model.temperature else 1)
         elif checkpoint["target_classes"] > 1:  # no label head of its own: a linear probe on the run's training examples
-            weight, bias = evaluate(*(lambda r: (r.model, r.target, r.target.val))(open_run(folder)), CPU)["probe"]
+            run_ = open_run(folder)
+            weight, bias = evaluate(run_.model, run_.target, run_.target.val, CPU)["probe"]
             scores = features @ weight.T + bias
     written = [os.path.join(folder, "embed.npy")]
     array = io.BytesIO()
@@ -1079,14 +1110,14 @@ def report(readme="README.md", folder=os.path.join("assets", "results")):
             out.append(line)
         if line.startswith("<!-- results "):
             skipping = True
-            out += ["| result | target, examples | auxiliary | alone | longer | uml | control | uml - alone | p | seeds |", "|---" * 10 + "|"]
+            out += ["| result | target, examples | auxiliary | alone | control | uml | uml - alone (p) | uml - control (p) | seeds |", "|---" * 9 + "|"]
             found = {name: result_of(name) for name in line.split()[2:-1]}
             out += [f"| {name} {table_row(r)}" for name, r in found.items()]
             out += ["", "<details><summary>commands and hardware</summary>", ""]
             out += [f"- {name}: `{r['command']}` ({r['hardware']})" for name, r in found.items()] + ["", "</details>"]
         if line.startswith("<!-- curve "):
             file, *names = line.split()[2:-1]
-            draw_curve(os.path.join(os.path.dirname(folder), file), [result_of(name) for name in names])
+            draw_curve(os.path.join(os.path.dirname(os.path.abspath(readme)), "assets", file), [result_of(name) for name in names])
     write_file(readme, "\n".join(out).encode())
     print(f"rewrote the tables of {readme}")
 
@@ -1097,7 +1128,7 @@ def draw_curve(path, results):
     per_class = lambda r: r["examples"] * r["chance"]
     for i, arm in enumerate(("alone", "uml", "control")):
         points = sorted(((per_class(r), r["arms"][arm]) for r in results if arm in r["arms"]), key=lambda point: point[0])
-        shots, means, halves = [s for s, _ in points], [e["mean"] for _, e in points], [e["half"] for _, e in points]
+        shots, means, halves = [s for s, _ in points], [e["mean"] for _, e in points], [e["half"] or 0 for _, e in points]
         ax.errorbar(shots, means, halves, marker="o", ms=4, capsize=3, color=f"C{i}", label=arm)
     ax.axhline(results[0]["chance"], ls=":", color="grey", lw=1)
     ax.set(xscale="log", xlabel="labelled examples, mean over classes", ylabel=f"{results[0]['split']} accuracy",
@@ -1116,11 +1147,14 @@ def draw_assets(folder="assets"):
 
 
 def table_row(r):
-    def show(arm):
-        return f"{100 * r['arms'][arm]['mean']:.1f} ± {100 * r['arms'][arm]['half']:.1f}" if arm in r["arms"] else "-"
-    d = r["arms"]["uml"]["minus_alone"]
-    return (f"| {short_source(r['target'])}, {r['examples']}, {r['target_loss']} | {show_auxiliaries(r)} | {show('alone')} | {show('longer')} | "
-            f"{show('uml')} | {show('control')} | **{100 * d['mean']:+.1f}** ± {100 * d['half']:.1f} | {d['p']:.2g} | {show_seeds(r)} |")
+    """A row of the README's table; in %, or as they are where scores are R^2."""
+    unit, digits = (100, 1) if r["chance"] else (1, 3)
+    half = lambda e: "" if e["half"] is None else f" ± {unit * e['half']:.{digits}f}"
+    show = lambda arm: f"{unit * r['arms'][arm]['mean']:.{digits}f}{half(r['arms'][arm])}" if arm in r["arms"] else "-"
+    difference = lambda d: f"**{unit * d['mean']:+.{digits}f}**{half(d)} ({d['p']:.2g})"
+    above_control = difference(r["arms"]["control"]["uml_minus"]) if "control" in r["arms"] else "-"
+    return (f"| {short_source(r['target'])}, {r['examples']:,}, {r['target_loss']} | {show_auxiliaries(r)} | {show('alone')} | {show('control')} | "
+            f"{show('uml')} | {difference(r['arms']['uml']['minus_alone'])} | {above_control} | {show_seeds(r)} |")
 
 
 def draw_architecture(path):
@@ -1172,10 +1206,7 @@ def main():
     argv = sys.argv[1:]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that compare stops its workers
     if not argv or "--help" in argv or "-h" in argv:
-        print(__doc__)
-        print("Keys of compare, besides every key of train.py:")
-        for key, (default, text) in COMPARE_KEYS.items():
-            print(f"  {key + ' = ' + repr(default):34} {text}")
+        print_help(__doc__, COMPARE_KEYS, "Keys of compare and exchange, besides every key of train.py:")
     elif argv[0] == "compare":
         compare(argv[1:])
     elif argv[0] == "embed":

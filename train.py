@@ -42,12 +42,12 @@ KEYS = dict(
     **PREPARE_KEYS,
     # slots: what each modality learns from. Numbered slots (text2_loss, ...) take the defaults of their modality.
     target=("image", "the slot whose representation we want; all other slots are auxiliaries"),
-    **{f"{slot}_{key}": value for slot, (loss, _) in MODALITIES.items() for key, value in dict(
-        loss=(loss, f"objectives of the {slot} slot, joined by '+': next, reconstruct, label"),
-        weight=(1.0, f"factor on the {slot} loss"),
-        updates=(1, f"{slot} steps per target step under schedule='alternate' (of the target: always 1)"),
-        batch=(64, f"{slot} items in a step"),
-        examples=(-1, f"training items of the {slot} slot: nested, evenly over the classes (-1: all, 0: slot off)"),
+    **{f"{modality}_{key}": value for modality, (loss, _) in MODALITIES.items() for key, value in dict(
+        loss=(loss, f"objectives of the {modality} slot, joined by '+': next, reconstruct, label"),
+        weight=(1.0, f"factor on the {modality} loss; for schedule='joint': alone in a step, AdamW cancels most of it"),
+        updates=(1, f"{modality} steps per target step under schedule='alternate' (of the target: always 1)"),
+        batch=(64, f"{modality} items in a step"),
+        examples=(-1, f"training items of the {modality} slot: nested, evenly over the classes (-1: all, 0: slot off)"),
     ).items()},
     control=(False, "destroy the auxiliaries' structure and keep their marginals: the control arm of probe.py compare"),
     unseen_classes=(0, "target classes that get no labelled target examples; accuracy on them is reported apart"),
@@ -67,7 +67,7 @@ KEYS = dict(
     mask_ratio=(0.5, "share of tokens hidden in 'reconstruct'"),
     # training
     seed=(0, "of parameters, examples, batches and augmentation"),
-    steps=(1000, "target updates"),
+    steps=(1000, "target updates; the log counts the warm start too"),
     warm_start_steps=(0, "updates on the auxiliaries alone, before the first target update"),
     schedule=("alternate", "alternate: one slot per optimizer step; joint: one step on the weighted sum of all losses"),
     learning_rate=(1e-3, "peak of each phase's cosine, after a linear warm-up over its first 5%"),
@@ -78,7 +78,7 @@ KEYS = dict(
     out_dir=("", "where the run is written (default: out/CONFIG_NAME)"),
     eval_interval=(100, "steps between validations, each with a checkpoint"),
     log_interval=(50, "steps between log lines"),
-    stop_after=(0, "save and stop after this many steps, the schedule unchanged (0: run to the end)"),
+    stop_after=(0, "save and stop after this many steps, warm start included, the schedule unchanged (0: run to the end)"),
     resume=(False, "go on from last.pt; from scratch if there is none"),
     score_test=(True, "score the target's test split, once, at the end (False: never open it)"),
     benchmark=(False, "do not train: measure speed, and where a step's time goes"),
@@ -132,7 +132,9 @@ def resolve(cfg, say=tell):
                             "audio_shift", "audio_gain", "audio_mask", "unseen_classes", "weight_decay"), 0)
     floors.update(dict.fromkeys(("steps", "eval_interval", "log_interval", "width", "heads"), 1))
     for slot in slots:
-        floors.update({f"{slot}_batch": 1, f"{slot}_updates": 0, f"{slot}_examples": -1, f"{slot}_weight": 0})
+        floors.update({f"{slot}_batch": 1, f"{slot}_updates": 0, f"{slot}_examples": -1})
+        if not cfg[f"{slot}_weight"] > 0:
+            raise UserError(f"{slot}_weight={cfg[f'{slot}_weight']} must be above 0: --{slot}= switches a slot off")
     for key, least in floors.items():
         if cfg.get(key, least) < least:
             raise UserError(f"{key}={cfg[key]} must be at least {least}")
@@ -147,14 +149,21 @@ def resolve(cfg, say=tell):
 # slots: a source's shards, the examples this run may use, and how its classes map to rows of the label head
 
 
-def choose_examples(labels, n, count, seed, slot, banned=()):
+EXAMPLES, ORDER, BATCH, CONTROL = range(4)  # what a stream of random numbers is for
+
+
+def stream(seed, name, *purpose):
+    """A random generator that depends on these values alone, so that no slot and no purpose disturbs another."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode()), *purpose])
+
+
+def choose_examples(labels, n, count, seed, name, banned=()):
     """Rows of the training split a run may use: the first `count` of an order in which classes take turns.
 
-    So the draw is even over classes, decided by (seed, slot), and nested: a larger count contains every smaller one.
+    So the draw is even over classes, decided by (seed, the slot's name), and nested: a larger count contains every smaller one.
     labels (n,) or None; banned: classes left out. count=-1 takes all. Raises UserError if there are fewer.
     """
-    rng = np.random.default_rng([seed, zlib.crc32(slot.encode()), 0])
-    order = rng.permutation(n)
+    order = stream(seed, name, EXAMPLES).permutation(n)
     if labels is not None:
         shuffled = labels[order]
         by_class = np.argsort(shuffled, kind="stable")  # classes together, each in its shuffled order
@@ -163,7 +172,7 @@ def choose_examples(labels, n, count, seed, slot, banned=()):
         order = order[np.argsort(turn, kind="stable")]  # first everyone's first, then everyone's second, ...
         order = order[~np.isin(labels[order], list(banned))]
     if count > len(order):
-        raise UserError(f"{slot}_examples={count}, but its training split offers {len(order)}: lower it, or -1 for all")
+        raise UserError(f"{name}_examples={count}, but its training split offers {len(order)}: lower it, or -1 for all")
     return order if count < 0 else order[:count]
 
 
@@ -173,12 +182,13 @@ def open_slots(cfg, say):
     for name in sorted(active_slots(cfg), key=lambda name: name != target):  # the target first
         folder = prepare(cfg, name, say)
         meta = read_meta(folder)
-        slot = SimpleNamespace(name=name, folder=folder, meta=meta, loss=cfg[f"{name}_loss"], batch=cfg[f"{name}_batch"],
+        loss = cfg[f"{name}_loss"]
+        slot = SimpleNamespace(name=name, folder=folder, meta=meta, loss=loss, objectives=loss.split("+"), batch=cfg[f"{name}_batch"],
                                weight=cfg[f"{name}_weight"], train=load_split(folder, "train"), val=load_split(folder, "val"),
                                cfg=cfg, banned=[])
         if len({plain_name(c) for c in meta["classes"]}) < len(meta["classes"]):
             raise UserError(f"{name}={cfg[name]} has classes that differ only in case, spaces, '_' or '-': rename or merge them")
-        if "label" in slot.loss.split("+"):
+        if "label" in slot.objectives:
             if len(meta["classes"]) < 2:
                 raise UserError(f"{name}={cfg[name]} has {len(meta['classes'])} classes, its label loss needs at least two: "
                                 f"choose --{name}_loss=next or reconstruct")
@@ -189,8 +199,7 @@ def open_slots(cfg, say):
                                 "add some, or pass --score_test=False")
             if cfg["unseen_classes"] and cfg["unseen_classes"] > len(meta["classes"]) - 2:
                 raise UserError(f"unseen_classes={cfg['unseen_classes']} leaves fewer than two of {len(meta['classes'])} classes")
-            rng = np.random.default_rng([cfg["seed"], zlib.crc32(b"unseen classes")])
-            slot.banned = sorted(rng.permutation(len(meta["classes"]))[:cfg["unseen_classes"]].tolist())
+            slot.banned = sorted(stream(cfg["seed"], "unseen classes").permutation(len(meta["classes"]))[:cfg["unseen_classes"]].tolist())
         labels = slot.train.get("labels")
         slot.rows = choose_examples(labels, len(slot.train["tokens"]), cfg[f"{name}_examples"], cfg["seed"], name, slot.banned)
         if cfg["control"] and name != target:
@@ -199,7 +208,7 @@ def open_slots(cfg, say):
     # The label head: the target's classes first, then what other slots with a label loss add. Names compare in plain form.
     classes = []
     for slot in slots.values():
-        if slot.name == target or "label" in slot.loss:
+        if slot.name == target or "label" in slot.objectives:
             known = {plain_name(c): i for i, c in enumerate(classes)}
             new = [c for c in slot.meta["classes"] if plain_name(c) not in known]
             own = {plain_name(c) for c in slot.meta["classes"]}
@@ -216,17 +225,18 @@ def open_slots(cfg, say):
 def destroy_structure(slot, seed):
     """Shuffle the examples of an auxiliary in place: their labels if it has a label loss, and their tokens (over all real places
     of all examples) if it predicts tokens. Each token and label stays as frequent as it was."""
-    rng, losses = np.random.default_rng([seed, zlib.crc32(slot.name.encode()), 3]), slot.loss.split("+")
-    if "label" in losses:
+    rng = stream(seed, slot.name, CONTROL)
+    if "label" in slot.objectives:
         slot.train["labels"] = slot.train["labels"].copy()
         slot.train["labels"][slot.rows] = rng.permutation(slot.train["labels"][slot.rows])
-    if losses != ["label"]:
-        every = slot.train["tokens"][np.arange(len(slot.train["tokens"]))]
-        tokens, lengths = every[slot.rows], slot.train.get("lengths", np.full(len(every), every.shape[1]))[slot.rows]
-        real = np.arange(every.shape[1]) < lengths[:, None]
+    if slot.objectives != ["label"]:
+        all_tokens = slot.train["tokens"][np.arange(len(slot.train["tokens"]))]
+        tokens, T = all_tokens[slot.rows], all_tokens.shape[1]
+        lengths = slot.train["lengths"][slot.rows] if "lengths" in slot.train else np.full(len(tokens), T)
+        real = np.arange(T) < lengths[:, None]
         tokens[real] = rng.permutation(tokens[real])
-        every[slot.rows] = tokens
-        slot.train["tokens"] = every
+        all_tokens[slot.rows] = tokens
+        slot.train["tokens"] = all_tokens
 
 
 def model_slots(slots):
@@ -238,7 +248,7 @@ def model_slots(slots):
         out[name] = dict(loss=slot.loss, length=shape[0], **{k: slot.meta[k] for k in keys if k in slot.meta})
         if slot.meta["kind"] == "continuous":
             out[name]["dim"] = shape[1]
-        if "label" in slot.loss:
+        if "label" in slot.objectives:
             out[name]["rows"] = np.unique(slot.head_rows[slot.train["labels"][slot.rows]]).tolist()
     return out
 
@@ -248,8 +258,8 @@ def model_slots(slots):
 
 
 @functools.lru_cache(maxsize=16)
-def epoch_order(seed, slot, epoch, n):
-    return np.random.default_rng([seed, zlib.crc32(slot.encode()), 1, epoch]).permutation(n)
+def epoch_order(seed, name, epoch, n):
+    return stream(seed, name, ORDER, epoch).permutation(n)
 
 
 def batch_rows(slot, seed, update):
@@ -280,6 +290,7 @@ def move_and_mask(tokens, lengths, mels, shift, gain, mask, rng):
     group, F = D // mels, T * D // mels
     frames, moves = tokens.reshape(B, F, mels), rng.integers(-shift, shift + 1, B)
     frames = frames[np.arange(B)[:, None], (np.arange(F) - moves[:, None]).clip(0, F - 1)]
+    # dB -> natural logarithm of power -> levels of uint8
     louder = rng.uniform(-gain, gain, (B, 1, 1)) * math.log(10) / 10 * 255 / (LOG_MEL_RANGE[1] - LOG_MEL_RANGE[0])
     frames = (frames + louder).clip(0, 255)
     for axis, size in ((2, mels), (1, F)):
@@ -287,7 +298,8 @@ def move_and_mask(tokens, lengths, mels, shift, gain, mask, rng):
         start = rng.integers(0, size, (B, 1))
         blank = (np.arange(size) >= start) & (np.arange(size) < start + wide)
         frames = np.where(np.expand_dims(blank, 3 - axis), frames.mean((1, 2), keepdims=True), frames)
-    return frames.astype(np.uint8).reshape(B, T, D), (-(-(lengths * group + moves) // group)).clip(1, T)
+    ends = lengths * group + moves  # in frames
+    return frames.astype(np.uint8).reshape(B, T, D), (-(-ends // group)).clip(1, T)  # in tokens, rounded up
 
 
 def collate(slot, arrays, rows, device, rng=None, augment=False):
@@ -301,11 +313,11 @@ def collate(slot, arrays, rows, device, rng=None, augment=False):
                                         cfg["audio_mask"], rng)
     if lengths is not None:
         if device.type == "cpu":  # short batches are cheap; compiled GPU code wants one shape
-            tokens = tokens[:, :max(2, lengths.max())]
+            tokens = tokens[:, :max(2, lengths.max())]  # "next" needs one token to read and one to predict
         batch["real"] = np.arange(tokens.shape[1]) < lengths[:, None]
-    if "label" in slot.loss:
+    if "label" in slot.objectives:
         batch["labels"] = slot.head_rows[arrays["labels"][rows]]
-    if rng is not None and "reconstruct" in slot.loss:
+    if rng is not None and "reconstruct" in slot.objectives and cfg["mask_ratio"] > 0:
         batch["hidden"] = rng.random(tokens.shape[:2]) < cfg["mask_ratio"]
     batch["tokens"] = tokens
     if slot.meta["kind"] == "discrete":
@@ -320,8 +332,7 @@ def to_device(tensor, device):
 
 
 def train_batch(slot, seed, update, device):
-    rng = np.random.default_rng([seed, zlib.crc32(slot.name.encode()), 2, update])
-    return collate(slot, slot.train, batch_rows(slot, seed, update), device, rng, augment=True)
+    return collate(slot, slot.train, batch_rows(slot, seed, update), device, stream(seed, slot.name, BATCH, update), augment=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,7 +393,7 @@ def add_up(*tensors):
             dist.all_reduce(tensor)
 
 
-def my_part(batch, mask_ratio):
+def my_part(batch):
     """This process's items of a batch, with what each objective counts in the whole of it: see UML.forward."""
     rank, world = ranks()
     if world == 1:
@@ -390,7 +401,7 @@ def my_part(batch, mask_ratio):
     tokens, real, hidden = batch["tokens"], batch.get("real"), batch.get("hidden")
     real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if real is None else real
     counts = dict(label=len(tokens), next=real[:, 1:].sum().clamp_min(1),
-                  reconstruct=(real & hidden if hidden is not None and mask_ratio > 0 else real).sum().clamp_min(1))
+                  reconstruct=(real if hidden is None else real & hidden).sum().clamp_min(1))
     return dict({key: value[rank::world] for key, value in batch.items()}, counts=counts)
 
 
@@ -460,7 +471,7 @@ def count_flops(model, name, batch):
 
 @torch.no_grad()
 def extract(model, slot, arrays, rows, device, layer=-1, batch=500):
-    """Frozen features of the given rows, (n, C) on the CPU; the model's train/eval mode is left as it was."""
+    """Frozen features of the given rows, (n, C) on the CPU."""
     parts = []
     for start in range(0, len(rows), batch):
         inputs = collate(slot, arrays, rows[start:start + batch], device)
@@ -469,7 +480,10 @@ def extract(model, slot, arrays, rows, device, layer=-1, batch=500):
 
 
 def fit_probe(known, val, classes):
-    """The best on val of four linear probes fitted on known, both (features, labels) -> ((weight, bias), its l2)."""
+    """Fit a linear probe on `known` with each of four penalties -> ((weight, bias), l2) of the one most accurate on `val`.
+
+    Both are (features, labels).
+    """
     def right(probe):
         return (val[0] @ probe[0].T + probe[1]).argmax(1).eq(val[1]).float().mean().item()
     fitted = [(linear_probe(*known, classes, l2), l2) for l2 in (1.0, 10.0, 100.0, 1000.0)]
@@ -493,7 +507,7 @@ def latent_r2(model, slot, arrays, device):
 
 @torch.no_grad()
 def evaluate(model, slot, arrays, device, probe=None):
-    """How good the target is on a split -> dict(score, accuracy, unseen_accuracy, and the probe that was used).
+    """How good the target is on a split -> dict(score, accuracy, balanced_accuracy, unseen_accuracy, r2 of known latents, probe).
 
     With a label loss the label head answers, over the target's classes. Without, a linear probe fitted on the run's own
     training examples does; its penalty is the best on this split unless a fitted probe is handed in. Without labels the
@@ -510,7 +524,7 @@ def evaluate(model, slot, arrays, device, probe=None):
     features = extract(model, slot, arrays, rows, device)
     truth, unseen = torch.from_numpy(labels).long(), torch.from_numpy(np.isin(labels, slot.banned))
 
-    if "label" in slot.loss:
+    if "label" in slot.objectives:
         probe = model.label_head.weight[:classes].cpu(), model.label_head.bias[:classes].cpu()
     elif probe is None:
         known = extract(model, slot, slot.train, slot.rows, device), torch.from_numpy(slot.train["labels"][slot.rows])
@@ -526,7 +540,7 @@ def evaluate(model, slot, arrays, device, probe=None):
 
 
 def save_checkpoint(path, keep=None, **state):
-    """torch.save, moved into place when whole, what was there to `keep`; UserError instead of a checkpoint with NaN in it."""
+    """Write a checkpoint whole or not at all; the file it replaces is moved to `keep`. UserError if a weight is not finite."""
     if broken := [name for name, value in state["model"].items() if not value.isfinite().all()]:
         raise UserError(f"{broken[0]} is no longer finite after step {state['step']}: lower --learning_rate (now "
                         f"{state['config']['learning_rate']}); {path} keeps the checkpoint before it")
@@ -542,7 +556,7 @@ def load_checkpoint(path):
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']!r} where this code writes {FORMAT}")
         for key in ("optimizer", "step", "config", "slots", "classes", "target_classes", "best", "updates", "seconds", "items", "threads"):
-            saved[key]
+            saved[key]  # KeyError if it is missing
         if broken := [name for name, value in saved["model"].items() if not value.isfinite().all()]:
             raise ValueError(f"{broken[0]} is not finite")
     except FileNotFoundError:
@@ -624,7 +638,10 @@ def start_trunk_from(model, cfg, folder):
 
 @torch.no_grad()
 def start_head_from(model, slot, device):
-    """Set the label head's rows to the slot's mean feature of each class, at unit length: the release's 'zero-shot init'."""
+    """Set the label head's rows to the slot's mean feature of each class, less that of all, at unit length; biases stay.
+
+    This is the release's 'zero-shot init'.
+    """
     features, labels = extract(model, slot, slot.train, slot.rows, device), slot.head_rows[slot.train["labels"][slot.rows]]
     for row in np.unique(labels):
         mean = features[labels == row].mean(0) - features.mean(0)
@@ -664,7 +681,7 @@ def finished_result(cfg):
 
 
 def pick_device(cfg):
-    """(device, autocast context, the line that says why)."""
+    """(device, autocast context, a line that names device and precision)."""
     name = cfg["device"]
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -731,6 +748,9 @@ def train(cfg, say):
         say(f"resuming {cfg['out_dir']} at step {step}")
     elif cfg["resume"]:
         say(f"nothing to resume in {cfg['out_dir']}: starting from scratch")
+    total = warm + cfg["steps"]
+    if step > total:  # said before anything is written
+        raise UserError(f"{cfg['out_dir']} is at step {step}, beyond the {total} asked for: choose another --out_dir")
     if rank == 0:
         with writing(cfg["out_dir"], 0):
             os.makedirs(cfg["out_dir"], exist_ok=True)
@@ -741,14 +761,13 @@ def train(cfg, say):
         write_file(log_path, log_until(log_path, step).encode())
         if os.path.exists(result_path):  # of fewer steps, now resumed
             os.remove(result_path)
-    total = warm + cfg["steps"]
-    if step > total:
-        raise UserError(f"{cfg['out_dir']} is at step {step}, beyond the {total} asked for: choose another --out_dir")
     for slot in slots.values():
         role = " (target)" if slot is target else ""
         say(f"{slot.name}: {cfg[slot.name]}, {len(slot.rows):,} training items, loss {slot.loss}{role}")
-    order = lambda step: " then ".join("+".join(group) for group in pattern(cfg, slots, step))
-    say(f"{warm} warm-start steps of {order(0)}, then " * (warm > 0) + f"{cfg['steps']} steps of {order(warm)}")
+    if warm:
+        say(f"{warm} warm-start steps of " + " and ".join(dict.fromkeys(
+            name for at in range(warm) for together in pattern(cfg, slots, at) for name in together)))
+    say(f"{cfg['steps']} steps of " + " then ".join("+".join(together) for together in pattern(cfg, slots, warm)))
     watched = sys.stdout is not None and sys.stdout.isatty() and say is tell
     bar = tqdm(total=total, initial=step, disable=not watched or rank > 0, leave=False)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -767,27 +786,30 @@ def train(cfg, say):
                         threads=torch.get_num_threads(), best=best, updates=updates, seconds=spent, items=items)
 
     catch_signals()
-    first, losses, window = step, {}, (step, spent, items)  # losses stay on the device until a log line is due
+    first = step
+    recent = {}  # {slot: [(step, loss), ...]} since the last log line; they stay on the device until it is due
+    logged = step, spent, items  # as of that line
     clock = time.perf_counter()
     while True:
         # 1. what is due between steps; the clock stands still meanwhile
-        evaluating = (step > max(first, warm) and ((step - warm) % cfg["eval_interval"] == 0 or step == total)
-                      or step == total and best is None)  # resumed exactly at its end
-        logging = step > first and (step % cfg["log_interval"] == 0 or step == total)
-        stopping = step >= total or 0 < cfg["stop_after"] <= step or asked_to_stop()
-        saving = stopping or evaluating or (step > first and step % cfg["eval_interval"] == 0)
+        moved, done = step > first, step == total
+        evaluating = moved and step > warm and ((step - warm) % cfg["eval_interval"] == 0 or done)
+        evaluating = evaluating or (done and best is None)  # resumed exactly at its end, never evaluated
+        logging = moved and (step % cfg["log_interval"] == 0 or done)
+        stopping = done or 0 < cfg["stop_after"] <= step or asked_to_stop()
+        saving = stopping or evaluating or (moved and step % cfg["eval_interval"] == 0)  # during the warm start too
         if logging or saving:
             synchronize()
             spent += time.perf_counter() - clock
-            if losses:
-                check_losses(losses, cfg)
+            if recent:
+                check_losses(recent, cfg)
         if logging:
-            means = {name: (sum(loss for _, loss in values) / len(values)).item() for name, values in losses.items()}
-            ms, rate = 1e3 * (spent - window[1]) / (step - window[0]), (items - window[2]) / (spent - window[1])
+            means = {name: (sum(loss for _, loss in values) / len(values)).item() for name, values in recent.items()}
+            ms, rate = 1e3 * (spent - logged[1]) / (step - logged[0]), (items - logged[2]) / (spent - logged[1])
             note(f"step {step}/{total} | " + " | ".join(f"{name} {mean:.4f}" for name, mean in means.items()) +
                  f" | lr {learning_rate(cfg, step - 1):.1e} | {ms:.0f} ms/step | {rate:,.0f} samples/s",
                  step=step, loss=means, lr=learning_rate(cfg, step - 1), ms_per_step=ms, samples_per_second=rate)
-            losses, window = {}, (step, spent, items)
+            recent, logged = {}, (step, spent, items)
         if evaluating and rank == 0:
             now = evaluate(model, target, target.val, device)
             shown = f"loss {-now['score']:.4f}" if now["accuracy"] is None else f"accuracy {now['accuracy']:.4f}"
@@ -806,7 +828,7 @@ def train(cfg, say):
 
         if step == warm and cfg["head_from"]:
             start_head_from(model, slots[cfg["head_from"]], device)
-        if step >= warm and cfg["freeze_trunk"]:
+        if cfg["freeze_trunk"] and step >= warm and step in (first, warm):  # also right after a resume
             for name, parameter in model.trunk.named_parameters():
                 parameter.requires_grad = "norm" in name
 
@@ -816,13 +838,13 @@ def train(cfg, say):
         for names in pattern(cfg, slots, step):
             optimizer.zero_grad(set_to_none=True)
             for name in names:
-                batch = my_part(train_batch(slots[name], cfg["seed"], updates[name], device), cfg["mask_ratio"])
+                batch = my_part(train_batch(slots[name], cfg["seed"], updates[name], device))
                 with autocast:
                     loss = loss_of(name, **batch)
                 (slots[name].weight * loss).backward()
                 loss = loss.detach()
                 add_up(loss)
-                losses.setdefault(name, []).append((step, loss))
+                recent.setdefault(name, []).append((step, loss))
                 updates[name] += 1
                 items += slots[name].batch
             add_up(*(p.grad for p in model.parameters() if p.grad is not None))  # an idle slot has none in any process
