@@ -1,4 +1,4 @@
-"""test_uml.py: what the code promises, each promise a test that tells its story in one line. Offline, about a minute.
+"""test_uml.py: what the code promises, each promise a test that tells its story in one line. Offline, about two minutes.
 
     python -m pytest -q                    # all
     python -m pytest -q -k resume          # one promise
@@ -783,6 +783,17 @@ def test_unseen_classes_have_no_labelled_examples(data):
     slot = slots["image"]
     assert len(slot.banned) == 8 and not np.isin(slot.train["labels"][slot.rows], slot.banned).any()
     assert len(T.model_slots(slots)["image"]["rows"]) == 56 and len(T.model_slots(slots)["text"]["rows"]) == 64
+
+
+def test_the_keys_of_the_linear_world_decide_what_it_shows():
+    """30 dimensions of which 6 vary beyond the noise of 0.2; two shared latents are seen in full, the other two at a tenth."""
+    cfg = P.read_config([f"--gaussian_{k}={v}" for k, v in dict(observed=30, shared=4, private=2, noise=0.2, clear=2, weak=0.1).items()], P.PREPARE_KEYS)
+    raw = P.gaussian_source(cfg, "image", "x")
+    seen, latents = raw["train"][0], raw["train_latents"]
+    spread = np.linalg.eigvalsh(np.cov(seen.T))
+    assert seen.shape == (11111, 30) and spread[:24] == pytest.approx(0.04, rel=0.15) and spread[24] > 0.1
+    strength = np.linalg.norm(np.linalg.lstsq(latents, seen, rcond=None)[0], axis=1)
+    assert strength[:2].min() > 3 and strength[2:] == pytest.approx(30**0.5 / 10, rel=0.4)
 
 
 def test_the_control_keeps_marginals_and_destroys_structure(data):

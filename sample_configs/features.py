@@ -8,7 +8,9 @@ Make the two files with any torch model, here `encoder` for pictures (the text f
             labels.append(targets)
     numpy.savez("image.npz", features=torch.cat(features).numpy(), labels=torch.cat(labels).numpy(),
                 classes=numpy.array(["cat", "dog"]))   # optional: split=numpy.array(["train", "test", ...]) for every row
-    python train.py sample_configs/features.py --image=npz:image.npz --text=npz:text.npz
+    python train.py sample_configs/features.py --image=npz:image.npz --text=npz:text.npz --image_examples=200
+Two CPU cores: seconds. With one labelled emoji of each of 58 classes, EfficientNet-Lite0 and MiniLM features, test accuracy over seeds 0 to 7:
+0.26 +- 0.02, without text 0.23 +- 0.02 (result emoji_frozen_1 of the README).
 """
 image = "npz:image.npz"
 text = "npz:text.npz"
@@ -18,4 +20,6 @@ width = 384
 head_from = "text"        # the head starts at the text's class means
 temperature = True
 learning_rate = 1e-3
-steps = 500
+weight_decay = 1.0
+steps = 300
+eval_interval = 25
