@@ -595,7 +595,7 @@ def compare(argv):
     arms = [arm for arm in ARMS if arm in {*arms, "alone", "uml"}]
     settings = candidates(own["search"], cfg)
     # Under "each" every speaker is tested in turn, so no seed is free of test data: each chooses on its own validation speaker.
-    per_seed = cfg["audio_test_group"] == "each"
+    per_seed = cfg["audio_test_group"] == "each" and modality_of(cfg["target"]) == "audio"
     if SEARCH_SEED in seeds and len(settings) > 1 and not per_seed:
         raise UserError(f"seed {SEARCH_SEED} is the one that chooses settings: pick another first_seed than {own['first_seed']}")
     for arm in arms:
@@ -619,8 +619,7 @@ def compare(argv):
         else:
             for arm in wave:
                 searched[arm], chosen[arm] = np.zeros((0, 1)), settings * n
-        found = [c for arm in wave for c in configs(arm, list(zip(seeds, chosen[arm])))]
-        found = iter(run_all(found, folder, own["jobs"], bar))
+        found = iter(run_all([c for arm in wave for c in configs(arm, zip(seeds, chosen[arm]))], folder, own["jobs"], bar))
         results.update({arm: [next(found) for _ in range(n)] for arm in wave})
     bar.close()
 
