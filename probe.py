@@ -547,12 +547,12 @@ def run_pool(configs, jobs, bar):
     """The results of configs in their order, `jobs` of them at a time. Where no bar is drawn (a log file) each makes a line."""
     bar.total += len(configs)
     bar.refresh()
-    finished = itertools.count(1)
 
     def count(*_):
         bar.update()
-        if bar.disable:
-            tell(f"run {next(finished)} of {len(configs)} finished")
+        if bar.disable:  # then update() counts nothing
+            bar.n += 1
+            tell(f"{bar.n} of the {bar.total} runs planned so far are finished")
 
     if jobs == 1 or len(configs) < 2:
         results = []
