@@ -344,14 +344,17 @@ def speaker_folder(path, speakers=("ann", "bob", "cy", "di")):
     return str(path)
 
 
-def test_folders_of_recordings_are_split_by_speaker(tmp_path):
+def test_folders_of_recordings_are_split_by_speaker(tmp_path, capsys):
     root = speaker_folder(tmp_path / "r")
     argv = [f"--audio=folder:{root}", r"--audio_groups=_([a-z]+)_", "--audio_test_group=cy", "--audio_val_group=ann"]
     meta = P.read_meta(prepared(tmp_path / "d", *argv))
     assert [meta["splits"][s]["count"] for s in ("train", "val", "test")] == [12, 6, 6] and meta["classes"] == ["one", "two"]
-    for words, more in (("'eve' is not there", "--audio_test_group=eve"), ("both 'ann'", "--audio_test_group=ann"), ("must find a group", "--audio_groups=x(y)")):
+    for words, more in (("'eve' is not there", "--audio_test_group=eve"), ("both 'ann'", "--audio_test_group=ann"), ("must find a group", "--audio_groups=x(y)"),
+                        ("must find a group", "--audio_groups=x(y)?|_[a-z]+_")):
         with pytest.raises(P.UserError, match=words):
             prepared(tmp_path / "d", *argv, more)
+    prepared(tmp_path / "d", argv[0], argv[2])
+    assert "NOT split by speaker" in capsys.readouterr().out
     with pytest.raises(P.UserError, match="three of them"):
         prepared(tmp_path / "d", f"--audio=folder:{speaker_folder(tmp_path / 'solo', ['ann'])}", argv[1])
 
