@@ -1206,8 +1206,8 @@ def shard_folder(cfg, slot):
         files = sorted(os.path.join(d, f) for d, _, inside in os.walk(path) for f in inside) if os.path.isdir(path) else [path]
         listing = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f)]
         made_from["files"] = hashlib.sha256(repr(listing).encode()).hexdigest()
-    made_from["code"] = hashlib.sha256(inspect.getsource(SOURCES[name][0]).encode()).hexdigest()[:8]  # its own lines only:
-    # after an edit of anything that it calls, raise FORMAT
+    # an edited source makes other shards; this sees its own lines only, so after an edit of what it calls raise FORMAT
+    made_from["code"] = hashlib.sha256(inspect.getsource(SOURCES[name][0]).encode()).hexdigest()[:8]
     made_from["version"] = dict(cifar10=CIFAR10_SHA256, cupl=CUPL_URL, fsdd=FSDD_URL, pydoc=sys.version.split()[0]).get(name, "")
     hash8 = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
     label = re.sub(r"\W+", "-", name + ("-" + os.path.basename(path.rstrip("/")) if path else "")).strip("-")
