@@ -927,6 +927,7 @@ def exchange(argv):
     os.makedirs(folder, exist_ok=True)
     seeds = range(own["first_seed"], own["first_seed"] + own["seeds"])
     runs = [dict(cfg, **{x_key: x, y_key: y, "seed": seed}) for x, y in cells for seed in seeds]
+    open_slots(resolve(runs[-1], say=tell), say=lambda line: None)  # the largest cell: too many examples show now, not hours later
     results = run_all(runs, folder, own["jobs"], bar)
     bar.close()
     scores = np.array([score_of(r, "test" if cfg["score_test"] else "val") for r in results]).reshape(len(cells), own["seeds"])

@@ -897,9 +897,11 @@ def test_exchange_runs_a_grid(tmp_path, monkeypatch, capsys):
             "--seeds=2", f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/o"]
     for words, more in (("exactly two lists", ["--image_examples=[64,128]"]), ("no grid to fit", ["--image_examples=[64,128]", "--text_examples=[0,64]"]),
                         ("no grid to fit", ["--image_examples=[64,128,192]", "--text_examples=[0,-1]"]),
-                        ("whole numbers", ["--image_examples=[64,x]", "--text_examples=[0,64]"])):
+                        ("whole numbers", ["--image_examples=[64,x]", "--text_examples=[0,64]"]),
+                        ("image_examples=9999", ["--image_examples=[64,128,9999]", "--text_examples=[0,64]"])):
         with pytest.raises(P.UserError, match=words):
             B.exchange(argv + more)
+    assert not list(tmp_path.glob("o/compare/run-*"))  # refused before anything was trained
     monkeypatch.setattr(B, "fit_exchange", lambda *cells: dict(rho=0.1, gamma=1.0, b0=0.0, b1=0.1, residual=0.0))  # three steps teach nothing to fit
     out = B.exchange([*argv, "--image_examples=[64,128,192]", "--text_examples=[0,64]"])
     assert len(out["cells"]) == 6 and out["rate"] == pytest.approx(0.1) and 3 < out["words_per_item"] < 20 and (tmp_path / "o/exchange.png").exists()
