@@ -10,7 +10,8 @@ A slot (image, text, audio, text2, ...) names a source; a source becomes data/MO
     {train,val,test}_labels_000.bin and _lengths, _latents where the source has them; bpe.tiktoken beside text
 train.py calls prepare() for a source that is missing, so running this file by hand is optional.
 
-Sections: errors, files, config, shards, raw files, pictures, text, audio, the shapes world, sources, prepare.
+Sections: errors, config, shards, pictures, text, audio, the shapes world, sources, prepare. That is how data become shards. What
+comes after it keeps them whole: files, raw files.
 """
 import ast
 import base64
@@ -73,80 +74,6 @@ def tell(line):
         print(line, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# files: written under a temporary name and moved into place, so that whoever looks finds a whole one or none
-
-
-@contextlib.contextmanager
-def writing(path, size):
-    """A full or read-only disk met within becomes one sentence: the path, the bytes that were to be written, those free."""
-    try:
-        yield
-    except OSError as problem:
-        folder = os.path.dirname(os.path.abspath(path))
-        while not os.path.isdir(folder):
-            folder = os.path.dirname(folder)
-        raise UserError(f"cannot write {path} ({problem.strerror or problem}): {size:,} bytes needed, "
-                        f"{shutil.disk_usage(folder).free:,} free there") from None
-
-
-def write_file(path, data, keep=None):
-    """Put bytes into a file; the old one stays until the new one is whole and on the disk (then as `keep`, where given)."""
-    with writing(path, len(data)):
-        try:
-            with open(path + ".tmp", "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            if keep and os.path.exists(path):
-                os.replace(path, keep)
-            os.replace(path + ".tmp", path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.remove(path + ".tmp")
-            raise
-
-
-def write_json(path, value):
-    write_file(path, json.dumps(value, indent=1).encode())
-
-
-def read_json(path):
-    """The JSON of a file; ValueError where it is none, or larger than anything we write."""
-    with open(path, "rb") as f:
-        data = f.read(2**26 + 1)
-    if len(data) > 2**26:
-        raise ValueError(f"more than {2**26} bytes")
-    return json.loads(data)
-
-
-@contextlib.contextmanager
-def locked(path, busy, wait=False):
-    """Hold the lock file `path`; where another process holds it, say `busy` and wait, or refuse. A kill releases it (flock)."""
-    while True:
-        with writing(path, 0):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            lock = open(path, "ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise UserError(busy) from None
-            tell(f"{busy}: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
-                break
-        lock.close()  # its holder has removed it meanwhile: lock the new one
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(path)
-            os.rmdir(os.path.dirname(path))  # if nothing came of it
-        lock.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,11 +201,6 @@ def read_config(argv, keys, strict=True):
                 pass  # stays text, which checked() refuses
         cfg[key] = checked(key, value, defaults[key], where)
     return cfg
-
-
-def peak_memory():
-    """The most memory this process has held, in bytes (mapped shards included)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def print_help(doc, keys, title="Every key, for a config file or as --key=value:"):
@@ -414,93 +336,6 @@ def load_split(folder, split):
             raise UserError(f"{folder}: {split} {name} run from {arrays[name].min()} to {arrays[name].max()}, expected {low} to {high}: "
                             "delete it to prepare it again")
     return arrays
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# raw files: used where they lie in raw_dir with the right checksum, else downloaded once
-
-
-PATIENCE = 30  # seconds without a byte
-
-
-def raw_file(cfg, source, name, url, sha256, size=None):
-    """Path of RAW_DIR/SOURCE/NAME with the given sha256 (None: not known), downloaded if missing. UserError has the way out."""
-    path = os.path.join(cfg["raw_dir"], source, name)
-    way_out = (f"put the file from {url}{f' (sha256 {sha256})' if sha256 else ''} at {path} by hand, "
-               "name the folder it lies under with --raw_dir=FOLDER, or run the offline config sample_configs/shapes_text.py")
-    if os.path.exists(path):
-        check_sha256(path, sha256, f"{path}: remove it and {way_out}")
-        return path
-    with locked(f"{path}.lock", f"another process is fetching {path}", wait=True):
-        if not os.path.exists(path):
-            download(path, url, sha256, size, way_out)
-    return path
-
-
-def download(path, url, sha256, size, way_out):
-    """Fetch url to path; only what has the right length and checksum gets that name."""
-    coming, total = path + ".tmp", size or 0
-    try:
-        with urllib.request.urlopen(url, timeout=PATIENCE) as response:
-            total = int(response.headers.get("Content-Length") or 0) or total
-            with writing(path, total), open(coming, "wb") as out, tqdm(total=total, unit="B", unit_scale=True,
-                                                                       desc=f"fetching {os.path.basename(path)}") as bar:
-                while chunk := read_chunk(response):
-                    out.write(chunk)
-                    bar.update(len(chunk))
-        if total and os.path.getsize(coming) != total:
-            raise OSError(f"{os.path.getsize(coming)} of {total} bytes came")
-        check_sha256(coming, sha256, f"what {url} sent: {way_out}")
-        os.replace(coming, path)
-    except (OSError, http.client.HTTPException) as problem:  # urllib's URLError is an OSError
-        raise UserError(f"cannot fetch {os.path.basename(path)} ({problem}): {way_out}") from None
-    finally:
-        if os.path.exists(coming):
-            os.remove(coming)
-
-
-def read_chunk(response):
-    """A stall or a drop is the network's fault: HTTPException, so that it is not taken for a full disk."""
-    try:
-        return response.read(1 << 20)
-    except OSError as problem:
-        raise http.client.HTTPException(str(problem)) from None
-
-
-def check_sha256(path, sha256, way_out):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    found = digest.hexdigest()
-    if sha256 and found != sha256:
-        raise UserError(f"wrong checksum: {os.path.getsize(path)} bytes of sha256 {found}, expected {sha256}, in {way_out}")
-
-
-def read_archive(path, wanted, largest=10**6):
-    """{name: bytes} of the files of a tar.gz whose name is wanted, at most `largest` bytes each; nothing is extracted to disk."""
-    found = {}
-    try:
-        with tarfile.open(path, "r:gz") as archive:
-            for member in archive:
-                if member.isfile() and wanted(member.name):
-                    if member.size > largest:
-                        raise UserError(f"{path}: {member.name} claims {member.size} bytes, more than {largest}: remove it to fetch it again")
-                    found[member.name] = archive.extractfile(member).read(member.size)
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
-        raise UserError(f"{path} is not a readable tar.gz archive ({problem}): remove it to fetch it again") from None
-    return found
-
-
-def read_text(path):
-    """The text of a UTF-8 file, with or without a byte-order mark."""
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            return f.read()
-    except UnicodeDecodeError as problem:
-        raise UserError(f"{path} is not UTF-8 (byte {problem.start}): convert it with `iconv -f latin1 -t utf-8`") from None
-    except OSError as problem:
-        raise UserError(f"cannot read {path} ({problem.strerror})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1300,6 +1135,172 @@ def describe(folder, meta):
     tokens = " x ".join(str(n) for n in meta["arrays"]["tokens"]["shape"])
     words = f", {meta['vocab']:,} BPE tokens" if meta["kind"] == "discrete" else ""
     return f"{folder}: {counts} items of {tokens} {meta['arrays']['tokens']['dtype']}, {len(meta['classes'])} classes{words}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files: written under a temporary name and moved into place, so that whoever looks finds a whole one or none
+
+
+@contextlib.contextmanager
+def writing(path, size):
+    """A full or read-only disk met within becomes one sentence: the path, the bytes that were to be written, those free."""
+    try:
+        yield
+    except OSError as problem:
+        folder = os.path.dirname(os.path.abspath(path))
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        raise UserError(f"cannot write {path} ({problem.strerror or problem}): {size:,} bytes needed, "
+                        f"{shutil.disk_usage(folder).free:,} free there") from None
+
+
+def write_file(path, data, keep=None):
+    """Put bytes into a file; the old one stays until the new one is whole and on the disk (then as `keep`, where given)."""
+    with writing(path, len(data)):
+        try:
+            with open(path + ".tmp", "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            if keep and os.path.exists(path):
+                os.replace(path, keep)
+            os.replace(path + ".tmp", path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.remove(path + ".tmp")
+            raise
+
+
+def write_json(path, value):
+    write_file(path, json.dumps(value, indent=1).encode())
+
+
+def read_json(path):
+    """The JSON of a file; ValueError where it is none, or larger than anything we write."""
+    with open(path, "rb") as f:
+        data = f.read(2**26 + 1)
+    if len(data) > 2**26:
+        raise ValueError(f"more than {2**26} bytes")
+    return json.loads(data)
+
+
+@contextlib.contextmanager
+def locked(path, busy, wait=False):
+    """Hold the lock file `path`; where another process holds it, say `busy` and wait, or refuse. A kill releases it (flock)."""
+    while True:
+        with writing(path, 0):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            lock = open(path, "ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise UserError(busy) from None
+            tell(f"{busy}: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                break
+        lock.close()  # its holder has removed it meanwhile: lock the new one
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+            os.rmdir(os.path.dirname(path))  # if nothing came of it
+        lock.close()
+
+
+def peak_memory():
+    """The most memory this process has held, in bytes (mapped shards included)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# raw files: used where they lie in raw_dir with the right checksum, else downloaded once
+
+
+PATIENCE = 30  # seconds without a byte
+
+
+def raw_file(cfg, source, name, url, sha256, size=None):
+    """Path of RAW_DIR/SOURCE/NAME with the given sha256 (None: not known), downloaded if missing. UserError has the way out."""
+    path = os.path.join(cfg["raw_dir"], source, name)
+    way_out = (f"put the file from {url}{f' (sha256 {sha256})' if sha256 else ''} at {path} by hand, "
+               "name the folder it lies under with --raw_dir=FOLDER, or run the offline config sample_configs/shapes_text.py")
+    if os.path.exists(path):
+        check_sha256(path, sha256, f"{path}: remove it and {way_out}")
+        return path
+    with locked(f"{path}.lock", f"another process is fetching {path}", wait=True):
+        if not os.path.exists(path):
+            download(path, url, sha256, size, way_out)
+    return path
+
+
+def download(path, url, sha256, size, way_out):
+    """Fetch url to path; only what has the right length and checksum gets that name."""
+    coming, total = path + ".tmp", size or 0
+    try:
+        with urllib.request.urlopen(url, timeout=PATIENCE) as response:
+            total = int(response.headers.get("Content-Length") or 0) or total
+            with writing(path, total), open(coming, "wb") as out, tqdm(total=total, unit="B", unit_scale=True,
+                                                                       desc=f"fetching {os.path.basename(path)}") as bar:
+                while chunk := read_chunk(response):
+                    out.write(chunk)
+                    bar.update(len(chunk))
+        if total and os.path.getsize(coming) != total:
+            raise OSError(f"{os.path.getsize(coming)} of {total} bytes came")
+        check_sha256(coming, sha256, f"what {url} sent: {way_out}")
+        os.replace(coming, path)
+    except (OSError, http.client.HTTPException) as problem:  # urllib's URLError is an OSError
+        raise UserError(f"cannot fetch {os.path.basename(path)} ({problem}): {way_out}") from None
+    finally:
+        if os.path.exists(coming):
+            os.remove(coming)
+
+
+def read_chunk(response):
+    """A stall or a drop is the network's fault: HTTPException, so that it is not taken for a full disk."""
+    try:
+        return response.read(1 << 20)
+    except OSError as problem:
+        raise http.client.HTTPException(str(problem)) from None
+
+
+def check_sha256(path, sha256, way_out):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    found = digest.hexdigest()
+    if sha256 and found != sha256:
+        raise UserError(f"wrong checksum: {os.path.getsize(path)} bytes of sha256 {found}, expected {sha256}, in {way_out}")
+
+
+def read_archive(path, wanted, largest=10**6):
+    """{name: bytes} of the files of a tar.gz whose name is wanted, at most `largest` bytes each; nothing is extracted to disk."""
+    found = {}
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            for member in archive:
+                if member.isfile() and wanted(member.name):
+                    if member.size > largest:
+                        raise UserError(f"{path}: {member.name} claims {member.size} bytes, more than {largest}: remove it to fetch it again")
+                    found[member.name] = archive.extractfile(member).read(member.size)
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
+        raise UserError(f"{path} is not a readable tar.gz archive ({problem}): remove it to fetch it again") from None
+    return found
+
+
+def read_text(path):
+    """The text of a UTF-8 file, with or without a byte-order mark."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return f.read()
+    except UnicodeDecodeError as problem:
+        raise UserError(f"{path} is not UTF-8 (byte {problem.start}): convert it with `iconv -f latin1 -t utf-8`") from None
+    except OSError as problem:
+        raise UserError(f"cannot read {path} ({problem.strerror})") from None
 
 
 def main():

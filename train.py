@@ -7,7 +7,8 @@
 Writes out/NAME/: last.pt (the newest checkpoint; prev.pt the one before, until the end), best.pt (the best on validation), config.json,
 log.jsonl, result.json.
 
-Sections: config, slots and their examples, batches, processes, optimisation, evaluation, checkpoints, the run.
+Sections: config, slots, batches, optimisation, evaluation, the run. That is how a run learns. What comes after it keeps long
+runs safe and measures them: checkpoints, several processes and signals, benchmark.
 """
 import contextlib
 import datetime
@@ -144,6 +145,14 @@ def resolve(cfg, say=tell):
         raise UserError(f"mask_ratio={cfg['mask_ratio']} must be below 1 and learning_rate={cfg['learning_rate']} above 0")
     return cfg
 
+
+def read_run_config(argv, keys=KEYS):
+    """argv -> the full config of a run, out_dir filled in."""
+    cfg = read_config(argv, keys)
+    if not cfg["out_dir"]:
+        stem = next((os.path.splitext(os.path.basename(arg))[0] for arg in argv if not arg.startswith("--")), "run")
+        cfg["out_dir"] = os.path.join("out", stem)
+    return cfg
 
 # ---------------------------------------------------------------------------------------------------------------------
 # slots: a source's shards, the examples this run may use, and how its classes map to rows of the label head
@@ -336,8 +345,500 @@ def train_batch(slot, seed, update, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# processes and signals. Where torchrun started several processes, all draw the same batch and each takes its part of it, so
-# that a run does not depend on how many there are (to floating-point tolerance).
+# optimisation
+
+
+def make_optimizer(model, cfg, device):
+    """AdamW over every parameter once: matrices decay, the rest (norms, biases, positions) does not.
+
+    A slot that is idle in a step has no gradient (None), and AdamW passes it over: it neither decays nor drifts.
+    """
+    decay = lambda name, p: p.dim() >= 2 and not name.startswith("position")
+    named = list(model.named_parameters())
+    groups = [dict(params=[p for name, p in named if decay(name, p)], weight_decay=cfg["weight_decay"]),
+              dict(params=[p for name, p in named if not decay(name, p)], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=cfg["learning_rate"], betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
+
+
+def learning_rate(cfg, step):
+    """Each phase, the warm start and the main one, has its own linear warm-up (5%) and cosine to zero."""
+    warm = cfg["warm_start_steps"]
+    at, length = (step, warm) if step < warm else (step - warm, cfg["steps"])
+    return cfg["learning_rate"] * min((at + 1) / max(1, length // 20), 0.5 + 0.5 * math.cos(math.pi * at / length))
+
+
+def pattern(cfg, slots, step):
+    """The slots of this step, grouped by optimizer update: [["image"], ["text"]], or [["image", "text"]] if joint.
+
+    A warm-start step is one update on the auxiliaries, in turn; a later step is one target update and what goes with it.
+    """
+    auxiliaries = [name for name in slots if name != cfg["target"]]
+    turns = [name for name in auxiliaries for _ in range(cfg[f"{name}_updates"])]
+    if step < cfg["warm_start_steps"]:
+        return [auxiliaries] if cfg["schedule"] == "joint" else [[(turns or auxiliaries)[step % len(turns or auxiliaries)]]]
+    return [[cfg["target"], *auxiliaries]] if cfg["schedule"] == "joint" else [[name] for name in [cfg["target"], *turns]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation: the target only
+
+
+@torch.no_grad()
+def extract(model, slot, arrays, rows, device, layer=-1, batch=500):
+    """Frozen features of the given rows, (n, C) on the CPU."""
+    parts = []
+    for start in range(0, len(rows), batch):
+        inputs = collate(slot, arrays, rows[start:start + batch], device)
+        parts.append(model.features(slot.name, inputs["tokens"], inputs.get("real"), layer).float().cpu())
+    return torch.cat(parts)
+
+
+def fit_probe(known, val, classes):
+    """Fit a linear probe on `known` with each of four penalties -> ((weight, bias), l2) of the one most accurate on `val`.
+
+    Both are (features, labels).
+    """
+    def right(probe):
+        return (val[0] @ probe[0].T + probe[1]).argmax(1).eq(val[1]).float().mean().item()
+    fitted = [(linear_probe(*known, classes, l2), l2) for l2 in (1.0, 10.0, 100.0, 1000.0)]
+    return max(fitted, key=lambda one: right(one[0]))
+
+
+def latent_r2(model, slot, arrays, device):
+    """Share of the latents' variance on a split that is read linearly off the features, mean over latents; None without latents.
+
+    The linear map is least squares on the run's training items.
+    """
+    if "latents" not in arrays:
+        return None
+    def side(of, rows):
+        features = extract(model, slot, of, rows, device).double()
+        return torch.cat([features, torch.ones(len(features), 1).double()], 1), torch.from_numpy(of["latents"][rows]).double()
+    (known, truth), (new, wanted) = side(slot.train, slot.rows), side(arrays, np.arange(len(arrays["tokens"])))
+    found = new @ torch.linalg.lstsq(known, truth).solution
+    return (1 - (found - wanted).square().sum(0) / (wanted - wanted.mean(0)).square().sum(0)).mean().item()
+
+
+@torch.no_grad()
+def evaluate(model, slot, arrays, device, probe=None):
+    """How good the target is on a split -> dict(score, accuracy, balanced_accuracy, unseen_accuracy, r2 of known latents, probe).
+
+    With a label loss the label head answers, over the target's classes. Without, a linear probe fitted on the run's own
+    training examples does; its penalty is the best on this split unless a fitted probe is handed in. Without labels the
+    score is minus the loss. score and accuracy count items of classes that have labelled examples.
+    """
+    labels, rows, classes = arrays.get("labels"), np.arange(len(arrays["tokens"])), len(slot.meta["classes"])
+    if labels is None or classes < 2:
+        loss = 0.0
+        for i, part in enumerate(np.array_split(rows, -(-len(rows) // 500))):
+            batch = collate(slot, arrays, part, device, np.random.default_rng([i]))  # hides the same tokens every time
+            loss += len(part) / len(rows) * model(slot.name, **batch).item()
+        return dict(score=-loss, accuracy=None, balanced_accuracy=None, unseen_accuracy=None, probe=None,
+                    r2=latent_r2(model, slot, arrays, device))
+    features = extract(model, slot, arrays, rows, device)
+    truth, unseen = torch.from_numpy(labels).long(), torch.from_numpy(np.isin(labels, slot.banned))
+
+    if "label" in slot.objectives:
+        probe = model.label_head.weight[:classes].cpu(), model.label_head.bias[:classes].cpu()
+    elif probe is None:
+        known = extract(model, slot, slot.train, slot.rows, device), torch.from_numpy(slot.train["labels"][slot.rows])
+        probe, _ = fit_probe(known, (features[~unseen], truth[~unseen]), classes)
+    right = ((features @ probe[0].T + probe[1]).argmax(1) == truth).float()
+    balanced = torch.stack([right[truth == c].mean() for c in truth[~unseen].unique()]).mean().item()
+    accuracy, unseen_accuracy = right[~unseen].mean().item(), right[unseen].mean().item() if unseen.any() else None
+    return dict(score=accuracy, accuracy=accuracy, balanced_accuracy=balanced, unseen_accuracy=unseen_accuracy, probe=probe)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run: one config, from its first batch to its result
+
+
+def pick_device(cfg):
+    """(device, autocast context, a line that names device and precision)."""
+    name = cfg["device"]
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device='cuda', but torch finds no GPU here: use --device=cpu")
+    if name == "cuda" and dist.is_initialized():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
+    half = name.startswith("cuda") and torch.cuda.is_bf16_supported()  # on CPUs without bf16 matrix units half precision is slower
+    return torch.device(name), torch.autocast(name.split(":")[0], torch.bfloat16, enabled=half), f"{name}, {'bf16' if half else 'fp32'}"
+
+
+def build_model(cfg, slots, classes):
+    keys = ("width", "layers", "heads", "bottleneck", "mask_ratio", "image_embed", "temperature", "seed")
+    try:
+        return UML(slots, len(classes), **{key: cfg[key] for key in keys if key in cfg})
+    except ValueError as problem:
+        raise UserError(str(problem)) from None
+
+
+def start_trunk_from(model, cfg, folder):
+    """Copy the trunk and its last norm from a finished run's best.pt, whatever slots that run had."""
+    other = load_checkpoint(os.path.join(folder, "best.pt"))
+    state = {k: v for k, v in other["model"].items() if k.startswith(("trunk.", "norm."))}
+    own = {k: v.shape for k, v in model.state_dict().items() if k.startswith(("trunk.", "norm."))}
+    if own != {k: v.shape for k, v in state.items()} or other["config"]["heads"] != cfg["heads"]:
+        raise UserError(f"init_from={folder} has a trunk of another width, depth or number of heads than this config")
+    model.load_state_dict(state, strict=False)
+
+
+@torch.no_grad()
+def start_head_from(model, slot, device):
+    """Set the label head's rows to the slot's mean feature of each class, less that of all, at unit length; biases stay.
+
+    This is the release's 'zero-shot init'.
+    """
+    features, labels = extract(model, slot, slot.train, slot.rows, device), slot.head_rows[slot.train["labels"][slot.rows]]
+    for row in np.unique(labels):
+        mean = features[labels == row].mean(0) - features.mean(0)
+        model.label_head.weight[row] = (mean / mean.norm().clamp_min(1e-6)).to(device)
+
+
+def set_up(cfg, say):
+    """Everything a step needs, from a resolved config -> (device, slots, classes, model, loss_of, optimizer, autocast)."""
+    if cfg["threads"]:
+        torch.set_num_threads(cfg["threads"])
+    device, autocast, device_line = pick_device(cfg)
+    slots, classes = open_slots(cfg, say)
+    if small := [slot for slot in slots.values() if slot.batch < ranks()[1]]:
+        raise UserError(f"{small[0].name}_batch={small[0].batch} cannot be divided among {ranks()[1]} processes: raise it")
+    model = build_model(cfg, model_slots(slots), classes)
+    if cfg["init_from"]:
+        start_trunk_from(model, cfg, cfg["init_from"])
+    model.to(device)
+    compiled = cfg["compile"] if cfg["compile"] is not None else device.type == "cuda"
+    loss_of = torch.compile(model) if compiled else model  # `model` itself is what we evaluate and save
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(p.numel() for p in model.trunk.parameters()):,} of them "
+        f"in the shared trunk; {device_line}, {torch.get_num_threads()} threads, {'compiled' if compiled else 'eager'}")
+    return device, slots, classes, model, loss_of, make_optimizer(model, cfg, device), autocast
+
+
+def announce(cfg, slots, say):
+    """Say what will be trained on, and in which order."""
+    for slot in slots.values():
+        role = " (target)" if slot.name == cfg["target"] else ""
+        say(f"{slot.name}: {cfg[slot.name]}, {len(slot.rows):,} training items, loss {slot.loss}{role}")
+    if warm := cfg["warm_start_steps"]:
+        turns = (name for step in range(warm) for names in pattern(cfg, slots, step) for name in names)
+        say(f"{warm} warm-start steps of {' and '.join(dict.fromkeys(turns))}")
+    say(f"{cfg['steps']} steps of " + " then ".join("+".join(names) for names in pattern(cfg, slots, warm)))
+
+
+def train_step(cfg, slots, model, loss_of, optimizer, autocast, device, at):
+    """One step: every group of slots in the pattern makes one optimizer update -> {slot: [its losses, on the device]}."""
+    losses = {}
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(cfg, at.step)
+    for names in pattern(cfg, slots, at.step):
+        optimizer.zero_grad(set_to_none=True)
+        for name in names:
+            batch = my_part(train_batch(slots[name], cfg["seed"], at.updates[name], device))
+            with autocast:
+                loss = loss_of(name, **batch)
+            (slots[name].weight * loss).backward()
+            losses.setdefault(name, []).append(loss.detach())
+            at.updates[name] += 1
+            at.items += slots[name].batch
+        # Several processes: each has its part of the sums. A slot that is idle has no gradient in any of them.
+        add_up(*(p.grad for p in model.parameters() if p.grad is not None))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    add_up(*(loss for values in losses.values() for loss in values))
+    at.step += 1
+    return losses
+
+
+def run(cfg, say=tell):
+    """Train one config to its end -> the result dict (also in out_dir/result.json), or None if stop_after came first.
+
+    SIGINT and SIGTERM end it after the step, saved, with exit code 130 or 143. Under torchrun only process 0 returns a result.
+    """
+    if ranks()[0] > 0:
+        say = lambda line: None
+    cfg = resolve(cfg, say)
+    cfg["shards"] = shard_names(cfg)  # other data, another run
+    with undisturbed(cfg["out_dir"]):
+        return train(cfg, say)
+
+
+def train(cfg, say):
+    """The run itself, top to bottom; cfg is resolved and out_dir ours alone."""
+    rank, _ = ranks()
+    if (finished := finished_result(cfg)) is not None:
+        say(f"{cfg['out_dir']} is finished; its result again:")
+        return finished if rank == 0 else None
+
+    # 1. data, model, optimizer, and where an earlier run left off
+    if rank > 0:
+        meet()  # process 0 prepares the shards first
+    device, slots, classes, model, loss_of, optimizer, autocast = set_up(cfg, say)
+    if rank == 0:
+        meet()
+    target, warm, total = slots[cfg["target"]], cfg["warm_start_steps"], cfg["warm_start_steps"] + cfg["steps"]
+    # All of a run's state that is no weight. Batches follow from `updates`, so there is no sampler or generator to save.
+    at = SimpleNamespace(step=0, best=None, updates=dict.fromkeys(slots, 0), seconds=0.0, items=0)
+    if cfg["resume"]:
+        vars(at).update(load_newest(cfg, model, optimizer, say))
+    meet()  # all have read what process 0 goes on to write
+    if at.step > total:  # said before anything is written
+        raise UserError(f"{cfg['out_dir']} is at step {at.step}, beyond the {total} asked for: choose another --out_dir")
+    last_path, prev_path, best_path = (os.path.join(cfg["out_dir"], name) for name in ("last.pt", "prev.pt", "best.pt"))
+    if rank == 0:
+        begin_folder(cfg, at.step)
+    announce(cfg, slots, say)
+    watched = sys.stdout is not None and sys.stdout.isatty() and say is tell
+    bar = tqdm(total=total, initial=at.step, disable=not watched or rank > 0, leave=False)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def note(line, **entry):
+        """Show a line; what it says goes to log.jsonl as well."""
+        if rank == 0:
+            say(line) if bar.disable else bar.write(line)
+            append_line(os.path.join(cfg["out_dir"], "log.jsonl"), json.dumps(entry))
+
+    def save(path):
+        save_checkpoint(path, keep=prev_path if path == last_path else None, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                        config=cfg, slots=model.slots, classes=classes, target_classes=len(target.meta["classes"]),
+                        threads=torch.get_num_threads(), **vars(at))
+
+    # 2. the loop. It turns once more than there are steps, so that the last one is logged, evaluated and saved like any other.
+    catch_signals()
+    first, recent = at.step, {}  # recent: {slot: [(step, loss), ...]} since the last log line, left on the device until it is due
+    logged = SimpleNamespace(**vars(at))  # as of that line
+    clock = time.perf_counter()
+    while True:
+        moved, done = at.step > first, at.step == total
+        evaluating = moved and at.step > warm and ((at.step - warm) % cfg["eval_interval"] == 0 or done)
+        evaluating = evaluating or (done and at.best is None)  # resumed exactly at its end, never evaluated
+        logging = moved and (at.step % cfg["log_interval"] == 0 or done)
+        stopping = done or 0 < cfg["stop_after"] <= at.step or asked_to_stop()
+        saving = stopping or evaluating or (moved and at.step % cfg["eval_interval"] == 0)  # during the warm start too
+        if logging or saving:  # the clock stands still meanwhile
+            synchronize()
+            at.seconds += time.perf_counter() - clock
+            check_losses(recent, cfg)
+        if logging:
+            means = {name: (sum(loss for _, loss in values) / len(values)).item() for name, values in recent.items()}
+            seconds, lr = at.seconds - logged.seconds, learning_rate(cfg, at.step - 1)
+            ms, rate = 1e3 * seconds / (at.step - logged.step), (at.items - logged.items) / seconds
+            note(f"step {at.step}/{total} | " + " | ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+                 + f" | lr {lr:.1e} | {ms:.0f} ms/step | {rate:,.0f} samples/s",
+                 step=at.step, loss=means, lr=lr, ms_per_step=ms, samples_per_second=rate)
+            recent, logged = {}, SimpleNamespace(**vars(at))
+        if evaluating and rank == 0:
+            now = evaluate(model, target, target.val, device)
+            shown = f"loss {-now['score']:.4f}" if now["accuracy"] is None else f"accuracy {now['accuracy']:.4f}"
+            shown += "" if now["unseen_accuracy"] is None else f" (unseen classes {now['unseen_accuracy']:.4f})"
+            note(f"step {at.step}/{total} | validation {shown}", step=at.step, val_accuracy=now["accuracy"],
+                 val_score=now["score"], val_unseen_accuracy=now["unseen_accuracy"])
+            if at.best is None or now["score"] > at.best["score"]:
+                at.best = dict(step=at.step, score=now["score"])
+                save(best_path)
+        if saving and rank == 0:
+            save(last_path)
+        if stopping:
+            break
+        if logging or saving:
+            clock = time.perf_counter()
+
+        if at.step == warm and cfg["head_from"]:
+            start_head_from(model, slots[cfg["head_from"]], device)
+        if cfg["freeze_trunk"] and at.step >= warm and at.step in (first, warm):  # also right after a resume
+            for name, parameter in model.trunk.named_parameters():
+                parameter.requires_grad = "norm" in name
+        for name, values in train_step(cfg, slots, model, loss_of, optimizer, autocast, device, at).items():
+            recent.setdefault(name, []).extend((at.step, loss) for loss in values)
+        bar.update()
+    bar.close()
+    if at.step < total:
+        say(f"stopped after step {at.step} of {total}, saved in {cfg['out_dir']}; the same command with --resume goes on")
+        if SIGNALS:
+            sys.exit(128 + SIGNALS[0])
+        return None
+    if rank > 0:
+        return None
+
+    # 3. the end: the best checkpoint by validation, and the target's test split for the first and only time
+    model.load_state_dict(load_checkpoint(best_path)["model"])
+    result = score_run(cfg, slots, model, at, device)
+    write_json(os.path.join(cfg["out_dir"], "result.json"), result)
+    if os.path.exists(prev_path):
+        os.remove(prev_path)
+    return result
+
+
+def score_run(cfg, slots, model, at, device):
+    """The result dict of a finished run: what the model scores on validation and test, and what it took."""
+    target = slots[cfg["target"]]
+    val = evaluate(model, target, target.val, device)
+    test = evaluate(model, target, load_split(target.folder, "test"), device, val["probe"]) if cfg["score_test"] else {}
+    flops = sum(at.updates[name] * count_flops(model, name, train_batch(slots[name], cfg["seed"], 0, device)) for name in slots)
+    result = dict(name=os.path.basename(os.path.normpath(cfg["out_dir"])), target=target.name,
+                  losses={name: slot.loss for name, slot in slots.items()}, seed=cfg["seed"], steps=cfg["steps"],
+                  warm_start_steps=cfg["warm_start_steps"], examples={name: len(slot.rows) for name, slot in slots.items()},
+                  best_step=at.best["step"], val_accuracy=val["accuracy"], test_accuracy=test.get("accuracy"),
+                  chance=1 / len(target.meta["classes"]) if target.meta["classes"] else None,
+                  val_balanced_accuracy=val["balanced_accuracy"], test_balanced_accuracy=test.get("balanced_accuracy"),
+                  flops=flops, seconds=round(at.seconds, 2), samples_per_second=round(at.items / at.seconds, 1),
+                  peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory())
+    if target.banned:
+        result.update(val_unseen_accuracy=val["unseen_accuracy"], test_unseen_accuracy=test.get("unseen_accuracy"))
+    if val["accuracy"] is None:
+        result.update(val_loss=-val["score"], test_loss=-test["score"] if test else None, val_r2=val["r2"], test_r2=test.get("r2"))
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints, and the folder of a run
+
+
+def save_checkpoint(path, keep=None, **state):
+    """Write a checkpoint whole or not at all; the file it replaces is moved to `keep`. UserError if a weight is not finite."""
+    if broken := [name for name, value in state["model"].items() if not value.isfinite().all()]:
+        raise UserError(f"{broken[0]} is no longer finite after step {state['step']}: lower --learning_rate (now "
+                        f"{state['config']['learning_rate']}); {path} keeps the checkpoint before it")
+    data = io.BytesIO()
+    torch.save(dict(state, format=FORMAT), data)
+    write_file(path, data.getvalue(), keep)
+
+
+def load_checkpoint(path):
+    """What save() in train() put into a checkpoint, a dict. Only tensors and plain values are unpickled; UserError for anything else."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["format"] != FORMAT:
+            raise ValueError(f"format {saved['format']!r} where this code writes {FORMAT}")
+        for key in ("optimizer", "step", "config", "slots", "classes", "target_classes", "best", "updates", "seconds", "items", "threads"):
+            saved[key]  # KeyError if it is missing
+        if broken := [name for name, value in saved["model"].items() if not value.isfinite().all()]:
+            raise ValueError(f"{broken[0]} is not finite")
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except Exception as problem:  # torch.load raises many kinds; all mean the same to the user
+        raise UserError(f"{path} is damaged or no checkpoint of this project ({type(problem).__name__}: "
+                        f"{str(problem).splitlines()[0] if str(problem) else ''}): delete it") from None
+    return saved
+
+
+def load_model(path):
+    """The model of a checkpoint file, on the CPU, ready to embed -> (UML, checkpoint dict)."""
+    checkpoint = load_checkpoint(path)
+    try:
+        model = build_model(checkpoint["config"], checkpoint["slots"], checkpoint["classes"])
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as problem:
+        raise UserError(f"{path}: weights and config do not fit ({str(problem).splitlines()[0]}): delete it") from None
+    return model.eval(), checkpoint
+
+
+def load_newest(cfg, model, optimizer, say):
+    """Load out_dir/last.pt, or prev.pt if that one is damaged, into model and optimizer -> where that run was, a dict; {} if nowhere."""
+    paths = [path for path in (os.path.join(cfg["out_dir"], name) for name in ("last.pt", "prev.pt")) if os.path.exists(path)]
+    for path in paths:
+        try:
+            saved = load_checkpoint(path)
+        except UserError as problem:
+            if path == paths[-1]:
+                raise
+            say(f"{problem}; going back to {paths[-1]}")
+            continue
+        differing = sorted(key for key in (saved["config"].keys() | cfg.keys()) - FREE_KEYS if saved["config"].get(key) != cfg.get(key))
+        if refused := set(differing) - FREE_ON_RESUME:
+            raise UserError(f"{path} is of another config (different: {', '.join(sorted(refused))}): delete it or change --out_dir")
+        if differing:
+            say(f"changed since step {saved['step']}: {', '.join(differing)}")
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as problem:
+            raise UserError(f"{path} is of another architecture ({str(problem).splitlines()[0]}): delete it") from None
+        if not cfg["threads"]:
+            torch.set_num_threads(saved["threads"])  # what torch chose then: another number would round differently
+        say(f"resuming {cfg['out_dir']} at step {saved['step']}")
+        return {key: saved[key] for key in ("step", "best", "updates", "seconds", "items")}
+    say(f"nothing to resume in {cfg['out_dir']}: starting from scratch")
+    return {}
+
+
+def begin_folder(cfg, step):
+    """Make out_dir ready for a run that starts, or goes on, at a step: config.json, the log so far, nothing half-written."""
+    config_path, log_path, result_path, *checkpoints = (
+        os.path.join(cfg["out_dir"], name) for name in ("config.json", "log.jsonl", "result.json", "last.pt", "best.pt"))
+    with writing(cfg["out_dir"], 0):
+        os.makedirs(cfg["out_dir"], exist_ok=True)
+        for path in (result_path, *checkpoints):  # of a process that was killed
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path + ".tmp")
+    write_json(config_path, cfg)
+    write_file(log_path, log_until(log_path, step).encode())
+    if os.path.exists(result_path):  # of fewer steps, now resumed
+        os.remove(result_path)
+
+
+def append_line(path, line):
+    with writing(path, len(line) + 1), open(path, "a", encoding="utf-8") as f:
+        f.write(line + "\n")
+
+
+def log_until(path, step):
+    """The lines of a log.jsonl up to a step; what is later, or was cut short by a kill, the resumed run writes again."""
+    if not step or not os.path.exists(path):
+        return ""
+    kept = []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if json.loads(line)["step"] <= step and line.endswith("\n"):
+                    kept.append(line)
+    return "".join(kept)
+
+
+def shard_names(cfg):
+    """{slot: the name of its shard folder}, which is a hash of all that decides the data."""
+    return {slot: os.path.basename(shard_folder(cfg, slot)[0]) for slot in active_slots(cfg)}
+
+
+def finished_result(cfg):
+    """The result in out_dir if this very config was finished there, else None. Refuses the folder of another run."""
+    path = os.path.join(cfg["out_dir"], "config.json")
+    if not os.path.exists(path):
+        return None
+    try:
+        there, result_path = read_json(path), os.path.join(cfg["out_dir"], "result.json")
+        result = read_json(result_path) if os.path.exists(result_path) else None
+        if not (isinstance(there, dict) and (result is None or isinstance(result, dict))):
+            raise ValueError("not a mapping")
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{cfg['out_dir']} has a damaged config.json or result.json ({problem}): delete it") from None
+    differing = sorted(key for key in (there.keys() | cfg.keys()) - FREE_KEYS if there.get(key) != cfg.get(key))
+    if not cfg["resume"] and differing or set(differing) - FREE_ON_RESUME:
+        raise UserError(f"{cfg['out_dir']} holds a run of another config (different: {', '.join(differing)}): "
+                        "choose another --out_dir or delete it")
+    if "steps" not in differing and result is not None:
+        return result
+    if not cfg["resume"] and any(os.path.exists(os.path.join(cfg["out_dir"], name)) for name in ("last.pt", "prev.pt")):
+        raise UserError(f"{cfg['out_dir']} holds an unfinished run of this config: add --resume to go on, or delete it")
+    return None
+
+
+def check_losses(losses, cfg):
+    """UserError where one of {slot: [(step, loss tensor), ...]} is not finite: it names the first."""
+    every = [(step, name, loss) for name, values in losses.items() for step, loss in values]
+    if not every:
+        return
+    finite = torch.stack([loss for *_, loss in every]).isfinite().tolist()
+    if not all(finite):
+        step, name, loss = min((one for one, good in zip(every, finite) if not good), key=lambda one: one[0])
+        raise UserError(f"the {name} loss became {loss.item()} in step {step}: lower --learning_rate (now "
+                        f"{cfg['learning_rate']}); {cfg['out_dir']} keeps the checkpoint before it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several processes, and signals. Under torchrun all processes draw the same batch and each takes its part of it, so that a
+# run does not depend on how many there are (to floating-point tolerance).
 
 
 SIGNALS = []  # those caught so far
@@ -413,48 +914,7 @@ def asked_to_stop():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# optimisation
-
-
-def make_optimizer(model, cfg, device):
-    """AdamW over every parameter once: matrices decay, the rest (norms, biases, positions) does not.
-
-    A slot that is idle in a step has no gradient (None), and AdamW passes it over: it neither decays nor drifts.
-    """
-    decay = lambda name, p: p.dim() >= 2 and not name.startswith("position")
-    named = list(model.named_parameters())
-    groups = [dict(params=[p for name, p in named if decay(name, p)], weight_decay=cfg["weight_decay"]),
-              dict(params=[p for name, p in named if not decay(name, p)], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=cfg["learning_rate"], betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
-
-
-def learning_rate(cfg, step):
-    """Each phase, the warm start and the main one, has its own linear warm-up (5%) and cosine to zero."""
-    warm = cfg["warm_start_steps"]
-    at, length = (step, warm) if step < warm else (step - warm, cfg["steps"])
-    return cfg["learning_rate"] * min((at + 1) / max(1, length // 20), 0.5 + 0.5 * math.cos(math.pi * at / length))
-
-
-def pattern(cfg, slots, step):
-    """The slots of this step, grouped by optimizer update: [["image"], ["text"]], or [["image", "text"]] if joint.
-
-    A warm-start step is one update on the auxiliaries, in turn; a later step is one target update and what goes with it.
-    """
-    auxiliaries = [name for name in slots if name != cfg["target"]]
-    turns = [name for name in auxiliaries for _ in range(cfg[f"{name}_updates"])]
-    if step < cfg["warm_start_steps"]:
-        return [auxiliaries] if cfg["schedule"] == "joint" else [[(turns or auxiliaries)[step % len(turns or auxiliaries)]]]
-    return [[cfg["target"], *auxiliaries]] if cfg["schedule"] == "joint" else [[name] for name in [cfg["target"], *turns]]
-
-
-def check_losses(losses, cfg):
-    """UserError where one of {slot: [(step, loss tensor), ...]} is not finite: it names the first."""
-    every = [(step, name, loss) for name, values in losses.items() for step, loss in values]
-    finite = torch.stack([loss for *_, loss in every]).isfinite().tolist()
-    if not all(finite):
-        step, name, loss = min((one for one, good in zip(every, finite) if not good), key=lambda one: one[0])
-        raise UserError(f"the {name} loss became {loss.item()} in step {step + 1}: lower --learning_rate (now "
-                        f"{cfg['learning_rate']}); {cfg['out_dir']} keeps the checkpoint before it")
+# benchmark: where a step's time goes
 
 
 def count_flops(model, name, batch):
@@ -463,426 +923,6 @@ def count_flops(model, name, batch):
         model(name, **batch).backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation: the target only
-
-
-@torch.no_grad()
-def extract(model, slot, arrays, rows, device, layer=-1, batch=500):
-    """Frozen features of the given rows, (n, C) on the CPU."""
-    parts = []
-    for start in range(0, len(rows), batch):
-        inputs = collate(slot, arrays, rows[start:start + batch], device)
-        parts.append(model.features(slot.name, inputs["tokens"], inputs.get("real"), layer).float().cpu())
-    return torch.cat(parts)
-
-
-def fit_probe(known, val, classes):
-    """Fit a linear probe on `known` with each of four penalties -> ((weight, bias), l2) of the one most accurate on `val`.
-
-    Both are (features, labels).
-    """
-    def right(probe):
-        return (val[0] @ probe[0].T + probe[1]).argmax(1).eq(val[1]).float().mean().item()
-    fitted = [(linear_probe(*known, classes, l2), l2) for l2 in (1.0, 10.0, 100.0, 1000.0)]
-    return max(fitted, key=lambda one: right(one[0]))
-
-
-def latent_r2(model, slot, arrays, device):
-    """Share of the latents' variance on a split that is read linearly off the features, mean over latents; None without latents.
-
-    The linear map is least squares on the run's training items.
-    """
-    if "latents" not in arrays:
-        return None
-    def side(of, rows):
-        features = extract(model, slot, of, rows, device).double()
-        return torch.cat([features, torch.ones(len(features), 1).double()], 1), torch.from_numpy(of["latents"][rows]).double()
-    (known, truth), (new, wanted) = side(slot.train, slot.rows), side(arrays, np.arange(len(arrays["tokens"])))
-    found = new @ torch.linalg.lstsq(known, truth).solution
-    return (1 - (found - wanted).square().sum(0) / (wanted - wanted.mean(0)).square().sum(0)).mean().item()
-
-
-@torch.no_grad()
-def evaluate(model, slot, arrays, device, probe=None):
-    """How good the target is on a split -> dict(score, accuracy, balanced_accuracy, unseen_accuracy, r2 of known latents, probe).
-
-    With a label loss the label head answers, over the target's classes. Without, a linear probe fitted on the run's own
-    training examples does; its penalty is the best on this split unless a fitted probe is handed in. Without labels the
-    score is minus the loss. score and accuracy count items of classes that have labelled examples.
-    """
-    labels, rows, classes = arrays.get("labels"), np.arange(len(arrays["tokens"])), len(slot.meta["classes"])
-    if labels is None or classes < 2:
-        loss = 0.0
-        for i, part in enumerate(np.array_split(rows, -(-len(rows) // 500))):
-            batch = collate(slot, arrays, part, device, np.random.default_rng([i]))  # hides the same tokens every time
-            loss += len(part) / len(rows) * model(slot.name, **batch).item()
-        return dict(score=-loss, accuracy=None, balanced_accuracy=None, unseen_accuracy=None, probe=None,
-                    r2=latent_r2(model, slot, arrays, device))
-    features = extract(model, slot, arrays, rows, device)
-    truth, unseen = torch.from_numpy(labels).long(), torch.from_numpy(np.isin(labels, slot.banned))
-
-    if "label" in slot.objectives:
-        probe = model.label_head.weight[:classes].cpu(), model.label_head.bias[:classes].cpu()
-    elif probe is None:
-        known = extract(model, slot, slot.train, slot.rows, device), torch.from_numpy(slot.train["labels"][slot.rows])
-        probe, _ = fit_probe(known, (features[~unseen], truth[~unseen]), classes)
-    right = ((features @ probe[0].T + probe[1]).argmax(1) == truth).float()
-    balanced = torch.stack([right[truth == c].mean() for c in truth[~unseen].unique()]).mean().item()
-    accuracy, unseen_accuracy = right[~unseen].mean().item(), right[unseen].mean().item() if unseen.any() else None
-    return dict(score=accuracy, accuracy=accuracy, balanced_accuracy=balanced, unseen_accuracy=unseen_accuracy, probe=probe)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints
-
-
-def save_checkpoint(path, keep=None, **state):
-    """Write a checkpoint whole or not at all; the file it replaces is moved to `keep`. UserError if a weight is not finite."""
-    if broken := [name for name, value in state["model"].items() if not value.isfinite().all()]:
-        raise UserError(f"{broken[0]} is no longer finite after step {state['step']}: lower --learning_rate (now "
-                        f"{state['config']['learning_rate']}); {path} keeps the checkpoint before it")
-    data = io.BytesIO()
-    torch.save(dict(state, format=FORMAT), data)
-    write_file(path, data.getvalue(), keep)
-
-
-def load_checkpoint(path):
-    """What save() in train() put into a checkpoint, a dict. Only tensors and plain values are unpickled; UserError for anything else."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["format"] != FORMAT:
-            raise ValueError(f"format {saved['format']!r} where this code writes {FORMAT}")
-        for key in ("optimizer", "step", "config", "slots", "classes", "target_classes", "best", "updates", "seconds", "items", "threads"):
-            saved[key]  # KeyError if it is missing
-        if broken := [name for name, value in saved["model"].items() if not value.isfinite().all()]:
-            raise ValueError(f"{broken[0]} is not finite")
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except Exception as problem:  # torch.load raises many kinds; all mean the same to the user
-        raise UserError(f"{path} is damaged or no checkpoint of this project ({type(problem).__name__}: "
-                        f"{str(problem).splitlines()[0] if str(problem) else ''}): delete it") from None
-    return saved
-
-
-def load_model(path):
-    """The model of a checkpoint file, on the CPU, ready to embed -> (UML, checkpoint dict)."""
-    checkpoint = load_checkpoint(path)
-    try:
-        model = build_model(checkpoint["config"], checkpoint["slots"], checkpoint["classes"])
-        model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as problem:
-        raise UserError(f"{path}: weights and config do not fit ({str(problem).splitlines()[0]}): delete it") from None
-    return model.eval(), checkpoint
-
-
-def load_newest(cfg, model, optimizer, say):
-    """Load out_dir/last.pt, or prev.pt if that one is damaged, into model and optimizer -> the checkpoint, None if there is none."""
-    paths = [path for path in (os.path.join(cfg["out_dir"], name) for name in ("last.pt", "prev.pt")) if os.path.exists(path)]
-    for path in paths:
-        try:
-            saved = load_checkpoint(path)
-        except UserError as problem:
-            if path == paths[-1]:
-                raise
-            say(f"{problem}; going back to {paths[-1]}")
-            continue
-        differing = sorted(key for key in (saved["config"].keys() | cfg.keys()) - FREE_KEYS if saved["config"].get(key) != cfg.get(key))
-        if refused := set(differing) - FREE_ON_RESUME:
-            raise UserError(f"{path} is of another config (different: {', '.join(sorted(refused))}): delete it or change --out_dir")
-        if differing:
-            say(f"changed since step {saved['step']}: {', '.join(differing)}")
-        try:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as problem:
-            raise UserError(f"{path} is of another architecture ({str(problem).splitlines()[0]}): delete it") from None
-        if not cfg["threads"]:
-            torch.set_num_threads(saved["threads"])  # what torch chose then: another number would round differently
-        return saved
-    return None
-
-
-def log_until(path, step):
-    """The lines of a log.jsonl up to a step; what is later, or was cut short by a kill, the resumed run writes again."""
-    if not step or not os.path.exists(path):
-        return ""
-    kept = []
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for line in f:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                if json.loads(line)["step"] <= step and line.endswith("\n"):
-                    kept.append(line)
-    return "".join(kept)
-
-
-def build_model(cfg, slots, classes):
-    keys = ("width", "layers", "heads", "bottleneck", "mask_ratio", "image_embed", "temperature", "seed")
-    try:
-        return UML(slots, len(classes), **{key: cfg[key] for key in keys if key in cfg})
-    except ValueError as problem:
-        raise UserError(str(problem)) from None
-
-
-def start_trunk_from(model, cfg, folder):
-    """Copy the trunk and its last norm from a finished run's best.pt, whatever slots that run had."""
-    other = load_checkpoint(os.path.join(folder, "best.pt"))
-    state = {k: v for k, v in other["model"].items() if k.startswith(("trunk.", "norm."))}
-    own = {k: v.shape for k, v in model.state_dict().items() if k.startswith(("trunk.", "norm."))}
-    if own != {k: v.shape for k, v in state.items()} or other["config"]["heads"] != cfg["heads"]:
-        raise UserError(f"init_from={folder} has a trunk of another width, depth or number of heads than this config")
-    model.load_state_dict(state, strict=False)
-
-
-@torch.no_grad()
-def start_head_from(model, slot, device):
-    """Set the label head's rows to the slot's mean feature of each class, less that of all, at unit length; biases stay.
-
-    This is the release's 'zero-shot init'.
-    """
-    features, labels = extract(model, slot, slot.train, slot.rows, device), slot.head_rows[slot.train["labels"][slot.rows]]
-    for row in np.unique(labels):
-        mean = features[labels == row].mean(0) - features.mean(0)
-        model.label_head.weight[row] = (mean / mean.norm().clamp_min(1e-6)).to(device)
-
-
-def shard_names(cfg):
-    """{slot: the name of its shard folder}, which is a hash of all that decides the data."""
-    return {slot: os.path.basename(shard_folder(cfg, slot)[0]) for slot in active_slots(cfg)}
-
-
-def finished_result(cfg):
-    """The result in out_dir if this very config was finished there, else None. Refuses the folder of another run."""
-    path = os.path.join(cfg["out_dir"], "config.json")
-    if not os.path.exists(path):
-        return None
-    try:
-        there, result_path = read_json(path), os.path.join(cfg["out_dir"], "result.json")
-        result = read_json(result_path) if os.path.exists(result_path) else None
-        if not (isinstance(there, dict) and (result is None or isinstance(result, dict))):
-            raise ValueError("not a mapping")
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"{cfg['out_dir']} has a damaged config.json or result.json ({problem}): delete it") from None
-    differing = sorted(key for key in (there.keys() | cfg.keys()) - FREE_KEYS if there.get(key) != cfg.get(key))
-    if not cfg["resume"] and differing or set(differing) - FREE_ON_RESUME:
-        raise UserError(f"{cfg['out_dir']} holds a run of another config (different: {', '.join(differing)}): "
-                        "choose another --out_dir or delete it")
-    if "steps" not in differing and result is not None:
-        return result
-    if not cfg["resume"] and any(os.path.exists(os.path.join(cfg["out_dir"], name)) for name in ("last.pt", "prev.pt")):
-        raise UserError(f"{cfg['out_dir']} holds an unfinished run of this config: add --resume to go on, or delete it")
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the run, top to bottom
-
-
-def pick_device(cfg):
-    """(device, autocast context, a line that names device and precision)."""
-    name = cfg["device"]
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device='cuda', but torch finds no GPU here: use --device=cpu")
-    if name == "cuda" and dist.is_initialized():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
-    half = name.startswith("cuda") and torch.cuda.is_bf16_supported()  # on CPUs without bf16 matrix units half precision is slower
-    return torch.device(name), torch.autocast(name.split(":")[0], torch.bfloat16, enabled=half), f"{name}, {'bf16' if half else 'fp32'}"
-
-
-def set_up(cfg, say):
-    """Everything a step needs, from a resolved config -> (device, slots, classes, model, loss_of, optimizer, autocast)."""
-    if cfg["threads"]:
-        torch.set_num_threads(cfg["threads"])
-    device, autocast, device_line = pick_device(cfg)
-    slots, classes = open_slots(cfg, say)
-    if small := [slot for slot in slots.values() if slot.batch < ranks()[1]]:
-        raise UserError(f"{small[0].name}_batch={small[0].batch} cannot be divided among {ranks()[1]} processes: raise it")
-    model = build_model(cfg, model_slots(slots), classes)
-    if cfg["init_from"]:
-        start_trunk_from(model, cfg, cfg["init_from"])
-    model.to(device)
-    compiled = cfg["compile"] if cfg["compile"] is not None else device.type == "cuda"
-    loss_of = torch.compile(model) if compiled else model  # `model` itself is what we evaluate and save
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(p.numel() for p in model.trunk.parameters()):,} of them "
-        f"in the shared trunk; {device_line}, {torch.get_num_threads()} threads, {'compiled' if compiled else 'eager'}")
-    return device, slots, classes, model, loss_of, make_optimizer(model, cfg, device), autocast
-
-
-def run(cfg, say=tell):
-    """Train one config to its end -> the result dict (also in out_dir/result.json), or None if stop_after came first.
-
-    SIGINT and SIGTERM end it after the step, saved, with exit code 130 or 143. Under torchrun only process 0 returns a result.
-    """
-    if ranks()[0] > 0:
-        say = lambda line: None
-    cfg = resolve(cfg, say)
-    cfg["shards"] = shard_names(cfg)  # other data, another run
-    with undisturbed(cfg["out_dir"]):
-        return train(cfg, say)
-
-
-def train(cfg, say):
-    """The run itself, top to bottom; cfg is resolved and out_dir ours alone."""
-    rank, _ = ranks()
-    if (finished := finished_result(cfg)) is not None:
-        say(f"{cfg['out_dir']} is finished; its result again:")
-        return finished if rank == 0 else None
-    if rank > 0:
-        meet()  # process 0 prepares the shards first
-    device, slots, classes, model, loss_of, optimizer, autocast = set_up(cfg, say)
-    if rank == 0:
-        meet()
-    target, warm = slots[cfg["target"]], cfg["warm_start_steps"]
-    last_path, prev_path, best_path, log_path, result_path = (
-        os.path.join(cfg["out_dir"], name) for name in ("last.pt", "prev.pt", "best.pt", "log.jsonl", "result.json"))
-    saved = load_newest(cfg, model, optimizer, say) if cfg["resume"] else None
-    meet()  # all have read what process 0 goes on to write
-    step, best, spent, items, updates = 0, None, 0.0, 0, {name: 0 for name in slots}
-    if saved:
-        step, best, updates, spent, items = (saved[key] for key in ("step", "best", "updates", "seconds", "items"))
-        say(f"resuming {cfg['out_dir']} at step {step}")
-    elif cfg["resume"]:
-        say(f"nothing to resume in {cfg['out_dir']}: starting from scratch")
-    total = warm + cfg["steps"]
-    if step > total:  # said before anything is written
-        raise UserError(f"{cfg['out_dir']} is at step {step}, beyond the {total} asked for: choose another --out_dir")
-    if rank == 0:
-        with writing(cfg["out_dir"], 0):
-            os.makedirs(cfg["out_dir"], exist_ok=True)
-            for path in (last_path, best_path, result_path):  # half-written by a process that was killed
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(path + ".tmp")
-        write_json(os.path.join(cfg["out_dir"], "config.json"), cfg)
-        write_file(log_path, log_until(log_path, step).encode())
-        if os.path.exists(result_path):  # of fewer steps, now resumed
-            os.remove(result_path)
-    for slot in slots.values():
-        role = " (target)" if slot is target else ""
-        say(f"{slot.name}: {cfg[slot.name]}, {len(slot.rows):,} training items, loss {slot.loss}{role}")
-    if warm:
-        say(f"{warm} warm-start steps of " + " and ".join(dict.fromkeys(
-            name for at in range(warm) for together in pattern(cfg, slots, at) for name in together)))
-    say(f"{cfg['steps']} steps of " + " then ".join("+".join(together) for together in pattern(cfg, slots, warm)))
-    watched = sys.stdout is not None and sys.stdout.isatty() and say is tell
-    bar = tqdm(total=total, initial=step, disable=not watched or rank > 0, leave=False)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def note(line, **entry):
-        if rank > 0:
-            return
-        say(line) if bar.disable else bar.write(line)
-        entry = json.dumps(entry) + "\n"
-        with writing(log_path, len(entry)), open(log_path, "a", encoding="utf-8") as f:
-            f.write(entry)
-
-    def save(path):
-        save_checkpoint(path, keep=prev_path if path == last_path else None, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                        step=step, config=cfg, slots=model.slots, classes=classes, target_classes=len(target.meta["classes"]),
-                        threads=torch.get_num_threads(), best=best, updates=updates, seconds=spent, items=items)
-
-    catch_signals()
-    first = step
-    recent = {}  # {slot: [(step, loss), ...]} since the last log line; they stay on the device until it is due
-    logged = step, spent, items  # as of that line
-    clock = time.perf_counter()
-    while True:
-        # 1. what is due between steps; the clock stands still meanwhile
-        moved, done = step > first, step == total
-        evaluating = moved and step > warm and ((step - warm) % cfg["eval_interval"] == 0 or done)
-        evaluating = evaluating or (done and best is None)  # resumed exactly at its end, never evaluated
-        logging = moved and (step % cfg["log_interval"] == 0 or done)
-        stopping = done or 0 < cfg["stop_after"] <= step or asked_to_stop()
-        saving = stopping or evaluating or (moved and step % cfg["eval_interval"] == 0)  # during the warm start too
-        if logging or saving:
-            synchronize()
-            spent += time.perf_counter() - clock
-            if recent:
-                check_losses(recent, cfg)
-        if logging:
-            means = {name: (sum(loss for _, loss in values) / len(values)).item() for name, values in recent.items()}
-            ms, rate = 1e3 * (spent - logged[1]) / (step - logged[0]), (items - logged[2]) / (spent - logged[1])
-            note(f"step {step}/{total} | " + " | ".join(f"{name} {mean:.4f}" for name, mean in means.items()) +
-                 f" | lr {learning_rate(cfg, step - 1):.1e} | {ms:.0f} ms/step | {rate:,.0f} samples/s",
-                 step=step, loss=means, lr=learning_rate(cfg, step - 1), ms_per_step=ms, samples_per_second=rate)
-            recent, logged = {}, (step, spent, items)
-        if evaluating and rank == 0:
-            now = evaluate(model, target, target.val, device)
-            shown = f"loss {-now['score']:.4f}" if now["accuracy"] is None else f"accuracy {now['accuracy']:.4f}"
-            shown += "" if now["unseen_accuracy"] is None else f" (unseen classes {now['unseen_accuracy']:.4f})"
-            note(f"step {step}/{total} | validation {shown}", step=step, val_accuracy=now["accuracy"],
-                 val_score=now["score"], val_unseen_accuracy=now["unseen_accuracy"])
-            if best is None or now["score"] > best["score"]:
-                best = dict(step=step, score=now["score"])
-                save(best_path)
-        if saving and rank == 0:
-            save(last_path)
-        if stopping:
-            break
-        if logging or saving:
-            clock = time.perf_counter()
-
-        if step == warm and cfg["head_from"]:
-            start_head_from(model, slots[cfg["head_from"]], device)
-        if cfg["freeze_trunk"] and step >= warm and step in (first, warm):  # also right after a resume
-            for name, parameter in model.trunk.named_parameters():
-                parameter.requires_grad = "norm" in name
-
-        # 2. one step: every group of slots in the pattern makes one optimizer update
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step)
-        for names in pattern(cfg, slots, step):
-            optimizer.zero_grad(set_to_none=True)
-            for name in names:
-                batch = my_part(train_batch(slots[name], cfg["seed"], updates[name], device))
-                with autocast:
-                    loss = loss_of(name, **batch)
-                (slots[name].weight * loss).backward()
-                loss = loss.detach()
-                add_up(loss)
-                recent.setdefault(name, []).append((step, loss))
-                updates[name] += 1
-                items += slots[name].batch
-            add_up(*(p.grad for p in model.parameters() if p.grad is not None))  # an idle slot has none in any process
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-        step += 1
-        bar.update()
-    bar.close()
-    if step < total:
-        say(f"stopped after step {step} of {total}, saved in {cfg['out_dir']}; the same command with --resume goes on")
-        if SIGNALS:
-            sys.exit(128 + SIGNALS[0])
-        return None
-    if rank > 0:
-        return None
-
-    # the end: the best checkpoint by validation, and the target's test split for the first and only time
-    model.load_state_dict(load_checkpoint(best_path)["model"])
-    val = evaluate(model, target, target.val, device)
-    test = evaluate(model, target, load_split(target.folder, "test"), device, val["probe"]) if cfg["score_test"] else {}
-    flops = sum(updates[name] * count_flops(model, name, train_batch(slots[name], cfg["seed"], 0, device)) for name in slots)
-    result = dict(name=os.path.basename(os.path.normpath(cfg["out_dir"])), target=target.name,
-                  losses={name: slot.loss for name, slot in slots.items()}, seed=cfg["seed"], steps=cfg["steps"], warm_start_steps=warm,
-                  examples={name: len(slot.rows) for name, slot in slots.items()}, best_step=best["step"],
-                  val_accuracy=val["accuracy"], test_accuracy=test.get("accuracy"),
-                  chance=1 / len(target.meta["classes"]) if target.meta["classes"] else None,
-                  val_balanced_accuracy=val["balanced_accuracy"], test_balanced_accuracy=test.get("balanced_accuracy"),
-                  flops=flops, seconds=round(spent, 2), samples_per_second=round(items / spent, 1),
-                  peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory())
-    if slots[target.name].banned:
-        result.update(val_unseen_accuracy=val["unseen_accuracy"], test_unseen_accuracy=test.get("unseen_accuracy"))
-    if val["accuracy"] is None:
-        result.update(val_loss=-val["score"], test_loss=-test["score"] if test else None,
-                      val_r2=val["r2"], test_r2=test.get("r2"))
-    write_json(result_path, result)
-    if os.path.exists(prev_path):
-        os.remove(prev_path)
-    return result
 
 
 def benchmark(cfg, say=tell, repeats=20):
@@ -942,15 +982,6 @@ def benchmark(cfg, say=tell, repeats=20):
         say("    " + ", ".join(f"{part} {value:.1%}" for part, value in share.items()))
     return dict({key: out[cfg["target"]][key] for key in ("ms_per_step", "gflops", "fraction_of_peak")}, peak_gflops=peak,
                 peak_memory=peak_memory(), slots=out)
-
-
-def read_run_config(argv, keys=KEYS):
-    """argv -> the full config of a run, out_dir filled in."""
-    cfg = read_config(argv, keys)
-    if not cfg["out_dir"]:
-        stem = next((os.path.splitext(os.path.basename(arg))[0] for arg in argv if not arg.startswith("--")), "run")
-        cfg["out_dir"] = os.path.join("out", stem)
-    return cfg
 
 
 def main():
