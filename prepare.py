@@ -18,6 +18,7 @@ import base64
 import contextlib
 import difflib
 import fcntl
+import functools
 import hashlib
 import http.client
 import inspect
@@ -81,8 +82,8 @@ def tell(line):
 
 # modality: (its objective unless the config says otherwise, what --help says of its sources). A new one is a line here.
 MODALITIES = dict(
-    image=("label", "shapes, cifar10, folder:PATH; any slot also takes npz:PATH, encoded data; image2 ... are further slots"),
-    text=("next", "shapes, cupl, pydoc, digits, file:PATH"),
+    image=("label", "shapes, frozen, cifar10, folder:PATH; any slot also takes npz:PATH, encoded data; image2 ... are further slots"),
+    text=("next", "shapes, frozen, cupl, pydoc, digits, file:PATH"),
     audio=("label", "shapes, fsdd, folder:PATH"),
 )
 
@@ -723,6 +724,28 @@ def shapes_source(cfg, modality, _):
     return out
 
 
+def frozen_source(cfg, modality, _):
+    """The shapes world as a frozen encoder that nobody trained would give it: random filters of pictures, random vectors of words; (n, 384)."""
+    world = shapes_source(cfg, modality, _)
+    filters = np.random.default_rng([zlib.crc32(b"frozen image")]).normal(0, 1, (108, 384)).astype(np.float32)
+    vector = functools.lru_cache(None)(lambda word: np.random.default_rng([zlib.crc32(word.encode())]).normal(0, 1, 384))
+
+    def encode_some(pictures):
+        """Filters of 6 x 6 pixels at every second place, rectified; their mean over the picture for one half, the maximum for the other."""
+        places = np.lib.stride_tricks.sliding_window_view(pictures / np.float32(255) - 0.5, (6, 6), axis=(1, 2))[:, ::2, ::2]
+        answers = np.maximum(places.reshape(len(pictures), -1, 108) @ filters, 0)  # (k, places, 384)
+        return np.concatenate([answers.mean(1)[:, :192], answers.max(1)[:, 192:]], 1)
+
+    for part in ("train", "test"):
+        items, labels = world[part]
+        if modality == "image":
+            features = np.concatenate([encode_some(items[i:i + 250]) for i in range(0, len(items), 250)])
+        else:
+            features = np.stack([np.mean([vector(word) for word in re.findall(r"\w+", document)], 0) for document in items])
+        world[part] = features, labels
+    return dict(world, encode="features")
+
+
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 CIFAR10_ROWS = 10000  # pictures in each of the six files
@@ -979,7 +1002,7 @@ def gaussian_source(cfg, modality, side):
 SOURCES = {  # source: (function, modalities it can fill)
     "shapes": (shapes_source, ("image", "text", "audio")), "cifar10": (cifar10_source, ("image",)),
     "cupl": (cupl_source, ("text",)), "pydoc": (pydoc_source, ("text",)), "fsdd": (fsdd_source, ("audio",)),
-    "digits": (digits_source, ("text",)),
+    "digits": (digits_source, ("text",)), "frozen": (frozen_source, ("image", "text")),
     "folder": (folder_source, ("image", "audio")), "file": (file_source, ("text",)),
     "npz": (npz_source, tuple(MODALITIES)),
     "gaussian": (gaussian_source, tuple(MODALITIES)),

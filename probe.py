@@ -15,7 +15,7 @@ training examples, their penalty is chosen on validation, and items of unseen cl
 (penalty 1, draws from the whole training split) and alignment take in all classes. The last line is JSON, except of
 compare, which writes compare.json, and of report.
 
-Sections: measures on features, corruptions, runs side by side, statistics, compare, theory, exchange, scale, embed, report.
+Sections: measures on features, corruptions, runs side by side, statistics, compare, theory, exchange, scale, embed, report, figures.
 """
 import ast
 import csv
@@ -325,66 +325,6 @@ def show_side_by_side(reports):
             for unit in found["units"]:
                 print(f"    unit {unit['unit']:4}  correlation {unit['correlation']:.3f}  most active for '{unit['target_class']}' "
                       f"in the target, '{unit['other_class']}' in {name}")
-
-
-def figure(width=7, height=4.2, **grid):
-    """(figure, axes) that read on light and dark pages; matplotlib is imported only when something is drawn."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(figsize=(width, height), dpi=130, layout="constrained", facecolor="white", **grid)
-
-
-def save_figure(fig, path):
-    import matplotlib.pyplot as plt
-    fig.savefig(path + ".tmp", format="png")
-    os.replace(path + ".tmp", path)
-    plt.close(fig)
-
-
-def draw_confusion(path, truth, guess, classes):
-    counts = np.zeros((len(classes), len(classes)))
-    np.add.at(counts, (truth.numpy(), guess.numpy()), 1)
-    fig, ax = figure(6, 5.2)
-    image = ax.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="Blues", vmin=0)
-    if len(classes) <= 30:
-        ax.set_xticks(range(len(classes)), classes, rotation=90)
-        ax.set_yticks(range(len(classes)), classes)
-    ax.set_xlabel("predicted by the linear probe")
-    ax.set_ylabel("true class")
-    fig.colorbar(image, label="share of the true class")
-    save_figure(fig, path)
-
-
-def draw_pca(path, features, truth, classes):
-    centred = features - features.mean(0)
-    _, size, axes = torch.linalg.svd(centred, full_matrices=False)
-    flat, share = (centred @ axes[:2].T).numpy(), (size.square() / size.square().sum())[:2].tolist()
-    fig, ax = figure(6, 5.2)
-    shown = ax.scatter(*flat[:3000].T, c=truth[:3000], s=6, cmap="tab10" if len(classes) <= 10 else "hsv")
-    if len(classes) <= 10:
-        there = sorted(set(truth[:3000].tolist()))
-        ax.legend(shown.legend_elements(num=None)[0], [classes[c] for c in there], fontsize=7, loc="best")
-    ax.set_xlabel(f"first principal component ({share[0]:.0%} of the variance)")
-    ax.set_ylabel(f"second ({share[1]:.0%})")
-    save_figure(fig, path)
-
-
-def draw_side_by_side(path, reports, margin_lists):
-    """Few-shot curves, margins and robustness of several runs in one figure."""
-    fig, (left, middle, right) = figure(12, 3.6, ncols=3)
-    for report, margin in zip(reports, margin_lists):
-        shots = sorted(report["few_shot"])
-        left.errorbar(shots, *[[report["few_shot"][k][i] for k in shots] for i in (0, 1)], marker="o", capsize=3, label=report["name"])
-        middle.hist(margin, bins=60, density=True, histtype="step", label=report["name"])
-        if report["robustness"]:
-            right.plot([0, 1, 2, 3], np.mean(list(report["robustness"].values()), 0), marker="o", label=report["name"])
-    left.set(xscale="log", xlabel="examples a class", ylabel="few-shot probe accuracy")
-    left.set_xticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
-    middle.set(xlabel="margin of held-out items (0: on the boundary)", ylabel="density")
-    right.set(xlabel="severity of the corruption (mean over kinds)", ylabel="accuracy", xticks=[0, 1, 2, 3])
-    left.legend()
-    save_figure(fig, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -735,20 +675,6 @@ def show_compare(out):
     print("verdict: " + out["verdict"])
 
 
-def draw_compare(path, out):
-    """Every seed a point, every arm a column, means with their 95% intervals."""
-    fig, ax = figure(1.5 + 1.3 * len(out["arms"]), 4.2)
-    for i, (arm, e) in enumerate(out["arms"].items()):
-        ax.plot(i + np.linspace(-0.12, 0.12, out["seeds"]), e["scores"], "o", ms=4, alpha=0.6, color=f"C{i}")
-        ax.errorbar(i + 0.27, e["mean"], e["half"] or 0, fmt="s", ms=5, capsize=4, color="black")
-    ax.set_xticks(range(len(out["arms"])), out["arms"])
-    if out["chance"]:
-        ax.axhline(out["chance"], ls=":", color="grey", lw=1)
-    ax.set_ylabel(dict(accuracy="{} accuracy", r2="{} R²", loss="minus {} loss")[out["measure"]].format(out["split"]))
-    ax.set_title(f"{short_source(out['target'])}, {out['examples']} examples\nwith {show_auxiliaries(out)}", fontsize=9)
-    save_figure(fig, path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # theory: what unpaired data adds in a linear world, exactly
 
@@ -841,25 +767,8 @@ def theory(folder="out/theory", repetitions=100_000):
 
     curves = {s: [best_rate(w, s, 4) for w in attenuations] for s in noises}
     widths = {w: [best_rate(w, noise, k) for k in sizes] for w in (1.0, 0.3, 0.1)}
-    fig, (left, middle, right) = figure(12, 3.6, ncols=3)
-    budget = np.arange(0, 401, 25)
-    for n, colour in ((50, "C0"), (200, "C1")):
-        trace = lambda y: np.trace(np.linalg.inv(n * information(*seen[0][:3]) + y * information(*seen[1][:3])))
-        left.plot(budget, [trace(y) for y in budget], color=colour, label=f"bound, {n} X samples")
-        measured = [monte_carlo([(*seen[0][:3], n), (*seen[1][:3], y)], 20000)[0] for y in (100, 400)]
-        left.plot([100, 400], measured, "o", color=colour)
-    left.set(xlabel="unpaired Y samples", ylabel="variance of the estimate (trace)", yscale="log")
-    for s, values in curves.items():
-        middle.loglog(attenuations, values, label=f"noise of Y {s}")
-    middle.axhline(1, color="grey", lw=0.8, ls=":")
-    middle.set(xlabel="strength with which X shows the direction", ylabel="X samples that one Y sample is worth")
-    for w, values in widths.items():
-        right.semilogy(list(sizes), values, marker="o", ms=3, label=f"strength {w}")
-    right.set(xlabel="shared dimensions", ylabel="best exchange rate")
-    for ax in (left, middle, right):
-        ax.legend(fontsize=8)
     os.makedirs(folder, exist_ok=True)
-    save_figure(fig, os.path.join(folder, "theory.png"))
+    draw_theory(os.path.join(folder, "theory.png"), seen, attenuations, curves, sizes, widths)
     slope = np.polyfit(np.log(attenuations[:8]), np.log(curves[0.5][:8]), 1)[0]
     out = dict(kind="theory", repetitions=repetitions, traces=rows, loewner_gain=[gain[0], gain[-1]], blind=blind, slope=slope,
                exchange_rates=[None if np.isinf(r) else r for r in rates])
@@ -947,17 +856,7 @@ def exchange(argv):
     if words and rate:
         print(f"one {target} example is worth {words / rate:,.0f} words")
     write_json(os.path.join(cfg["out_dir"], "exchange.json"), out)
-    fig, ax = figure(6, 4.2)
-    grid_x, grid_y = np.geomspace(n_x.min(), n_x.max(), 60), np.linspace(0, n_y.max(), 60)
-    surface = fit["b0"] + fit["b1"] * np.log(grid_x[None] + fit["rho"] * grid_y[:, None] ** fit["gamma"])
-    ax.clabel(ax.contour(grid_x, grid_y, surface, levels=8, cmap="viridis"), fontsize=7)
-    for (x, y), mean in zip(cells, scores.mean(1)):
-        ax.annotate(f"{mean:.3f}", (x, y), fontsize=7, ha="center")
-    ax.set(xscale="log", xlabel=x_key, ylabel=y_key, xlim=(n_x.min() / 1.3, n_x.max() * 1.3), ylim=(-0.06 * n_y.max(), 1.06 * n_y.max()))
-    ax.set_title("curves of equal score of the fit; measured means as numbers", fontsize=9)
-    ax.set_xticks(sorted(set(n_x)), [f"{n:,.0f}" for n in sorted(set(n_x))])
-    ax.minorticks_off()
-    save_figure(fig, os.path.join(cfg["out_dir"], "exchange.png"))
+    draw_exchange(os.path.join(cfg["out_dir"], "exchange.png"), cells, scores.mean(1), fit, x_key, y_key)
     return out
 
 
@@ -1003,30 +902,13 @@ def scale(argv, folder="out/scale"):
     return out
 
 
-def draw_scale(path, out):
-    fig, axes = figure(14, 3.2, ncols=len(out["panels"]), sharey=True)
-    for ax, (name, panel) in zip(axes, out["panels"].items()):
-        ax.loglog(panel["sizes"], panel["ms"], marker="o")
-        ax.set_title(f"slope at the end {panel['slope']:.2f} (expected {panel['expected']})", fontsize=9)
-        ax.set(xlabel=name, ylabel="ms a step" if ax is axes[0] else None)
-        ax.set_xticks(panel["sizes"], [f"{n:,}" for n in panel["sizes"]])
-        ax.minorticks_off()
-    save_figure(fig, path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # embed: features and predictions for files the run has never seen
 
 
-def embed(folder, path):
-    """Write FOLDER/embed.npy (n, C) and, where the run knows classes, FOLDER/embed.csv with file, class, probability.
-
-    path: a folder of pictures or recordings, a text file (one item a line), or for anything else an .npy array as the source gave it.
-    """
-    model, checkpoint = load_model(os.path.join(folder, "best.pt"))
-    cfg, name = checkpoint["config"], checkpoint["config"]["target"]
-    slot, modality, real = checkpoint["slots"][name], modality_of(name), None
-    if modality == "text" and slot["kind"] == "discrete":
+def read_new(folder, path, cfg, name, slot):
+    """New files for a slot of a run -> (tokens as stored, real (n, T) bool, a name for each item); see embed()."""
+    if modality_of(name) == "text" and slot["kind"] == "discrete":
         check_shards(folder, cfg)  # the BPE lies with the shards
         bpe, names = load_bpe(prepare(cfg, name)), [line.strip() for line in read_text(path).splitlines() if line.strip()]
         if not names:
@@ -1034,12 +916,11 @@ def embed(folder, path):
         coded = [bpe.encode_ordinary(line) for line in names]
         if cut := sum(len(ids) > slot["length"] for ids in coded):
             tell(f"{cut} of {len(names)} texts are cut at {slot['length']} tokens")
-        coded = [ids[:slot["length"]] for ids in coded]
         tokens = torch.zeros(len(coded), slot["length"], dtype=torch.long)
         for row, ids in zip(tokens, coded):
-            row[:len(ids)] = torch.tensor(ids)
-        real = torch.arange(slot["length"]) < torch.tensor([[len(ids)] for ids in coded])
-    elif "patch" in slot or "mels" in slot:
+            row[:len(ids)] = torch.tensor(ids[:slot["length"]])
+        return tokens, torch.arange(slot["length"]) < torch.tensor([[len(ids)] for ids in coded]), names
+    if "patch" in slot or "mels" in slot:
         if not os.path.isdir(path):
             raise UserError(f"there is no folder {path}")
         names = sorted(os.path.join(d, f) for d, _, inside in os.walk(path) for f in inside if not f.startswith("."))
@@ -1049,20 +930,30 @@ def embed(folder, path):
         names = [f for f, k in zip(names, kept) if k]
         if "patch" in slot:
             tokens = torch.from_numpy(patchify(items, slot["patch"]))
-        else:
-            arrays, _ = encode_recordings(cfg, dict(train=items))
-            tokens = torch.from_numpy(arrays["train"]["tokens"])
-            real = torch.arange(slot["length"]) < torch.from_numpy(arrays["train"]["lengths"])[:, None]
-    else:  # features of a frozen encoder, or of a source of one's own
-        try:
-            tokens = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
-        except (OSError, ValueError, TypeError, AttributeError) as problem:  # AttributeError: an .npz
-            raise UserError(f"{path} is no .npy array of numbers ({problem}), which {name}={cfg[name]} of {folder} needs") from None
-        tokens, names = tokens[:, None] if tokens.dim() == 2 else tokens, list(range(len(tokens)))
-        if tokens.shape[1:] != (slot["length"], slot["dim"]) or not len(tokens) or not tokens.isfinite().all():
-            raise UserError(f"{path} must hold finite numbers (n, {slot['length']}, {slot['dim']}), found {tuple(tokens.shape)}")
+            return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool), names
+        arrays = encode_recordings(cfg, dict(train=items))[0]["train"]
+        real = torch.arange(slot["length"]) < torch.from_numpy(arrays["lengths"])[:, None]
+        return torch.from_numpy(arrays["tokens"]), real, names
+    try:  # features of a frozen encoder, or of a source of one's own
+        tokens = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+    except (OSError, ValueError, TypeError, AttributeError) as problem:  # AttributeError: an .npz
+        raise UserError(f"{path} is no .npy array of numbers ({problem}), which {name}={cfg[name]} of {folder} needs") from None
+    tokens = tokens[:, None] if tokens.dim() == 2 else tokens
+    if tokens.shape[1:] != (slot["length"], slot["dim"]) or not len(tokens) or not tokens.isfinite().all():
+        raise UserError(f"{path} must hold finite numbers (n, {slot['length']}, {slot['dim']}), found {tuple(tokens.shape)}")
+    return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool), list(range(len(tokens)))
+
+
+def embed(folder, path):
+    """Write FOLDER/embed.npy (n, C) and, where the run knows classes, FOLDER/embed.csv with file, class, probability.
+
+    path: a folder of pictures or recordings, a text file (one item a line), or for anything else an .npy array as the source gave it.
+    """
+    model, checkpoint = load_model(os.path.join(folder, "best.pt"))
+    cfg, name = checkpoint["config"], checkpoint["config"]["target"]
+    slot = checkpoint["slots"][name]
+    tokens, real, names = read_new(folder, path, cfg, name, slot)
     with torch.no_grad():  # not inference_mode: a linear probe may be fitted in here
-        real = torch.ones(tokens.shape[:2], dtype=torch.bool) if real is None else real
         parts = [model.features(name, tokens[i:i + 500], real[i:i + 500]) for i in range(0, len(tokens), 500)]
         features, scores = torch.cat(parts), None
         if "label" in slot["loss"]:
@@ -1092,10 +983,8 @@ def embed(folder, path):
 
 
 def report(readme="README.md", folder=os.path.join("assets", "results")):
-    """Rewrite each `<!-- results NAME ... -->` block of the README from assets/results/NAME.json."""
-    with open(readme, encoding="utf-8") as f:
-        lines = f.read().split("\n")
-
+    """Rewrite the blocks of the README between `<!-- results NAME='title' ... -->` or `<!-- curve FILE.png NAME ... -->` and `<!-- /... -->`
+    from assets/results/NAME.json, which compare wrote."""
     def result_of(name):
         path = os.path.join(folder, name + ".json")
         if not os.path.exists(path):
@@ -1103,31 +992,190 @@ def report(readme="README.md", folder=os.path.join("assets", "results")):
         return read_json(path)
 
     out, skipping = [], False
-    for line in lines:
-        if line.startswith("<!-- /results"):
-            skipping = False
+    for line in read_text(readme).split("\n"):
+        skipping = skipping and not line.startswith("<!-- /")
         if not skipping:
             out.append(line)
-        if line.startswith("<!-- results "):
+        if line.startswith(("<!-- results ", "<!-- curve ")):
+            kind, *words = shlex.split(line[4:-3])
             skipping = True
-            out += ["| result | target, examples | auxiliary | alone | control | uml | uml - alone (p) | uml - control (p) | seeds |", "|---" * 9 + "|"]
-            found = {name: result_of(name) for name in line.split()[2:-1]}
-            out += [f"| {name} {table_row(r)}" for name, r in found.items()]
+        if line.startswith("<!-- results "):
+            titles = dict(word.split("=", 1) for word in words)
+            found = {name: result_of(name) for name in titles}
+            out += ["| target | auxiliary | alone | control | uml | uml - alone (p) | uml - control (p) | seeds |", "|---" * 8 + "|"]
+            out += [f"| [{titles[name]}]({folder}/{name}.json) {table_row(r)}" for name, r in found.items()]
             out += ["", "<details><summary>commands and hardware</summary>", ""]
-            out += [f"- {name}: `{r['command']}` ({r['hardware']})" for name, r in found.items()] + ["", "</details>"]
+            out += [f"- {titles[name]}: `{r['command']}` ({r['hardware']})" for name, r in found.items()] + ["", "</details>"]
         if line.startswith("<!-- curve "):
-            file, *names = line.split()[2:-1]
-            draw_curve(os.path.join(os.path.dirname(os.path.abspath(readme)), "assets", file), [result_of(name) for name in names])
+            file, *names = words
+            results = sorted((result_of(name) for name in names), key=lambda r: r["examples"])
+            draw_curve(os.path.join(os.path.dirname(os.path.abspath(readme)), "assets", file), results)
+            out += [f"![accuracy against labelled examples a class](assets/{file})", "", worth(results)]
     write_file(readme, "\n".join(out).encode())
     print(f"rewrote the tables of {readme}")
+
+
+def per_class(r):
+    """Labelled target examples of a comparison, mean over the classes."""
+    return r["examples"] * r["chance"]
+
+
+def worth(results):
+    """One sentence: how many examples a class alone needs for what uml has, read off the line through alone's means (in log examples)."""
+    shots, alone = np.log([per_class(r) for r in results]), np.array([r["arms"]["alone"]["mean"] for r in results])
+    said = []
+    for r in results:
+        e = r["arms"]["uml"]
+        reached = [float(np.exp(np.interp(e["mean"] + sign * (e["half"] or 0), alone, shots))) for sign in (0, -1, 1)]
+        count = [f"{n:.{1 if n < 10 else 0}f}" if n < np.exp(shots[-1]) * 0.999 else f"more than {np.exp(shots[-1]):.0f}" for n in reached]
+        said.append(f"{per_class(r):.3g} are worth {count[0]}" + (f" ({count[1]} to {count[2]})" if count[1] != count[2] else ""))
+    return ("Labelled examples a class with the unpaired data, and how many alone needs for the same accuracy (in brackets: at the ends of "
+            "uml's 95% interval): " + "; ".join(said) + ".")
+
+
+def table_row(r):
+    """A row of the README's table; in %, or as they are where scores are R^2."""
+    unit, digits = (100, 1) if r["chance"] else (1, 3)
+    half = lambda e: "" if e["half"] is None else f" ± {unit * e['half']:.{digits}f}"
+    show = lambda arm: f"{unit * r['arms'][arm]['mean']:.{digits}f}{half(r['arms'][arm])}" if arm in r["arms"] else "-"
+    difference = lambda d: f"**{unit * d['mean']:+.{digits}f}**{half(d)} ({d['p']:.2g})"
+    above_control = difference(r["arms"]["control"]["uml_minus"]) if "control" in r["arms"] else "-"
+    return (f"| {show_auxiliaries(r)} | {show('alone')} | {show('control')} | {show('uml')} | "
+            f"{difference(r['arms']['uml']['minus_alone'])} | {above_control} | {show_seeds(r)} |")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# figures: drawn to read on light and dark pages
+
+
+def figure(width=7, height=4.2, **grid):
+    """(figure, axes) that read on light and dark pages; matplotlib is imported only when something is drawn."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt.subplots(figsize=(width, height), dpi=130, layout="constrained", facecolor="white", **grid)
+
+
+def save_figure(fig, path):
+    import matplotlib.pyplot as plt
+    fig.savefig(path + ".tmp", format="png")
+    os.replace(path + ".tmp", path)
+    plt.close(fig)
+
+
+def draw_confusion(path, truth, guess, classes):
+    counts = np.zeros((len(classes), len(classes)))
+    np.add.at(counts, (truth.numpy(), guess.numpy()), 1)
+    fig, ax = figure(6, 5.2)
+    image = ax.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="Blues", vmin=0)
+    if len(classes) <= 30:
+        ax.set_xticks(range(len(classes)), classes, rotation=90)
+        ax.set_yticks(range(len(classes)), classes)
+    ax.set_xlabel("predicted by the linear probe")
+    ax.set_ylabel("true class")
+    fig.colorbar(image, label="share of the true class")
+    save_figure(fig, path)
+
+
+def draw_pca(path, features, truth, classes):
+    centred = features - features.mean(0)
+    _, size, axes = torch.linalg.svd(centred, full_matrices=False)
+    flat, share = (centred @ axes[:2].T).numpy(), (size.square() / size.square().sum())[:2].tolist()
+    fig, ax = figure(6, 5.2)
+    shown = ax.scatter(*flat[:3000].T, c=truth[:3000], s=6, cmap="tab10" if len(classes) <= 10 else "hsv")
+    if len(classes) <= 10:
+        there = sorted(set(truth[:3000].tolist()))
+        ax.legend(shown.legend_elements(num=None)[0], [classes[c] for c in there], fontsize=7, loc="best")
+    ax.set_xlabel(f"first principal component ({share[0]:.0%} of the variance)")
+    ax.set_ylabel(f"second ({share[1]:.0%})")
+    save_figure(fig, path)
+
+
+def draw_side_by_side(path, reports, margin_lists):
+    """Few-shot curves, margins and robustness of several runs in one figure."""
+    fig, (left, middle, right) = figure(12, 3.6, ncols=3)
+    for report, margin in zip(reports, margin_lists):
+        shots = sorted(report["few_shot"])
+        left.errorbar(shots, *[[report["few_shot"][k][i] for k in shots] for i in (0, 1)], marker="o", capsize=3, label=report["name"])
+        middle.hist(margin, bins=60, density=True, histtype="step", label=report["name"])
+        if report["robustness"]:
+            right.plot([0, 1, 2, 3], np.mean(list(report["robustness"].values()), 0), marker="o", label=report["name"])
+    left.set(xscale="log", xlabel="examples a class", ylabel="few-shot probe accuracy")
+    left.set_xticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
+    middle.set(xlabel="margin of held-out items (0: on the boundary)", ylabel="density")
+    right.set(xlabel="severity of the corruption (mean over kinds)", ylabel="accuracy", xticks=[0, 1, 2, 3])
+    left.legend()
+    save_figure(fig, path)
+
+
+def draw_compare(path, out):
+    """Every seed a point, every arm a column, means with their 95% intervals."""
+    fig, ax = figure(1.5 + 1.3 * len(out["arms"]), 4.2)
+    for i, (arm, e) in enumerate(out["arms"].items()):
+        ax.plot(i + np.linspace(-0.12, 0.12, out["seeds"]), e["scores"], "o", ms=4, alpha=0.6, color=f"C{i}")
+        ax.errorbar(i + 0.27, e["mean"], e["half"] or 0, fmt="s", ms=5, capsize=4, color="black")
+    ax.set_xticks(range(len(out["arms"])), out["arms"])
+    if out["chance"]:
+        ax.axhline(out["chance"], ls=":", color="grey", lw=1)
+    ax.set_ylabel(dict(accuracy="{} accuracy", r2="{} R²", loss="minus {} loss")[out["measure"]].format(out["split"]))
+    ax.set_title(f"{short_source(out['target'])}, {out['examples']} examples\nwith {show_auxiliaries(out)}", fontsize=9)
+    save_figure(fig, path)
+
+
+def draw_theory(path, seen, attenuations, curves, sizes, widths):
+    """Variance against Y samples (lines: the bound, dots: measured), exchange rates against attenuation and against dimension."""
+    fig, (left, middle, right) = figure(12, 3.6, ncols=3)
+    budget = np.arange(0, 401, 25)
+    for n, colour in ((50, "C0"), (200, "C1")):
+        trace = lambda y: np.trace(np.linalg.inv(n * information(*seen[0][:3]) + y * information(*seen[1][:3])))
+        left.plot(budget, [trace(y) for y in budget], color=colour, label=f"bound, {n} X samples")
+        measured = [monte_carlo([(*seen[0][:3], n), (*seen[1][:3], y)], 20000)[0] for y in (100, 400)]
+        left.plot([100, 400], measured, "o", color=colour)
+    left.set(xlabel="unpaired Y samples", ylabel="variance of the estimate (trace)", yscale="log")
+    for s, values in curves.items():
+        middle.loglog(attenuations, values, label=f"noise of Y {s}")
+    middle.axhline(1, color="grey", lw=0.8, ls=":")
+    middle.set(xlabel="strength with which X shows the direction", ylabel="X samples that one Y sample is worth")
+    for w, values in widths.items():
+        right.semilogy(list(sizes), values, marker="o", ms=3, label=f"strength {w}")
+    right.set(xlabel="shared dimensions", ylabel="best exchange rate")
+    for ax in (left, middle, right):
+        ax.legend(fontsize=8)
+    save_figure(fig, path)
+
+
+def draw_exchange(path, cells, means, fit, x_key, y_key):
+    """The fitted surface as curves of equal score, the measured means as numbers."""
+    n_x, n_y = np.array(cells, float).T
+    fig, ax = figure(6, 4.2)
+    grid_x, grid_y = np.geomspace(n_x.min(), n_x.max(), 60), np.linspace(0, n_y.max(), 60)
+    surface = fit["b0"] + fit["b1"] * np.log(grid_x[None] + fit["rho"] * grid_y[:, None] ** fit["gamma"])
+    ax.clabel(ax.contour(grid_x, grid_y, surface, levels=8, cmap="viridis"), fontsize=7)
+    for (x, y), mean in zip(cells, means):
+        ax.annotate(f"{mean:.3f}", (x, y), fontsize=7, ha="center")
+    ax.set(xscale="log", xlabel=x_key, ylabel=y_key, xlim=(n_x.min() / 1.3, n_x.max() * 1.3), ylim=(-0.06 * n_y.max(), 1.06 * n_y.max()))
+    ax.set_title("curves of equal score of the fit; measured means as numbers", fontsize=9)
+    ax.set_xticks(sorted(set(n_x)), [f"{n:,.0f}" for n in sorted(set(n_x))])
+    ax.minorticks_off()
+    save_figure(fig, path)
+
+
+def draw_scale(path, out):
+    fig, axes = figure(14, 3.2, ncols=len(out["panels"]), sharey=True)
+    for ax, (name, panel) in zip(axes, out["panels"].items()):
+        ax.loglog(panel["sizes"], panel["ms"], marker="o")
+        ax.set_title(f"slope at the end {panel['slope']:.2f} (expected {panel['expected']})", fontsize=9)
+        ax.set(xlabel=name, ylabel="ms a step" if ax is axes[0] else None)
+        ax.set_xticks(panel["sizes"], [f"{n:,}" for n in panel["sizes"]])
+        ax.minorticks_off()
+    save_figure(fig, path)
 
 
 def draw_curve(path, results):
     """Accuracy against labelled target examples a class, one line an arm: what unpaired data saves is the horizontal distance."""
     fig, ax = figure(6, 3.8)
-    per_class = lambda r: r["examples"] * r["chance"]
     for i, arm in enumerate(("alone", "uml", "control")):
-        points = sorted(((per_class(r), r["arms"][arm]) for r in results if arm in r["arms"]), key=lambda point: point[0])
+        points = [(per_class(r), r["arms"][arm]) for r in results if arm in r["arms"]]
         shots, means, halves = [s for s, _ in points], [e["mean"] for _, e in points], [e["half"] or 0 for _, e in points]
         ax.errorbar(shots, means, halves, marker="o", ms=4, capsize=3, color=f"C{i}", label=arm)
     ax.axhline(results[0]["chance"], ls=":", color="grey", lw=1)
@@ -1144,17 +1192,6 @@ def draw_curve(path, results):
 def draw_assets(folder="assets"):
     draw_architecture(os.path.join(folder, "architecture.png"))
     draw_world(os.path.join(folder, "shapes.png"))
-
-
-def table_row(r):
-    """A row of the README's table; in %, or as they are where scores are R^2."""
-    unit, digits = (100, 1) if r["chance"] else (1, 3)
-    half = lambda e: "" if e["half"] is None else f" ± {unit * e['half']:.{digits}f}"
-    show = lambda arm: f"{unit * r['arms'][arm]['mean']:.{digits}f}{half(r['arms'][arm])}" if arm in r["arms"] else "-"
-    difference = lambda d: f"**{unit * d['mean']:+.{digits}f}**{half(d)} ({d['p']:.2g})"
-    above_control = difference(r["arms"]["control"]["uml_minus"]) if "control" in r["arms"] else "-"
-    return (f"| {short_source(r['target'])}, {r['examples']:,}, {r['target_loss']} | {show_auxiliaries(r)} | {show('alone')} | {show('control')} | "
-            f"{show('uml')} | {difference(r['arms']['uml']['minus_alone'])} | {above_control} | {show_seeds(r)} |")
 
 
 def draw_architecture(path):
