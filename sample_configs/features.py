@@ -19,12 +19,12 @@ without text 0.23 +- 0.02 (result emoji_frozen_1).
 image = "frozen"
 text = "frozen"
 text_loss = "label"
-image_examples = 256
+image_examples = 64       # one a class
 layers = 0                # a projection per slot and the shared label head, nothing else
 width = 384
 head_from = "text"        # the head starts at the text's class means
 temperature = True
-learning_rate = 1e-3
+learning_rate = 3e-3
 weight_decay = 1.0
-steps = 300
-eval_interval = 25
+steps = 1000
+eval_interval = 100
