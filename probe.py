@@ -528,8 +528,7 @@ def compare(argv):
     if not active_slots(cfg)[1:]:
         raise UserError("compare needs a config with a target and an auxiliary: python probe.py compare CONFIG --key=value")
     own = own_keys(cfg)
-    arms, n = own["arms"].split(","), own["seeds"]
-    seeds = range(own["first_seed"], own["first_seed"] + n)
+    arms, seeds = own["arms"].split(","), range(own["first_seed"], own["first_seed"] + own["seeds"])
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise UserError(f"unknown arm '{unknown[0]}' (there are: {', '.join(ARMS)})")
     arms = [arm for arm in ARMS if arm in {*arms, "alone", "uml"}]
@@ -540,10 +539,30 @@ def compare(argv):
         raise UserError(f"seed {SEARCH_SEED} is the one that chooses settings: pick another first_seed than {own['first_seed']}")
     for arm in arms:
         resolve(arm_config(cfg, arm, own["unrelated"]), say=lambda line: None)  # what is wrong shows now, not hours later
+    results, chosen, searched = run_arms(cfg, own, arms, seeds, settings, per_seed)
+    # Seeds that are tested on the same speaker are averaged first: the statistics are over speakers. Folds share most of
+    # their training speakers, so they are not independent, and p is if anything too small.
+    folds = [tested_on(dict(cfg, seed=seed)) if per_seed else seed for seed in seeds]
+    out = dict(summary(cfg, arms, results, chosen, searched, folds), first_seed=own["first_seed"], candidates=settings,
+               command=shlex.join(["python", "probe.py", "compare", *argv]),
+               hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    out["verdict"] = verdict(out)
+    write_json(os.path.join(cfg["out_dir"], "compare.json"), out)
+    draw_compare(os.path.join(cfg["out_dir"], "compare.png"), out)
+    show_compare(out)
+    print(f"wrote compare.json and compare.png in {cfg['out_dir']}")
+    return out
+
+
+def run_arms(cfg, own, arms, seeds, settings, per_seed):
+    """Every arm: its candidates on validation, then its seeds with the best -> ({arm: results}, {arm: settings}, {arm: search scores}).
+
+    settings: the candidates. per_seed: every seed chooses for itself, on its own validation split.
+    """
     folder = os.path.join(cfg["out_dir"], "compare")
     os.makedirs(folder, exist_ok=True)
     bar = tqdm(total=0, desc="runs", disable=None)
-    chosen, results, searched = {}, {}, {}
+    results, chosen, searched = {}, {}, {}
 
     def configs(arm, pairs, **change):
         ratio = results["uml"][0]["flops"] / results["alone"][0]["flops"] if arm == "longer" else 1.0
@@ -555,31 +574,32 @@ def compare(argv):
             found = iter(run_all([c for arm in wave for c in configs(arm, pairs, score_test=False)], folder, own["jobs"], bar))
             for arm in wave:
                 searched[arm] = np.array([score_of(next(found), "val") for _ in pairs]).reshape(-1, len(settings))
-                chosen[arm] = [settings[i] for i in searched[arm].argmax(1)] * (1 if per_seed else n)
+                chosen[arm] = [settings[i] for i in searched[arm].argmax(1)] * (1 if per_seed else len(seeds))
         else:
             for arm in wave:
-                searched[arm], chosen[arm] = np.zeros((0, 1)), settings * n
+                searched[arm], chosen[arm] = np.zeros((0, 1)), settings * len(seeds)
         found = iter(run_all([c for arm in wave for c in configs(arm, zip(seeds, chosen[arm]))], folder, own["jobs"], bar))
-        results.update({arm: [next(found) for _ in range(n)] for arm in wave})
+        results.update({arm: [next(found) for _ in seeds] for arm in wave})
     bar.close()
+    return results, chosen, searched
 
+
+def summary(cfg, arms, results, chosen, searched, folds):
+    """The numbers of a comparison, as compare.json holds them. folds: what each seed is tested on; equal ones are averaged."""
     split, target, first = "test" if cfg["score_test"] else "val", cfg["target"], results["alone"][0]
     scores = {arm: [score_of(r, split) for r in results[arm]] for arm in arms}
-    # Seeds that are tested on the same speaker are averaged first: the statistics are over speakers. Folds share most of
-    # their training speakers, so they are not independent, and p is if anything too small.
-    folds = [tested_on(dict(cfg, seed=seed)) if per_seed else seed for seed in seeds]
-    units = {arm: [float(np.mean([s for s, f in zip(scores[arm], folds) if f == fold])) for fold in dict.fromkeys(folds)] for arm in arms}
-    measure = next(key for key in MEASURES if first.get(f"{split}_{key}") is not None)
-    out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), split=split, measure=measure,
+    mean_of = lambda arm, fold: float(np.mean([score for score, f in zip(scores[arm], folds) if f == fold]))
+    units = {arm: [mean_of(arm, fold) for fold in dict.fromkeys(folds)] for arm in arms}
+    out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), split=split,
+               measure=next(key for key in MEASURES if first.get(f"{split}_{key}") is not None),
                target=f"{target}={cfg[target]}", target_loss=cfg[f"{target}_loss"],
                auxiliaries={s: f"{cfg[s]} ({cfg[f'{s}_loss']})" for s in active_slots(cfg) if s != target},
-               examples=first["examples"][target], seeds=n, folds=len(units["alone"]), first_seed=own["first_seed"], chance=first["chance"], steps=cfg["steps"],
-               warm_start_steps=cfg["warm_start_steps"], candidates=settings, command=shlex.join(["python", "probe.py", "compare", *argv]),
-               hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", arms={})
+               examples=first["examples"][target], seeds=len(folds), folds=len(units["alone"]), chance=first["chance"],
+               steps=cfg["steps"], warm_start_steps=cfg["warm_start_steps"], arms={})
     for arm in arms:
         mean, half = t_interval(units[arm])
-        entry = dict(scores=scores[arm], mean=mean, half=half, settings=chosen[arm],
-                     search_scores=searched[arm].tolist(), gflops=float(np.mean([r["flops"] for r in results[arm]])) / 1e9,
+        entry = dict(scores=scores[arm], mean=mean, half=half, settings=chosen[arm], search_scores=searched[arm].tolist(),
+                     gflops=float(np.mean([r["flops"] for r in results[arm]])) / 1e9,
                      seconds=float(np.mean([r["seconds"] for r in results[arm]])))
         for key in ("test_balanced_accuracy", "test_unseen_accuracy"):
             if results[arm][0].get(key) is not None:
@@ -589,11 +609,6 @@ def compare(argv):
         if arm not in ("uml", "alone"):
             entry["uml_minus"] = paired(units["uml"], units[arm])
         out["arms"][arm] = entry
-    out["verdict"] = verdict(out)
-    write_json(os.path.join(cfg["out_dir"], "compare.json"), out)
-    draw_compare(os.path.join(cfg["out_dir"], "compare.png"), out)
-    show_compare(out)
-    print(f"wrote compare.json and compare.png in {cfg['out_dir']}")
     return out
 
 
