@@ -183,6 +183,10 @@ class UML(nn.Module):
             return h.mean(1)
         return (h * real[..., None]).sum(1) / real.sum(1, keepdim=True)
 
+    def pooled_states(self, slot, tokens, real=None, layer=-1):
+        """Pooled states of a layer for normalised tokens, under the attention the slot is trained with; (B, C)."""
+        return self.pool(self.states(slot, tokens, real, causal=self.slots[slot]["loss"] == "next")[layer], real)
+
     def predict_tokens(self, slot, h):
         """The slot's own head: states (..., C) -> logits over its vocabulary, or normalised tokens (..., D)."""
         return F.linear(h, self.embed[slot].weight) if self.slots[slot]["kind"] == "discrete" else self.head[slot](h)
@@ -211,7 +215,7 @@ class UML(nn.Module):
             total = total + self.token_loss(slot, h, tokens[:, 1:], is_real[:, 1:], counts.get("next"))
         if "label" in objectives:
             # over the slot's own classes: a class that only the text knows must not be unlearned by every picture
-            scores = at_least_float32(self.label_head(self.pooled(slot, tokens, real)))
+            scores = at_least_float32(self.label_head(self.pooled_states(slot, tokens, real)))
             if slot in self.temperature:
                 scores = scores * self.temperature[slot].exp()
             scores = scores.masked_fill(~getattr(self, f"{slot}_rows"), -torch.inf)
@@ -226,10 +230,6 @@ class UML(nn.Module):
             total = total + self.token_loss(slot, h, tokens, rebuilt, counts.get("reconstruct"))
         return total
 
-    def pooled(self, slot, tokens, real=None, layer=-1):
-        """Pooled states of a layer for normalised tokens, under the attention the slot is trained with; (B, C)."""
-        return self.pool(self.states(slot, tokens, real, causal=self.slots[slot]["loss"] == "next")[layer], real)
-
     def features(self, slot, tokens, real=None, layer=-1):
         """What a probe reads of a raw batch: the pooled trunk output (B, C); (B, k), what passes the bottleneck, where there is one
         and "reconstruct" is the slot's only loss.
@@ -237,7 +237,7 @@ class UML(nn.Module):
         Attention is causal if "next" is the slot's only loss, else bidirectional. layer: 0 the embed, 1 ... after each
         block; -1 (the default) the last, normed.
         """
-        h = self.pooled(slot, self.normalise(slot, tokens), real, layer)
+        h = self.pooled_states(slot, self.normalise(slot, tokens), real, layer)
         through = self.bottleneck is not None and self.slots[slot]["loss"] == "reconstruct" and layer == -1
         return self.bottleneck.down(h) if through else h
 

@@ -188,10 +188,10 @@ def read_config(argv, keys, strict=True):
         if slot not in cfg and SLOT_NAME.fullmatch(slot):
             cfg.update({slot + end: cfg[modality_of(slot) + end] for end in SLOT_SUFFIXES if modality_of(slot) + end in cfg})
     defaults = dict(cfg)
-    for key, value, where, strict in lines:
+    for key, value, where, must_be_known in lines:
         if key not in defaults:
-            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.6 if strict else 0.85)
-            if near or strict:
+            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.6 if must_be_known else 0.85)
+            if near or must_be_known:
                 advice = f", did you mean '{near[0]}'?" if near else "; --help lists all"
                 raise UserError(f"{where}: unknown key '{key}'{advice}")
             continue
@@ -377,25 +377,30 @@ def read_picture(path, size):
         raise UserError(f"{path} is not a readable image ({problem})") from None
 
 
-def read_pictures(cfg, paths):
-    """Read image files -> (pictures (k, S, S, 3), kept (n,) bool); UserError at the first bad one unless skip_bad.
+def read_files(cfg, paths, read, what):
+    """read(path) of every path -> (list of items, kept (n,) bool); UserError at the first bad one unless skip_bad.
 
     A plain loop: for small files the interpreter is the bottleneck, and threads only make it slower.
     """
-    size = cfg["image_size"]
-    pictures, kept = np.empty((len(paths), size, size, 3), np.uint8), np.ones(len(paths), bool)
-    for i, path in enumerate(tqdm(paths, desc="reading pictures", disable=None, leave=False)):
+    items, kept = [], np.ones(len(paths), bool)
+    for i, path in enumerate(tqdm(paths, desc=f"reading {what}s", disable=None, leave=False)):
         try:
-            pictures[i] = read_picture(path, size)
-        except UserError as problem:
+            items.append(read(path))
+        except (UserError, OSError) as problem:
             if not cfg["skip_bad"]:
                 raise UserError(f"{problem}: remove it, or pass --skip_bad=True") from None
             kept[i] = False
     if not kept.all():
-        tell(f"skipped {(~kept).sum()} of {len(paths)} files: not readable images")
-    if not kept.any():
-        raise UserError(f"none of the {len(paths)} files is a readable image")
-    return pictures[kept], kept
+        tell(f"skipped {(~kept).sum()} of {len(paths)} files: not readable {what}s")
+    if not items:
+        raise UserError(f"none of the {len(paths)} files is a readable {what}")
+    return items, kept
+
+
+def read_pictures(cfg, paths):
+    """Image files -> (pictures (k, S, S, 3), kept (n,) bool)."""
+    pictures, kept = read_files(cfg, paths, lambda path: read_picture(path, cfg["image_size"]), "image")
+    return np.stack(pictures), kept
 
 
 def encode_pictures(cfg, splits):
@@ -506,7 +511,7 @@ def read_recording(cfg, file, name):
     if not np.isfinite(samples).all():
         raise UserError(f"{name} holds values that are not numbers")
     if not samples.any():
-        raise UserError(f"{name} holds no sound, only silence")
+        raise UserError(f"{name} holds no sound, only silence, in its first {seconds:.2f} s: trim it, or raise --audio_frames")
     if rate != cfg["audio_rate"]:
         if rate * cfg["audio_rate"] // math.gcd(rate, cfg["audio_rate"]) ** 2 > 10**7:  # the size of the resampling filter
             raise UserError(f"{name} has {rate} samples a second, which cannot be resampled to {cfg['audio_rate']}: convert it")
@@ -517,6 +522,7 @@ def read_recording(cfg, file, name):
 
 
 def decode_other(file, name):
+    """Anything that is not PCM WAV, by torchaudio where its decoder is installed -> ((k,) samples, rate); else UserError."""
     try:
         import torchaudio
         file.seek(0)
@@ -528,21 +534,11 @@ def decode_other(file, name):
 
 
 def read_recordings(cfg, paths):
-    """Read sound files -> (list of (k,) float32, kept (n,) bool); UserError at the first bad one unless skip_bad."""
-    recordings, kept = [], np.ones(len(paths), bool)
-    for i, path in enumerate(tqdm(paths, desc="reading recordings", disable=None, leave=False)):
-        try:
-            with open(path, "rb") as f:
-                recordings.append(read_recording(cfg, f, path))
-        except (UserError, OSError) as problem:
-            if not cfg["skip_bad"]:
-                raise UserError(f"{problem}: remove it, or pass --skip_bad=True") from None
-            kept[i] = False
-    if not kept.all():
-        tell(f"skipped {(~kept).sum()} of {len(paths)} files: not readable recordings")
-    if not recordings:
-        raise UserError(f"none of the {len(paths)} files is a readable recording")
-    return recordings, kept
+    """Sound files -> (list of (k,) float32, kept (n,) bool)."""
+    def read(path):
+        with open(path, "rb") as f:
+            return read_recording(cfg, f, path)
+    return read_files(cfg, paths, read, "recording")
 
 
 def encode_recordings(cfg, splits):
@@ -612,29 +608,21 @@ def draw_scenes(modality, part, count):
     return np.stack(scenes + [rng.uniform(-1, 1, count), rng.integers(0, 3, count)], 1).astype(np.float32), labels, rng
 
 
+CIRCLE = np.stack([np.cos(2 * np.pi * np.arange(60) / 60), np.sin(2 * np.pi * np.arange(60) / 60)], 1)
+OUTLINES = (  # in the order of SHAPES: corners in [-1, 1]
+    CIRCLE, 0.85 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]), np.array([(0, -1), (0.95, 0.75), (-0.95, 0.75)]),
+    CIRCLE[::6] * np.where(np.arange(10) % 2, 0.42, 1.05)[:, None],
+    np.array([(-0.33, -1), (0.33, -1), (0.33, -0.33), (1, -0.33), (1, 0.33), (0.33, 0.33),
+              (0.33, 1), (-0.33, 1), (-0.33, 0.33), (-1, 0.33), (-1, -0.33), (-0.33, -0.33)]),
+    CIRCLE,  # the ring's hole is drawn later
+    np.concatenate([CIRCLE[15:46], CIRCLE[15:46][::-1] * (0.35, 1)]),  # the left arc, and back along a shallower one
+    np.array([(-1, -0.32), (1, -0.32), (1, 0.32), (-1, 0.32)]))
+
+
 def shape_outline(shape, angle):
-    """Corners in [-1, 1] of a shape (number in SHAPES), turned by angle * 20 degrees; (k, 2)."""
-    turn = 2 * np.pi * np.arange(60) / 60
-    circle = np.stack([np.cos(turn), np.sin(turn)], 1)
-    if shape in (0, 5):  # circle, ring (its hole is drawn later)
-        corners = circle
-    elif shape == 1:
-        corners = 0.85 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
-    elif shape == 2:
-        corners = np.array([(0, -1), (0.95, 0.75), (-0.95, 0.75)])
-    elif shape == 3:
-        corners = circle[::6] * np.where(np.arange(10) % 2, 0.42, 1.05)[:, None]
-    elif shape == 4:
-        a = 0.33
-        corners = np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a),
-                            (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)])
-    elif shape == 6:  # crescent: the circle's left arc, and back along a shallower one
-        arc = circle[15:46]
-        corners = np.concatenate([arc, arc[::-1] * (0.35, 1)])
-    else:
-        corners = np.array([(-1, -0.32), (1, -0.32), (1, 0.32), (-1, 0.32)])
+    """Corners of a shape (number in SHAPES), turned by angle * 20 degrees; (k, 2)."""
     sin, cos = np.sin(angle * np.pi / 9), np.cos(angle * np.pi / 9)
-    return corners @ np.array([(cos, sin), (-sin, cos)])
+    return OUTLINES[shape] @ np.array([(cos, sin), (-sin, cos)])
 
 
 def paint_scenes(scenes, rng, size=32, zoom=4):
@@ -1015,11 +1003,11 @@ MADE_BY = dict(image=("image_size", "patch_size"), text=("text_length", "vocab_s
 # prepare: one slot's source -> its shard folder
 
 
-def draw_split(labels, count, fraction, seed):
-    """(count,) bool with about `fraction` of the items, the same share of every class (at least one where it has three)."""
-    rng, drawn = np.random.default_rng([seed]), np.zeros(count, bool)
-    for rows in [np.arange(count)] if labels is None else [np.flatnonzero(labels == c) for c in np.unique(labels)]:
-        take = int(round(fraction * len(rows)))
+def draw_split(labels, free, fraction, seed):
+    """(n,) bool: about `fraction` of the items that are free (n,), the same share of every class (at least one where it has three)."""
+    rng, drawn = np.random.default_rng([seed]), np.zeros(len(free), bool)
+    for rows in [free] if labels is None else [free & (labels == c) for c in np.unique(labels[free])]:
+        rows, take = np.flatnonzero(rows), int(round(fraction * rows.sum()))
         drawn[rng.permutation(rows)[:max(take, 1) if len(rows) >= 3 else 0]] = True
     return drawn
 
@@ -1041,9 +1029,7 @@ def draw_groups(cfg, slot, raw):
     in_test = groups == test
     if val is not None:
         return in_test, groups == val
-    rest, in_val, labels = np.flatnonzero(~in_test), np.zeros(len(groups), bool), raw["train"][1]
-    in_val[rest] = draw_split(None if labels is None else labels[rest], len(rest), cfg["val_fraction"], cfg["split_seed"])
-    return in_test, in_val
+    return in_test, draw_split(raw["train"][1], ~in_test, cfg["val_fraction"], cfg["split_seed"])
 
 
 def shard_folder(cfg, slot):
@@ -1109,16 +1095,14 @@ def make_shards(cfg, slot, folder, made_from, say):
         splits["test"] = take(in_test)
     else:
         if modality_of(slot) == "audio" and any(cfg[f"audio_{key}"] for key in ("groups", "test_group", "val_group")):
-            tell(f"warning: {slot}={cfg[slot]} is NOT split by speaker: that needs PATH/CLASS/* folders and --audio_groups")
+            say(f"warning: {slot}={cfg[slot]} is NOT split by speaker: that needs PATH/CLASS/* folders and --audio_groups")
         in_test = np.zeros(count, bool)
         if raw["test"] is None:
-            in_test = draw_split(labels, count, cfg["val_fraction"], cfg["split_seed"] + 1)
+            in_test = draw_split(labels, ~in_test, cfg["val_fraction"], cfg["split_seed"] + 1)
             splits["test"] = take(in_test)
         else:
             splits["test"] = (*raw["test"], raw.get("test_latents"))
-        rest = np.flatnonzero(~in_test)
-        in_val = np.zeros(count, bool)
-        in_val[rest] = draw_split(None if labels is None else labels[rest], len(rest), cfg["val_fraction"], cfg["split_seed"])
+        in_val = draw_split(labels, ~in_test, cfg["val_fraction"], cfg["split_seed"])
     splits["val"], splits["train"] = take(in_val), take(~in_test & ~in_val)
     for split, (part, *_) in splits.items():
         if not len(part):
@@ -1195,6 +1179,7 @@ def write_file(path, data, keep=None):
 
 
 def write_json(path, value):
+    """Write a value as JSON, whole or not at all."""
     write_file(path, json.dumps(value, indent=1).encode())
 
 
@@ -1291,6 +1276,7 @@ def read_chunk(response):
 
 
 def check_sha256(path, sha256, way_out):
+    """UserError, ending with way_out, unless the file has this checksum (None: any)."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(1 << 20):

@@ -817,6 +817,17 @@ def test_the_control_keeps_marginals_and_destroys_structure(data):
     assert np.array_equal(plain["image"].train["labels"], control["image"].train["labels"])
 
 
+def test_the_control_shuffles_items_of_one_token_number_by_number(tmp_path):
+    """Whole vectors in another order are the same data: once the linear world's control was no control at all."""
+    argv = ["--image=gaussian:x", "--text=gaussian:y", "--image_loss=reconstruct", "--text_loss=reconstruct", "--bottleneck=4", "--gaussian_count=300"]
+    (plain, _), (control, _) = (T.open_slots(T.resolve(T.read_run_config([*argv, *more, f"--data_dir={tmp_path}"]), quiet), quiet)
+                                for more in ([], ["--control=True"]))
+    rows = plain["text"].rows
+    before, after = plain["text"].train["tokens"][rows][:, 0], control["text"].train["tokens"][rows][:, 0]
+    assert np.array_equal(np.sort(before, 0), np.sort(after, 0))
+    assert abs(np.corrcoef(before.T) - np.eye(50)).max() > 0.6 and abs(np.corrcoef(after.T) - np.eye(50)).max() < 0.4
+
+
 def test_init_from_takes_the_trunk_and_freeze_keeps_it(data, tmp_path):
     train(data, f"{tmp_path}/text", "--target=text", "--image=")
     train(data, f"{tmp_path}/image", "--text=", f"--init_from={tmp_path}/text", "--freeze_trunk=True")

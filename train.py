@@ -19,7 +19,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 import zlib
 from types import SimpleNamespace
@@ -45,7 +44,7 @@ KEYS = dict(
     target=("image", "the slot whose representation we want; all other slots are auxiliaries"),
     **{f"{modality}_{key}": value for modality, (loss, _) in MODALITIES.items() for key, value in dict(
         loss=(loss, f"objectives of the {modality} slot, joined by '+': next, reconstruct, label"),
-        weight=(1.0, f"factor on the {modality} loss; for schedule='joint': alone in a step, AdamW cancels most of it"),
+        weight=(1.0, f"factor on the {modality} loss; for schedule='joint': AdamW does not see the scale of a loss that has its step to itself"),
         updates=(1, f"{modality} steps per target step under schedule='alternate' (of the target: always 1)"),
         batch=(64, f"{modality} items in a step"),
         examples=(-1, f"training items of the {modality} slot: nested, evenly over the classes (-1: all, 0: slot off)"),
@@ -186,7 +185,10 @@ def choose_examples(labels, n, count, seed, name, banned=()):
 
 
 def open_slots(cfg, say):
-    """Prepare what is missing and open every slot's train and val; returns ({name: slot}, class names of the label head)."""
+    """Prepare what is missing and open every slot's train and val; returns ({name: slot}, class names of the label head).
+
+    Raises UserError where a source, its classes or its number of examples do not fit what the config asks of them.
+    """
     slots, target = {}, cfg["target"]
     for name in sorted(active_slots(cfg), key=lambda name: name != target):  # the target first
         folder = prepare(cfg, name, say)
@@ -233,7 +235,7 @@ def open_slots(cfg, say):
 
 def destroy_structure(slot, seed):
     """Shuffle the examples of an auxiliary in place: their labels if it has a label loss, and their tokens (over all real places
-    of all examples) if it predicts tokens. Each token and label stays as frequent as it was."""
+    of all examples) if it predicts tokens. Each token (of items of one token: each number) and label stays as frequent as it was."""
     rng = stream(seed, slot.name, CONTROL)
     if "label" in slot.objectives:
         slot.train["labels"] = slot.train["labels"].copy()
@@ -243,7 +245,8 @@ def destroy_structure(slot, seed):
         tokens, T = all_tokens[slot.rows], all_tokens.shape[1]
         lengths = slot.train["lengths"][slot.rows] if "lengths" in slot.train else np.full(len(tokens), T)
         real = np.arange(T) < lengths[:, None]
-        tokens[real] = rng.permutation(tokens[real])
+        # an item of one token has no other place to go: there every number is shuffled over the items by itself
+        tokens[real] = rng.permutation(tokens[real]) if T > 1 else rng.permuted(tokens[real], axis=0)
         all_tokens[slot.rows] = tokens
         slot.train["tokens"] = all_tokens
 
@@ -268,6 +271,7 @@ def model_slots(slots):
 
 @functools.lru_cache(maxsize=16)
 def epoch_order(seed, name, epoch, n):
+    """The order in which a slot's n examples come in an epoch."""
     return stream(seed, name, ORDER, epoch).permutation(n)
 
 
@@ -337,10 +341,12 @@ def collate(slot, arrays, rows, device, rng=None, augment=False):
 
 
 def to_device(tensor, device):
+    """Copy a CPU tensor; to a GPU from pinned memory, so that the copy does not wait."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def train_batch(slot, seed, update, device):
+    """The slot's update-th training batch, augmented: the keyword arguments of UML.forward, on the device. Here a batch begins."""
     return collate(slot, slot.train, batch_rows(slot, seed, update), device, stream(seed, slot.name, BATCH, update), augment=True)
 
 
@@ -421,7 +427,7 @@ def latent_r2(model, slot, arrays, device):
 
 @torch.no_grad()
 def evaluate(model, slot, arrays, device, probe=None):
-    """How good the target is on a split -> dict(score, accuracy, balanced_accuracy, unseen_accuracy, r2 of known latents, probe).
+    """How good the target is on a split -> dict(score, accuracy, balanced_accuracy, unseen_accuracy, probe; r2 without labels).
 
     With a label loss the label head answers, over the target's classes. Without, a linear probe fitted on the run's own
     training examples does; its penalty is the best on this split unless a fitted probe is handed in. Without labels the
@@ -468,6 +474,7 @@ def pick_device(cfg):
 
 
 def build_model(cfg, slots, classes):
+    """A fresh UML from a config and model_slots(); UserError for a combination that cannot work."""
     keys = ("width", "layers", "heads", "bottleneck", "mask_ratio", "image_embed", "temperature", "seed")
     try:
         return UML(slots, len(classes), **{key: cfg[key] for key in keys if key in cfg})
@@ -615,7 +622,7 @@ def train(cfg, say):
         evaluating = evaluating or (done and at.best is None)  # resumed exactly at its end, never evaluated
         logging = moved and (at.step % cfg["log_interval"] == 0 or done)
         stopping = done or 0 < cfg["stop_after"] <= at.step or asked_to_stop()
-        saving = stopping or evaluating or (moved and at.step % cfg["eval_interval"] == 0)  # during the warm start too
+        saving = stopping or evaluating or (moved and at.step < warm and at.step % cfg["eval_interval"] == 0)
         if logging or saving:  # the clock stands still meanwhile
             synchronize()
             at.seconds += time.perf_counter() - clock
@@ -779,6 +786,7 @@ def begin_folder(cfg, step):
 
 
 def append_line(path, line):
+    """Add a line to a file; UserError if the disk is full."""
     with writing(path, len(line) + 1), open(path, "a", encoding="utf-8") as f:
         f.write(line + "\n")
 
@@ -851,16 +859,11 @@ def on_signal(number, frame):
         raise KeyboardInterrupt
 
 
-def set_handlers(handlers):
-    """Install {signal number: handler}; Python allows it in the main thread alone."""
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def catch_signals():
+    """From now on SIGINT and SIGTERM are asked for by asked_to_stop() and do not interrupt."""
     SIGNALS.clear()
-    set_handlers(dict.fromkeys((signal.SIGINT, signal.SIGTERM), on_signal))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
 
 
 @contextlib.contextmanager
@@ -873,7 +876,8 @@ def undisturbed(out_dir):
         try:
             yield
         finally:
-            set_handlers(handlers)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def ranks():
