@@ -18,6 +18,7 @@ compare, which writes compare.json, and of report.
 Sections: measures on features, corruptions, runs side by side, statistics, compare, theory, exchange, scale, embed, report, figures.
 """
 import ast
+import contextlib
 import csv
 import difflib
 import hashlib
@@ -28,6 +29,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -83,7 +85,7 @@ def few_shot(features, labels, new, truth, shots=(1, 2, 4, 8, 16), draws=5):
 
 
 def margins(features, labels, weight, bias):
-    """Distances of items to the probe's decision boundary: (score of the truth - best other) / |difference of weights|.
+    """Distances of items to the boundary with the best-scoring other class: (score of the truth - its) / |difference of weights|.
 
     Positive where the item is classified right; Gupta et al. 2025 (section 5) report that unpaired data widens them.
     Weights and margins are for standardised features, so that runs of different feature scale compare.
@@ -150,13 +152,11 @@ def corrupt_pictures(pictures, kind, severity):
     elif kind == "contrast":
         mean = pictures.mean((1, 2, 3), keepdims=True)
         out = mean + (pictures - mean) * (0.6, 0.4, 0.2)[i]
-    elif kind == "pixelate":
+    else:  # pixelate
         size = pictures.shape[1]
         small = (max(1, int(size * (0.6, 0.45, 0.3)[i])),) * 2
         coarse = [Image.fromarray(picture).resize(small, Image.Resampling.BOX) for picture in pictures]
         out = np.stack([np.asarray(picture.resize((size, size), Image.Resampling.NEAREST)) for picture in coarse])
-    else:
-        raise UserError(f"unknown corruption '{kind}'")
     return np.clip(out, 0, 255).astype(np.uint8)
 
 
@@ -171,10 +171,8 @@ def corrupt_frames(tokens, mels, kind, severity):
         log_mel = np.log(np.exp(log_mel) + power * np.random.default_rng(severity).exponential(1, log_mel.shape))
     elif kind == "gain":
         log_mel = log_mel - (6, 12, 18)[i] * math.log(10) / 10
-    elif kind == "bandlimit":
+    else:  # bandlimit
         log_mel = np.where(np.arange(mels) < mels * (0.8, 0.6, 0.4)[i], log_mel, low)
-    else:
-        raise UserError(f"unknown corruption '{kind}'")
     return ((log_mel - low) / (high - low) * 255).round().clip(0, 255).astype(np.uint8).reshape(tokens.shape)
 
 
@@ -545,7 +543,8 @@ def compare(argv):
     folds = [tested_on(dict(cfg, seed=seed)) if per_seed else seed for seed in seeds]
     out = dict(summary(cfg, arms, results, chosen, searched, folds), first_seed=own["first_seed"], candidates=settings,
                command=shlex.join(["python", "probe.py", "compare", *argv]),
-               hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+               hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+               config={key: value for key, value in cfg.items() if key not in KEYS or value != KEYS[key][0]})
     out["verdict"] = verdict(out)
     write_json(os.path.join(cfg["out_dir"], "compare.json"), out)
     draw_compare(os.path.join(cfg["out_dir"], "compare.png"), out)
@@ -753,7 +752,7 @@ def theory(folder="out/theory", repetitions=100_000):
     j_x, j_y = information(a_c, a_x, noise), information(b_c, b_y, noise)
     print(f"theta_c has {d} directions; X shows them with strengths {weak.tolist()}, Y in full; {n_x} samples of either, noise {noise}")
 
-    gain = np.linalg.eigvalsh((n_x * j_x + n_y * j_y) - n_x * j_x)
+    gain = np.linalg.eigvalsh(n_y * j_y)  # J_XY - J_X, since informations of independent samples add up
     print(f"1. J_XY - J_X has eigenvalues from {gain[0]:.1f} to {gain[-1]:.1f}: all positive, so adding Y helps in every direction")
     seen = [(a_c[:, :5], a_x, noise, n_x), (b_c[:, :5], b_y, noise, n_y)]  # the five directions that X sees at all
     rows = []
@@ -855,15 +854,17 @@ def exchange(argv):
     results = run_all(runs, folder, own["jobs"], bar)
     bar.close()
     scores = np.array([score_of(r, "test" if cfg["score_test"] else "val") for r in results]).reshape(len(cells), own["seeds"])
+    out = dict(kind="exchange", cells=cells, scores=scores.tolist(), command=shlex.join(["python", "probe.py", "exchange", *argv]))
+    write_json(os.path.join(cfg["out_dir"], "exchange.json"), out)  # what was measured stays, whether or not it can be fitted
     n_x, n_y = np.array(cells, float).T
     fit, rng = fit_exchange(n_x, n_y, scores.mean(1)), np.random.default_rng(0)
-    at = float(np.median(n_y[n_y > 0]))
-    draws = [fit_exchange(n_x, n_y, scores[:, rng.integers(0, own["seeds"], own["seeds"])].mean(1))
-             for _ in range(100 if own["seeds"] > 2 else 0)]  # two seeds have three distinct resamples: no interval
-    interval = np.percentile([exchange_rate(draw, at) for draw in draws], (2.5, 97.5)).tolist() if draws else None
+    at, rates = float(np.median(n_y[n_y > 0])), []
+    for _ in range(100 if own["seeds"] > 2 else 0):  # two seeds have three distinct resamples: no interval
+        with contextlib.suppress(UserError):  # a resample in which more examples never scored better
+            rates.append(exchange_rate(fit_exchange(n_x, n_y, scores[:, rng.integers(0, own["seeds"], own["seeds"])].mean(1)), at))
+    interval = np.percentile(rates, (2.5, 97.5)).tolist() if len(rates) > 50 else None
     rate, words = exchange_rate(fit, at), mean_words(cfg, y_key[:-len("_examples")])
-    out = dict(kind="exchange", cells=cells, scores=scores.tolist(), fit=fit, at=at, rate=rate, interval=interval, words_per_item=words,
-               command=shlex.join(["python", "probe.py", "exchange", *argv]))
+    out.update(fit=fit, at=at, rate=rate, interval=interval, words_per_item=words)
     print(f"score = {fit['b0']:.3f} + {fit['b1']:.3f} log({x_key} + {fit['rho']:.3g} {y_key}^{fit['gamma']}), "
           f"residual {fit['residual']:.4f}")
     print(f"at {at:,.0f} {y_key}, one of them is worth {rate:.3g} {x_key}"
@@ -997,37 +998,51 @@ def embed(folder, path):
 # report: the README's tables, from numbers that commands wrote
 
 
-def report(readme="README.md", folder=os.path.join("assets", "results")):
-    """Rewrite the blocks of the README between `<!-- results NAME='title' ... -->` or `<!-- curve FILE.png NAME ... -->` and `<!-- /... -->`
-    from assets/results/NAME.json, which compare wrote."""
+def report(readme="README.md"):
+    """Rewrite what stands in the README between `<!-- KIND ... -->` and `<!-- /KIND -->`, from assets/results/NAME.json, as compare wrote them.
+
+    KIND is results (NAME='title' ...: a table), curve (FILE.png NAME ...: a figure and what it says), or holm (after all tables).
+    """
+    tabled = {}  # {name: (title, result)}
+
     def result_of(name):
-        path = os.path.join(folder, name + ".json")
+        path = os.path.join("assets", "results", name + ".json")
         if not os.path.exists(path):
             raise UserError(f"{readme} wants {path}, which is not there: copy the run's compare.json to it")
         return read_json(path)
 
-    out, skipping = [], False
-    for line in read_text(readme).split("\n"):
-        skipping = skipping and not line.startswith("<!-- /")
-        if not skipping:
-            out.append(line)
-        if line.startswith(("<!-- results ", "<!-- curve ")):
-            kind, *words = shlex.split(line[4:-3])
-            skipping = True
-        if line.startswith("<!-- results "):
-            titles = dict(word.split("=", 1) for word in words)
-            found = {name: result_of(name) for name in titles}
-            out += ["| target | auxiliary | alone | control | uml | uml - alone (p) | uml - control (p) | seeds |", "|---" * 8 + "|"]
-            out += [f"| [{titles[name]}]({folder}/{name}.json) {table_row(r)}" for name, r in found.items()]
-            out += ["", "<details><summary>commands and hardware</summary>", ""]
-            out += [f"- {titles[name]}: `{r['command']}` ({r['hardware']})" for name, r in found.items()] + ["", "</details>"]
-        if line.startswith("<!-- curve "):
-            file, *names = words
-            results = sorted((result_of(name) for name in names), key=lambda r: r["examples"])
-            draw_curve(os.path.join(os.path.dirname(os.path.abspath(readme)), "assets", file), results)
-            out += [f"![accuracy against labelled examples a class](assets/{file})", "", worth(results)]
-    write_file(readme, "\n".join(out).encode())
+    def block(match):
+        kind, *words = shlex.split(match[2])
+        if kind == "results":
+            found = {name: (title, result_of(name)) for name, title in (word.split("=", 1) for word in words)}
+            tabled.update(found)
+            lines = ["| target | auxiliary | alone | control | uml | uml - alone (p) | uml - control (p) | seeds |", "|---" * 8 + "|"]
+            lines += [f"| [{title}](assets/results/{name}.json) {table_row(r)}" for name, (title, r) in found.items()]
+            lines += ["", "<details><summary>commands and hardware</summary>", ""]
+            lines += [f"- {title}: `{r['command']}` ({r['hardware']})" for title, r in found.values()] + ["", "</details>"]
+        elif kind == "curve":
+            results = sorted((result_of(name) for name in words[1:]), key=lambda r: r["examples"])
+            draw_curve(os.path.join(os.path.dirname(os.path.abspath(readme)), "assets", words[0]), results)
+            lines = [f'<img src="assets/{words[0]}" width="560" alt="accuracy against labelled examples a class">', "", worth(results)]
+        else:
+            lines = [holm(tabled.values())]
+        return "\n".join([match[1], *lines, match[3]])
+
+    text = re.sub(r"(<!-- ((?:results|curve|holm).*?) -->)\n.*?(<!-- /\w+ -->)", block, read_text(readme), flags=re.S)
+    write_file(readme, text.encode())
     print(f"rewrote the tables of {readme}")
+
+
+def holm(tabled):
+    """One sentence: the rows whose uml - alone, or its negative, survives Holm's correction over all rows at 0.05 (Holm 1979)."""
+    ordered, kept = sorted(tabled, key=lambda row: row[1]["arms"]["uml"]["minus_alone"]["p"]), []
+    for i, (title, r) in enumerate(ordered):
+        d = r["arms"]["uml"]["minus_alone"]
+        if d["p"] > 0.05 / (len(ordered) - i):
+            break
+        kept.append(title + (" (harm)" if d["mean"] < 0 else ""))
+    return (f"The p of these {len(ordered)} rows are not corrected for their number. After Holm's correction these differences to alone stay "
+            f"below 0.05: {'; '.join(kept)}.")
 
 
 def per_class(r):
@@ -1036,16 +1051,26 @@ def per_class(r):
 
 
 def worth(results):
-    """One sentence: how many examples a class alone needs for what uml has, read off the line through alone's means (in log examples)."""
+    """One sentence: how many examples a class alone needs for what uml has, read off the line through alone's means (in log examples).
+
+    Raises UserError where alone's line does not rise.
+    """
     shots, alone = np.log([per_class(r) for r in results]), np.array([r["arms"]["alone"]["mean"] for r in results])
+    if not (np.diff(alone) > 0).all():
+        raise UserError(f"alone's accuracies {alone.round(3).tolist()} do not rise with its examples: nothing can be read off their line")
+
+    def needed(accuracy):
+        if not alone[0] <= accuracy <= alone[-1]:
+            return f"{'fewer' if accuracy < alone[0] else 'more'} than {np.exp(shots[0 if accuracy < alone[0] else -1]):.3g}"
+        return f"{np.exp(np.interp(accuracy, alone, shots)):.2g}"
+
     said = []
     for r in results:
-        e = r["arms"]["uml"]
-        reached = [float(np.exp(np.interp(e["mean"] + sign * (e["half"] or 0), alone, shots))) for sign in (0, -1, 1)]
-        count = [f"{n:.{1 if n < 10 else 0}f}" if n < np.exp(shots[-1]) * 0.999 else f"more than {np.exp(shots[-1]):.0f}" for n in reached]
-        said.append(f"{per_class(r):.3g} are worth {count[0]}" + (f" ({count[1]} to {count[2]})" if count[1] != count[2] else ""))
-    return ("Labelled examples a class with the unpaired data, and how many alone needs for the same accuracy (in brackets: at the ends of "
-            "uml's 95% interval): " + "; ".join(said) + ".")
+        mean, half = r["arms"]["uml"]["mean"], r["arms"]["uml"]["half"] or 0
+        ends = needed(mean - half), needed(mean + half)
+        said.append(f"{per_class(r):.3g} are worth {needed(mean)}" + (f" ({ends[0]} to {ends[1]})" if ends[0] != ends[1] else ""))
+    return ("Labelled examples a class with the other data, and how many alone needs for that accuracy (in brackets: at the ends of uml's 95% "
+            "interval; that of alone is not in it): " + "; ".join(said) + ".")
 
 
 def table_row(r):

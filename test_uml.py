@@ -901,10 +901,19 @@ def test_theory_agrees_with_what_can_be_worked_out_by_hand(tmp_path, capsys):
 
 
 def test_the_worth_of_an_example_is_read_off_the_line_through_alone():
-    """Alone gains 0.1 with every doubling, uml is 0.1 above it: each example is worth two, and beyond the line nothing is claimed."""
+    """Alone gains 0.1 with every doubling, uml is half of that above or below it; beyond the ends of the line nothing is claimed."""
     arm = lambda mean: dict(mean=mean, half=0.0)
-    results = [dict(examples=10 * k, chance=0.1, arms=dict(alone=arm(0.1 * i), uml=arm(0.1 * i + 0.1))) for i, k in enumerate((1, 2, 4))]
-    assert "1 are worth 2.0; 2 are worth more than 4; 4 are worth more than 4." in B.worth(results)
+    results = lambda gain: [dict(examples=10 * k, chance=0.1, arms=dict(alone=arm(0.1 * i), uml=arm(0.1 * i + gain))) for i, k in enumerate((1, 2, 4))]
+    assert "1 are worth 1.4; 2 are worth 2.8; 4 are worth more than 4." in B.worth(results(0.05))
+    assert "1 are worth fewer than 1; 2 are worth 1.4; 4 are worth 2.8." in B.worth(results(-0.05))
+    with pytest.raises(P.UserError, match="do not rise"):
+        B.worth(results(0.05)[::-1])
+
+
+def test_holm_keeps_what_stays_significant_among_many():
+    """0.01 of three passes 0.05 / 3, 0.02 then passes 0.05 / 2, and 0.06 does not pass 0.05."""
+    row = lambda title, p, mean: (title, dict(arms=dict(uml=dict(minus_alone=dict(p=p, mean=mean)))))
+    assert "below 0.05: b; a (harm)." in B.holm([row("a", 0.02, -1), row("b", 0.01, 1), row("c", 0.06, 1)])
 
 
 def test_exchange_recovers_the_known_rate_of_the_linear_world():
