@@ -291,12 +291,13 @@ def check_meta(meta):
 
 
 def verify_shards(folder, meta):
-    """Compare every shard with its checksum; the size, which Shards checks at every start, does not show a flipped bit."""
-    for split in meta["splits"].values():
-        for entry in (entry for files in split["files"].values() for entry in files):
-            check_sha256(os.path.join(folder, entry["file"]), entry["sha256"], f"{folder}: delete it to prepare it again")
+    """Compare every file with its checksum; the size, which Shards checks at every start, does not show a flipped bit."""
+    sums = [(entry["file"], entry["sha256"]) for split in meta["splits"].values() for files in split["files"].values() for entry in files]
     if meta["kind"] == "discrete":
-        check_sha256(os.path.join(folder, "bpe.tiktoken"), meta["bpe_sha256"], f"{folder}: delete it to prepare it again")
+        sums.append(("bpe.tiktoken", meta["bpe_sha256"]))
+    for file, sha256 in sums:
+        with open(os.path.join(folder, file), "rb") as f:
+            check_sha256(f, sha256, f"{folder}/{file}: delete {folder} to prepare it again")
 
 
 class Shards:
@@ -625,11 +626,10 @@ def shape_outline(shape, angle):
     return OUTLINES[shape] @ np.array([(cos, sin), (-sin, cos)])
 
 
-def paint_scenes(scenes, rng, size=32, zoom=4):
-    """Scenes (n, 8) -> noisy pictures (n, size, size, 3) uint8, drawn zoom times larger and averaged down."""
-    pictures = np.empty((len(scenes), size, size, 3), np.uint8)
+def paint_scenes(scenes, rng):
+    """Scenes (n, 8) -> noisy pictures (n, 32, 32, 3) uint8, drawn four times larger and averaged down."""
+    pictures, side = np.empty((len(scenes), 32, 32, 3), np.uint8), 128
     for picture, (shape, colour, big, row, column, ground, angle, clutter) in zip(pictures, scenes):
-        side = size * zoom
         base = np.array([(45, 45, 50), (120, 120, 120), (70, 80, 105)][int(ground)]) + rng.normal(0, 12, 3)
         canvas = Image.new("RGB", (side, side), tuple(int(v) for v in base.clip(0, 255)))
         pen = ImageDraw.Draw(canvas)
@@ -643,7 +643,7 @@ def paint_scenes(scenes, rng, size=32, zoom=4):
         if shape == 5:
             hole = [tuple(p) for p in centre + 0.55 * radius * shape_outline(0, 0)]
             pen.polygon(hole, fill=canvas.getpixel((1, 1)))
-        clean = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32)
+        clean = np.asarray(canvas.resize((32, 32), Image.Resampling.BOX), np.float32)
         picture[:] = (clean + rng.normal(0, 12, clean.shape)).clip(0, 255).astype(np.uint8)
     return pictures
 
@@ -700,7 +700,7 @@ def sound_scenes(scenes, rng, rate=8000, seconds=0.64):
 SHAPES_COUNTS = dict(image=8000, text=20000, audio=8000, test=2560)
 
 
-def shapes_source(cfg, modality, _):
+def shapes_source(cfg, modality, path):
     """The generated world: 8,000 pictures or sounds or 20,000 documents to train on, 2,560 of each to test."""
     if modality == "audio" and cfg["audio_rate"] != 8000:
         raise UserError(f"the sounds of shapes have 8000 samples a second, found audio_rate={cfg['audio_rate']}")
@@ -714,7 +714,7 @@ def shapes_source(cfg, modality, _):
 
 def frozen_source(cfg, modality, _):
     """The shapes world as a frozen encoder that nobody trained would give it: random filters of pictures, random vectors of words; (n, 384)."""
-    world = shapes_source(cfg, modality, _)
+    world = shapes_source(cfg, modality, None)
     filters = np.random.default_rng([zlib.crc32(b"frozen image")]).normal(0, 1, (108, 384)).astype(np.float32)
     vector = functools.lru_cache(None)(lambda word: np.random.default_rng([zlib.crc32(word.encode())]).normal(0, 1, 384))
 
@@ -1095,7 +1095,7 @@ def make_shards(cfg, slot, folder, made_from, say):
         splits["test"] = take(in_test)
     else:
         if modality_of(slot) == "audio" and any(cfg[f"audio_{key}"] for key in ("groups", "test_group", "val_group")):
-            say(f"warning: {slot}={cfg[slot]} is NOT split by speaker: that needs PATH/CLASS/* folders and --audio_groups")
+            tell(f"warning: {slot}={cfg[slot]} is NOT split by speaker: that needs PATH/CLASS/* folders and --audio_groups")
         in_test = np.zeros(count, bool)
         if raw["test"] is None:
             in_test = draw_split(labels, ~in_test, cfg["val_fraction"], cfg["split_seed"] + 1)
@@ -1237,7 +1237,8 @@ def raw_file(cfg, source, name, url, sha256, size=None):
     way_out = (f"put the file from {url}{f' (sha256 {sha256})' if sha256 else ''} at {path} by hand, "
                "name the folder it lies under with --raw_dir=FOLDER, or run the offline config sample_configs/shapes_text.py")
     if os.path.exists(path):
-        check_sha256(path, sha256, f"{path}: remove it and {way_out}")
+        with open(path, "rb") as f:
+            check_sha256(f, sha256, f"{path}: remove it and {way_out}")
         return path
     with locked(f"{path}.lock", f"another process is fetching {path}", wait=True):
         if not os.path.exists(path):
@@ -1246,44 +1247,30 @@ def raw_file(cfg, source, name, url, sha256, size=None):
 
 
 def download(path, url, sha256, size, way_out):
-    """Fetch url to path; only what has the right length and checksum gets that name."""
-    coming, total = path + ".tmp", size or 0
+    """Fetch url to path, by way of memory; only what has the right length and checksum is written."""
+    body = bytearray()
     try:
         with urllib.request.urlopen(url, timeout=PATIENCE) as response:
-            total = int(response.headers.get("Content-Length") or 0) or total
-            with writing(path, total), open(coming, "wb") as out, tqdm(total=total, unit="B", unit_scale=True,
-                                                                       desc=f"fetching {os.path.basename(path)}") as bar:
-                while chunk := read_chunk(response):
-                    out.write(chunk)
+            total = int(response.headers.get("Content-Length") or 0) or size or 0
+            with tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {os.path.basename(path)}") as bar:
+                while (chunk := response.read(1 << 20)) and len(body) < 2**30:
+                    body += chunk
                     bar.update(len(chunk))
-        if total and os.path.getsize(coming) != total:
-            raise OSError(f"{os.path.getsize(coming)} of {total} bytes came")
-        check_sha256(coming, sha256, f"what {url} sent: {way_out}")
-        os.replace(coming, path)
+        if total and len(body) != total:
+            raise OSError(f"{len(body)} of {total} bytes came")
     except (OSError, http.client.HTTPException) as problem:  # urllib's URLError is an OSError
         raise UserError(f"cannot fetch {os.path.basename(path)} ({problem}): {way_out}") from None
-    finally:
-        if os.path.exists(coming):
-            os.remove(coming)
+    check_sha256(io.BytesIO(body), sha256, f"what {url} sent: {way_out}")
+    write_file(path, body)
 
 
-def read_chunk(response):
-    """A stall or a drop is the network's fault: HTTPException, so that it is not taken for a full disk."""
-    try:
-        return response.read(1 << 20)
-    except OSError as problem:
-        raise http.client.HTTPException(str(problem)) from None
-
-
-def check_sha256(path, sha256, way_out):
-    """UserError, ending with way_out, unless the file has this checksum (None: any)."""
+def check_sha256(file, sha256, way_out):
+    """UserError, ending with way_out, unless an open binary file has this checksum (None: any)."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    found = digest.hexdigest()
-    if sha256 and found != sha256:
-        raise UserError(f"wrong checksum: {os.path.getsize(path)} bytes of sha256 {found}, expected {sha256}, in {way_out}")
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    if sha256 and digest.hexdigest() != sha256:
+        raise UserError(f"wrong checksum: {file.tell()} bytes of sha256 {digest.hexdigest()}, expected {sha256}, in {way_out}")
 
 
 def read_archive(path, wanted, largest=10**6):

@@ -888,9 +888,9 @@ def measure_step(cfg):
     return ms, anonymous / 1024
 
 
-def scale(argv, folder="out/scale"):
+def scale(argv):
     """Step time against width, depth, tokens, batch and shard size, around sample_configs/benchmark.py; scale.png and scale.json."""
-    here = os.path.dirname(os.path.abspath(__file__))
+    here, folder = os.path.dirname(os.path.abspath(__file__)), "out/scale"
     base = read_run_config([os.path.join(here, "sample_configs", "benchmark.py"), *argv])
     # 768 floats make 3,072 bytes an item, as many as a picture of CIFAR-10 has
     linear = dict(image="gaussian:x", image_loss="reconstruct", gaussian_observed=768, mask_ratio=0.0, bottleneck=16)
@@ -1229,11 +1229,6 @@ def draw_curve(path, results):
     save_figure(fig, path)
 
 
-def draw_assets(folder="assets"):
-    draw_architecture(os.path.join(folder, "architecture.png"))
-    draw_world(os.path.join(folder, "shapes.png"))
-
-
 def draw_architecture(path):
     """Two unpaired streams, one trunk, one better target."""
     from matplotlib.patches import FancyBboxPatch
@@ -1298,7 +1293,8 @@ def main():
         print(json.dumps(theory()))
     elif argv[0] == "report":
         report()
-        draw_assets()
+        draw_architecture("assets/architecture.png")
+        draw_world("assets/shapes.png")
     elif near := difflib.get_close_matches(argv[0], ("compare", "embed", "exchange", "scale", "theory", "report"), n=1):
         raise UserError(f"'{argv[0]}' is no command, did you mean '{near[0]}'?")
     elif argv[0].endswith(".py"):

@@ -390,11 +390,11 @@ def pattern(cfg, slots, step):
 
 
 @torch.no_grad()
-def extract(model, slot, arrays, rows, device, layer=-1, batch=500):
+def extract(model, slot, arrays, rows, device, layer=-1):
     """Frozen features of the given rows, (n, C) on the CPU."""
     parts = []
-    for start in range(0, len(rows), batch):
-        inputs = collate(slot, arrays, rows[start:start + batch], device)
+    for start in range(0, len(rows), 500):
+        inputs = collate(slot, arrays, rows[start:start + 500], device)
         parts.append(model.features(slot.name, inputs["tokens"], inputs.get("real"), layer).float().cpu())
     return torch.cat(parts)
 
