@@ -191,6 +191,8 @@ def check_shards(folder, cfg):
 
 def open_run(folder):
     """A finished run: its config, slots, best model, and the split its analyses may read. UserError for one under way."""
+    if os.path.exists(os.path.join(folder, "last.pt")) and not os.path.exists(os.path.join(folder, "result.json")):
+        raise UserError(f"the run in {folder} is not finished: wait for it, or go on with --resume")
     if not os.path.exists(os.path.join(folder, "result.json")):
         raise UserError(f"{folder} holds no finished run (no result.json): train one first, for example "
                         "`python train.py sample_configs/shapes_text.py`")
@@ -273,6 +275,7 @@ def analyse(folder):
     """All analyses of one run, as a dict; figures land in its folder."""
     run_ = open_run(folder)
     target, classes = run_.target, run_.target.meta["classes"]
+    tell(f"{folder}: probing every layer, few examples, corruptions, alignment ...")
     if len(classes) < 2:
         raise UserError(f"{folder}: the target {target.name}={run_.cfg[target.name]} has no classes to probe for")
     known, val = features_of(run_, target, target.train, target.rows), features_of(run_, target, target.val, run_.seen_val)
@@ -514,6 +517,8 @@ def run_pool(configs, jobs, bar):
 def own_keys(cfg):
     """Take the keys of compare and exchange out of cfg."""
     own = {key: cfg.pop(key) for key in COMPARE_KEYS}
+    if cfg["seed"] != KEYS["seed"][0]:
+        raise UserError(f"seed={cfg['seed']} is set run by run here: did you mean --seeds={cfg['seed']} or --first_seed={cfg['seed']}?")
     if own["seeds"] < 1 or own["jobs"] < 1 or own["first_seed"] < 0:
         raise UserError(f"seeds={own['seeds']} and jobs={own['jobs']} must be at least 1, first_seed={own['first_seed']} at least 0")
     cfg.update(stop_after=0, benchmark=False)  # keys of single runs
@@ -938,7 +943,7 @@ def read_new(folder, path, cfg, name, slot):
         return tokens, torch.arange(slot["length"]) < torch.tensor([[len(ids)] for ids in coded]), names
     if "patch" in slot or "mels" in slot:
         if not os.path.isdir(path):
-            raise UserError(f"there is no folder {path}")
+            raise UserError(f"{path} is no folder: embed takes a folder of files for the {name} slot")
         names = sorted(os.path.join(d, f) for d, _, inside in os.walk(path) for f in inside if not f.startswith("."))
         if not names:
             raise UserError(f"folder {path} is empty: expected files for the {name} slot")
@@ -1299,7 +1304,12 @@ def main():
         raise UserError(f"'{argv[0]}' is no command, did you mean '{near[0]}'?")
     elif argv[0].endswith(".py"):
         raise UserError(f"{argv[0]} is a config: python train.py {argv[0]}, or python probe.py compare {argv[0]}")
+    elif keys := [arg for arg in argv if arg.startswith("--")]:
+        raise UserError(f"{keys[0]}: the analysis of runs takes no keys, only folders of runs; compare and exchange take keys")
     else:
+        torch.set_num_threads(1)  # many small solves: threads that wait for each other make them many times slower
+        for folder in argv:
+            open_run(folder)  # what is wrong with the last one shows now, not minutes later
         reports, margin_lists = zip(*[analyse(folder) for folder in argv])
         show_side_by_side(reports)
         draw_side_by_side(os.path.join(argv[0], "side_by_side.png"), reports, margin_lists)

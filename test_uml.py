@@ -273,6 +273,16 @@ def test_folders_in_every_layout_mode_and_size(tmp_path):
     assert (P.read_picture(f"{root}/train/dog/clear.png", 8) == 255).all() and (P.read_picture(f"{root}/train/cat/deep.png", 8) == 155).all()
 
 
+def test_editing_prepare_does_not_disturb_a_process_that_runs(tmp_path):
+    """Names of shards once hashed the file as it lay on disk: lines inserted above a source gave a running process other names."""
+    copy, code = tmp_path / "prepare.py", open(os.path.join(HERE, "prepare.py"), encoding="utf-8").read()
+    copy.write_text(code, encoding="utf-8")
+    asks = ("import prepare as P; cfg = P.read_config(['--image=shapes'], P.PREPARE_KEYS); before = P.shard_folder(cfg, 'image')[0]; "
+            f"open({str(copy)!r}, 'r+').write('# inserted' + chr(10) * 30 + open({str(copy)!r}).read()); print(before == P.shard_folder(cfg, 'image')[0])")
+    done = subprocess.run([sys.executable, "-c", asks], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_a_folder_that_changed_is_prepared_anew(tmp_path):
     root = picture_folder(tmp_path / "p")
     one = prepared(tmp_path / "d", f"--image=folder:{root}")
@@ -361,8 +371,8 @@ def test_folders_of_recordings_are_split_by_speaker(tmp_path, capsys):
                         ("must find a group", "--audio_groups=x(y)?|_[a-z]+_")):
         with pytest.raises(P.UserError, match=words):
             prepared(tmp_path / "d", *argv, more)
-    prepared(tmp_path / "d", argv[0], argv[2])
-    assert "NOT split by speaker" in capsys.readouterr().out
+    with pytest.raises(P.UserError, match="cannot be split by speaker"):
+        prepared(tmp_path / "d", argv[0], argv[2])
     with pytest.raises(P.UserError, match="three of them"):
         prepared(tmp_path / "d", f"--audio=folder:{speaker_folder(tmp_path / 'solo', ['ann'])}", argv[1])
 
@@ -900,6 +910,15 @@ def test_theory_agrees_with_what_can_be_worked_out_by_hand(tmp_path, capsys):
     assert out["exchange_rates"].count(None) == 1 and out["slope"] == pytest.approx(-2, abs=0.1) and (tmp_path / "theory.png").exists()
 
 
+def test_probe_refuses_what_it_would_not_use(tmp_path, monkeypatch):
+    """`probe.py RUN --threads=1` took the key for a run, minutes later; `compare --seed=3` silently ran eight seeds."""
+    monkeypatch.setattr(sys, "argv", ["probe.py", str(tmp_path), "--threads=1"])
+    with pytest.raises(P.UserError, match="takes no keys"):
+        B.main()
+    with pytest.raises(P.UserError, match="did you mean --seeds=3"):
+        B.compare(["--image=shapes", "--text=shapes", "--seed=3"])
+
+
 def test_the_worth_of_an_example_is_read_off_the_line_through_alone():
     """Alone gains 0.1 with every doubling, uml is half of that above or below it; beyond the ends of the line nothing is claimed."""
     arm = lambda mean: dict(mean=mean, half=0.0)
@@ -1220,6 +1239,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(data, tmp_path
     assert result["test_accuracy"] == whole["test_accuracy"] and any("last.pt is damaged" in line and "going back to" in line for line in said)
     one, two = weights(f"{tmp_path}/whole"), weights(f"{tmp_path}/o")
     assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_run_goes_on_with_another_number_of_threads(data, tmp_path):
+    """Whoever finds the machine busy may resume with --threads=1; without the key the stored number is used again."""
+    train(data, f"{tmp_path}/o", "--threads=1", "--stop_after=4")
+    said = []
+    T.run(config(data, f"{tmp_path}/o", "--stop_after=5", "--resume"), said.append)
+    assert torch.get_num_threads() == 1
+    assert T.run(config(data, f"{tmp_path}/o", "--threads=2", "--resume"), said.append)["test_accuracy"] is not None
+    torch.set_num_threads(1)
+    assert any("changed since step 5: threads" in line for line in said)
 
 
 def test_checkpoints_that_do_not_fit_are_refused(data, tmp_path):

@@ -88,11 +88,11 @@ KEYS = dict(
 )
 # Keys that may differ between a run and its continuation or repetition: they decide where and how long, not what.
 FREE_KEYS = {"out_dir", "resume", "stop_after", "benchmark", "log_interval", "raw_dir", "data_dir", "verify"}
-FREE_ON_RESUME = FREE_KEYS | {"eval_interval", "device", "steps"}
+FREE_ON_RESUME = FREE_KEYS | {"eval_interval", "device", "steps", "threads"}
 
 
 def drop_inactive(cfg):
-    """cfg without the keys that have no effect -> (cfg, names of the slots that are off, dropped keys that were set)."""
+    """cfg without the keys that have no effect -> (cfg, dropped keys that were set)."""
     slots = active_slots(cfg)
     off = [slot for slot in cfg if SLOT_NAME.fullmatch(slot) and slot not in slots]
     # text_length and its like belong to a modality: they stay as long as any slot of it is on
@@ -103,7 +103,7 @@ def drop_inactive(cfg):
     if len(slots) == 1:  # nothing to start from without an auxiliary
         was_set += [key for key in ("warm_start_steps", "head_from") if cfg[key]]
         cfg.update(warm_start_steps=0, head_from="")
-    return cfg, off, sorted(was_set)
+    return cfg, sorted(was_set)
 
 
 def resolve(cfg, say=tell):
@@ -118,9 +118,9 @@ def resolve(cfg, say=tell):
     if cfg["target"] not in slots:
         there = ", ".join(slots) or "none"
         raise UserError(f"target='{cfg['target']}' is not a slot with a source and examples (there are: {there})")
-    cfg, off, was_set = drop_inactive(cfg)
+    cfg, was_set = drop_inactive(cfg)
     if was_set:
-        say(f"slots without a source or examples: {', '.join(off)}; ignored: {', '.join(was_set)}")
+        say(f"ignored, since their slot has no source or examples: {', '.join(was_set)}")
     for slot in slots:
         if unknown := set(cfg[f"{slot}_loss"].split("+")) - {"next", "reconstruct", "label"}:
             raise UserError(f"{slot}_loss='{cfg[f'{slot}_loss']}': '{unknown.pop()}' is none of next, reconstruct, label")
@@ -224,9 +224,9 @@ def open_slots(cfg, say):
             new = [c for c in slot.meta["classes"] if plain_name(c) not in known]
             own = {plain_name(c) for c in slot.meta["classes"]}
             lacking = [c for c in slots[target].meta["classes"] if plain_name(c) not in own]
-            for missing, where in ((new, f"{slot.name} are not the target's"), (lacking, f"the target are not {slot.name}'s")):
+            for missing, where in ((new, f"{slot.name} that are not the target's"), (lacking, f"the target that are not {slot.name}'s")):
                 if classes and missing:
-                    say(f"warning: {len(missing)} classes of {where}: {', '.join(missing[:5])}")
+                    say(f"warning: classes of {where}: {len(missing)} ({', '.join(missing[:5])})")
             classes += new
             known = {plain_name(c): i for i, c in enumerate(classes)}
             slot.head_rows = np.array([known[plain_name(c)] for c in slot.meta["classes"]], np.int64)
@@ -722,7 +722,7 @@ def load_checkpoint(path):
             saved[key]  # KeyError if it is missing
         if broken := [name for name, value in saved["model"].items() if not value.isfinite().all()]:
             raise ValueError(f"{broken[0]} is not finite")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as problem:  # torch.load raises many kinds; all mean the same to the user
         raise UserError(f"{path} is damaged or no checkpoint of this project ({type(problem).__name__}: "

@@ -1,7 +1,8 @@
 """The paper's frozen-encoder setting: one vector an item from any encoder, through a projection per slot and one shared label head.
 
-As shipped, offline: the shapes world through encoders that nobody trained (random filters, random word vectors), 4 labelled pictures a
-class. Two CPU cores: seconds. NUMBERS
+As shipped, offline: the shapes world through encoders that nobody trained (random filters, random word vectors), 1 labelled picture a
+class. Two CPU cores: half a minute to prepare, once, then seconds. Test accuracy over seeds 10 to 17: 0.27 to 0.30, without text 0.20 to
+0.24. At 4 a class (--image_examples=256) 0.48 and 0.46, at 10 no difference.
     python train.py sample_configs/features.py
     python train.py sample_configs/features.py --text= --out_dir=out/features_alone
 With an encoder of yours, here `encoder` for pictures (the text file likewise, with the same `classes`):
