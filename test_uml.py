@@ -1068,6 +1068,14 @@ def test_the_readmes_commands_parse_and_its_tables_are_current(tmp_path, monkeyp
     assert copy.read_text(encoding="utf-8") == text and len(os.listdir(tmp_path / "assets")) == text.count("<!-- curve ")
 
 
+def test_the_readmes_sizes_are_true():
+    """Lines a file, within 5%: the README once gave the numbers of two sessions before."""
+    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read().split("## Size, and what is left out")[1].split("The aim was")[0]
+    said = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:lines )?of", text)]
+    files = [open(os.path.join(HERE, name), encoding="utf-8").read().count("\n") for name in ("model.py", "prepare.py", "train.py", "probe.py", "test_uml.py")]
+    assert len(said) == 5 and said == [pytest.approx(n, rel=0.05) for n in files]
+
+
 def test_the_readmes_new_modality_runs_as_written(tmp_path):
     """Its three blocks are put where they say they belong, in a copy, and trained."""
     readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
