@@ -39,6 +39,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch loads OpenMP; train.py says why
+
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
