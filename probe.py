@@ -1076,8 +1076,7 @@ def worth(results):
         mean, half = r["arms"]["uml"]["mean"], r["arms"]["uml"]["half"] or 0
         ends = needed(mean - half), needed(mean + half)
         said.append(f"{per_class(r):.3g} are worth {needed(mean)}" + (f" ({ends[0]} to {ends[1]})" if ends[0] != ends[1] else ""))
-    return ("Labelled examples a class with the other data, and how many alone needs for that accuracy (in brackets: at the ends of uml's 95% "
-            "interval; that of alone is not in it): " + "; ".join(said) + ".")
+    return "Examples a class with the other data, and what they are worth without: " + "; ".join(said) + "."
 
 
 def table_row(r):

@@ -1119,19 +1119,21 @@ def test_parts_of_a_batch_add_up_to_the_gradient_of_the_whole(data, monkeypatch)
 
 def test_two_processes_equal_one_and_resume_as_one(data, tmp_path):
     """In float64, with gloo, through the command line; the losses too, because AdamW would hide a wrong scale."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     code = "import sys, torch; torch.set_default_dtype(torch.float64); sys.path.insert(0, sys.argv.pop(1)); import train; train.main()"
     argv = ["--image=shapes", "--text=shapes", "--image_examples=192", "--width=32", "--layers=2", "--heads=2", "--steps=6", "--image_batch=15",
             "--log_interval=1", "--text_batch=16", "--text_loss=next+label", f"--data_dir={data}", "--threads=1"]
-    def start(out, stop, rank=0, world=1):
+    def free_port():  # asked for right before it is used, so that nobody else takes it meanwhile
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            return s.getsockname()[1]
+    def start(port, out, stop, rank=0, world=1):
         env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         return subprocess.Popen([sys.executable, "-c", code, HERE, *argv, f"--out_dir={tmp_path}/{out}", f"--stop_after={stop}", "--resume"],
                                 env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     T.open_slots(T.resolve(T.read_run_config(argv), quiet), quiet)  # the small world, before the children meet the big one
     for runs in ([("two", 2, 0, 2), ("two", 2, 1, 2), ("one", 3)], [("two", 3)]):
-        for job in [start(*one) for one in runs]:
+        port = free_port()
+        for job in [start(port, *one) for one in runs]:
             said, _ = job.communicate(timeout=120)
             assert job.returncode == 0, said
     one, two = weights(f"{tmp_path}/one"), weights(f"{tmp_path}/two")
