@@ -1052,7 +1052,7 @@ def test_the_readmes_commands_parse_and_its_tables_are_current(tmp_path, monkeyp
     text = open("README.md", encoding="utf-8").read()
     commands = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.split("\n")]
     commands = [c.split("&&")[-1].split() for c in commands if "python " in c]
-    assert len(commands) > 8 and "«" not in text  # no figure left to fill in
+    assert len(commands) > 8 and not re.search("«|%%|NUMBERS|FEATURES", text)  # no figure left to fill in
     for words in commands:
         script, args = words[1], words[2:]
         if script in ("prepare.py", "train.py"):
