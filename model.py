@@ -211,19 +211,19 @@ class UML(nn.Module):
         tokens = self.normalise(slot, tokens)
         is_real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if real is None else real
         if "next" in objectives:  # causal: state t predicts token t + 1
-            h = self.states(slot, tokens[:, :-1], causal=True)[-1]
+            h = self.states(slot, tokens[:, :-1], causal=True)[-1]  # (B, T - 1, C)
             total = total + self.token_loss(slot, h, tokens[:, 1:], is_real[:, 1:], counts.get("next"))
         if "label" in objectives:
             # over the slot's own classes: a class that only the text knows must not be unlearned by every picture
-            scores = at_least_float32(self.label_head(self.pooled_states(slot, tokens, real)))
+            scores = at_least_float32(self.label_head(self.pooled_states(slot, tokens, real)))  # (B, classes)
             if slot in self.temperature:
                 scores = scores * self.temperature[slot].exp()
             scores = scores.masked_fill(~getattr(self, f"{slot}_rows"), -torch.inf)
             total = total + F.cross_entropy(scores, labels, reduction="sum") / counts.get("label", len(labels))
         if "reconstruct" in objectives:
-            h = self.states(slot, tokens, real, hidden=hidden)[-1]
+            h = self.states(slot, tokens, real, hidden=hidden)[-1]  # (B, T, C)
             if self.bottleneck is not None:  # all the decoder learns of the sequence are k numbers
-                h = self.bottleneck.back(self.bottleneck.down(self.pool(h, real)))[:, None]
+                h = self.bottleneck.back(self.bottleneck.down(self.pool(h, real)))[:, None]  # (B, 1, C), through (B, k)
                 h = h + self.position[f"{slot}_decoder"][:tokens.shape[1]]
                 h = h + self.bottleneck.out(F.relu(self.bottleneck.up(h)))
             rebuilt = is_real if hidden is None else hidden & is_real

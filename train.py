@@ -282,7 +282,7 @@ def epoch_order(seed, name, epoch, n):
 def batch_rows(slot, seed, update):
     """Rows of the slot's update-th batch: the epochs' permutations of its examples laid end to end, cut into batches."""
     n = len(slot.rows)
-    places = update * slot.batch + np.arange(slot.batch)
+    places = update * slot.batch + np.arange(slot.batch)  # in the endless row of epochs; a batch may reach into the next one
     epochs = places // n
     drawn = [epoch_order(seed, slot.name, int(e), n)[places[epochs == e] % n] for e in np.unique(epochs)]
     return slot.rows[np.concatenate(drawn)]
@@ -321,8 +321,8 @@ def move_and_mask(tokens, lengths, mels, shift, gain, mask, rng):
 
 def collate(slot, arrays, rows, device, rng=None, augment=False):
     """Items -> the keyword arguments of UML.forward as tensors. rng decides what "reconstruct" hides and the augmentation."""
-    tokens, cfg, batch = arrays["tokens"][rows], slot.cfg, {}
-    lengths = arrays["lengths"][rows] if "lengths" in arrays else None
+    tokens, cfg, batch = arrays["tokens"][rows], slot.cfg, {}  # (B, T, D) uint8 or float32, or (B, T) ids: one read of the memory map
+    lengths = arrays["lengths"][rows] if "lengths" in arrays else None  # (B,) real tokens of each item; None: all of them
     if augment and "patch" in slot.meta:
         tokens = shift_and_flip(tokens, slot.meta["patch"], cfg["image_shift"], cfg["image_flip"], rng)
     if augment and "mels" in slot.meta:
@@ -333,7 +333,7 @@ def collate(slot, arrays, rows, device, rng=None, augment=False):
             tokens = tokens[:, :max(2, lengths.max())]  # "next" needs one token to read and one to predict
         batch["real"] = np.arange(tokens.shape[1]) < lengths[:, None]
     if "label" in slot.objectives:
-        batch["labels"] = slot.head_rows[arrays["labels"][rows]]
+        batch["labels"] = slot.head_rows[arrays["labels"][rows]]  # rows of the shared head: the source numbers its classes otherwise
     if rng is not None and "reconstruct" in slot.objectives and cfg["mask_ratio"] > 0:
         batch["hidden"] = rng.random(tokens.shape[:2]) < cfg["mask_ratio"]
     batch["tokens"] = tokens
@@ -549,8 +549,8 @@ def train_step(cfg, slots, model, loss_of, optimizer, autocast, device, at):
             batch = my_part(train_batch(slots[name], cfg["seed"], at.updates[name], device))
             with autocast:
                 loss = loss_of(name, **batch)
-            (slots[name].weight * loss).backward()
-            losses.setdefault(name, []).append(loss.detach())
+            (slots[name].weight * loss).backward()  # adds to the gradients of the slots before it, where the schedule is joint
+            losses.setdefault(name, []).append(loss.detach())  # not read here: that would wait for a GPU
             at.updates[name] += 1
             at.items += slots[name].batch
         # Several processes: each has its part of the sums. A slot that is idle has no gradient in any of them.
