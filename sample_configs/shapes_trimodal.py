@@ -1,6 +1,6 @@
 """Three modalities, none paired: pictures of shapes (4 labelled ones a class), sentences and sounds of other scenes.
 
-Offline. Two CPU cores: about 3 minutes. Test accuracy over seeds 10 to 15: 0.35 to 0.56, mean 0.45; with sentences alone 0.35 to 0.47, mean 0.42:
+Offline. Two CPU cores: 1 to 3 minutes. Test accuracy over seeds 10 to 15: 0.35 to 0.56, mean 0.45; with sentences alone 0.35 to 0.47, mean 0.42:
 the sounds' gain of 2.6 points is far inside the spread of seeds. Without either 0.21.
     python train.py sample_configs/shapes_trimodal.py
     python train.py sample_configs/shapes_trimodal.py --audio= --out_dir=out/shapes_bimodal
