@@ -700,7 +700,7 @@ def sound_scenes(scenes, rng, rate=8000, seconds=0.64):
 SHAPES_COUNTS = dict(image=8000, text=20000, audio=8000, test=2560)
 
 
-def shapes_source(cfg, modality, path):
+def shapes_source(cfg, modality, _):
     """The generated world: 8,000 pictures or sounds or 20,000 documents to train on, 2,560 of each to test."""
     if modality == "audio" and cfg["audio_rate"] != 8000:
         raise UserError(f"the sounds of shapes have 8000 samples a second, found audio_rate={cfg['audio_rate']}")

@@ -193,9 +193,9 @@ def check_shards(folder, cfg):
 
 def open_run(folder):
     """A finished run: its config, slots, best model, and the split its analyses may read. UserError for one under way."""
-    if os.path.exists(os.path.join(folder, "last.pt")) and not os.path.exists(os.path.join(folder, "result.json")):
-        raise UserError(f"the run in {folder} is not finished: wait for it, or go on with --resume")
     if not os.path.exists(os.path.join(folder, "result.json")):
+        if os.path.exists(os.path.join(folder, "last.pt")):
+            raise UserError(f"the run in {folder} is not finished: wait for it, or go on with --resume")
         raise UserError(f"{folder} holds no finished run (no result.json): train one first, for example "
                         "`python train.py sample_configs/shapes_text.py`")
     model, checkpoint = load_model(os.path.join(folder, "best.pt"))
