@@ -1,8 +1,8 @@
-"""The reference shape for speed: batch 64, 64 continuous tokens of 48 numbers, width 128, 4 layers, 4 heads, next-patch loss.
+"""The reference shape for speed: batch 64, 64 continuous tokens, width 128, 4 layers, 4 heads, next-patch loss.
 
     python train.py sample_configs/benchmark.py --benchmark=True
 """
-image = "shapes"
+image = "letters"
 image_loss = "next"
 patch_size = 4
 image_batch = 64

@@ -1,0 +1,103 @@
+"""The reference column of the letters table: a plain ConvNet on the same pictures, augmentation, steps and batches.
+
+    python assets/results/convnet.py sample_configs/letters_text.py --out_dir=out/convnet_1
+    python assets/results/convnet.py sample_configs/letters_text.py --image_examples=1016 --out_dir=out/convnet_2
+
+As `probe.py compare` does: the best candidate on validation with seed 1000, then eight seeds, test scored once each.
+The network is what people would write: three stages of two 3x3 convolutions, norm, ReLU, and 2x2 max-pooling, then one
+linear layer on all positions. Channels, steps and so the cost of a step are those of the stem in model.py.
+"""
+import os
+import sys
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+from prepare import exit_on_user_error, load_split, unpatchify, write_json
+from train import KEYS, learning_rate, make_optimizer, open_slots, read_run_config, resolve, train_batch
+
+CPU = torch.device("cpu")
+CANDIDATES = [("group", 3e-3, 0.05), ("group", 3e-3, 0.5), ("batch", 3e-3, 0.05), ("batch", 1e-3, 0.5)]
+
+
+def convnet(norm, channels=(16, 32, 64), classes=564):
+    layers, before = [nn.InstanceNorm2d(1)], 1  # every picture at the same brightness and contrast, as in the stem
+    for after in channels:
+        for inputs in (before, after):
+            norm_layer = nn.GroupNorm(8, after) if norm == "group" else nn.BatchNorm2d(after)
+            layers += [nn.Conv2d(inputs, after, 3, padding=1, bias=False), norm_layer, nn.ReLU()]
+        layers.append(nn.MaxPool2d(2))
+        before = after
+    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(classes))
+
+
+def pictures_of(slot, tokens):
+    tokens = (tokens.float() - slot.meta["mean"][0]) / slot.meta["std"][0]
+    return unpatchify(tokens, slot.meta["patch"]).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def accuracy(model, slot, arrays):
+    """Of the classes that have labelled pictures, among these: the others' rows were never trained."""
+    model.eval()
+    rows = np.flatnonzero(~np.isin(arrays["labels"], slot.banned))
+    scores = [model(pictures_of(slot, torch.from_numpy(arrays["tokens"][part]))) for part in np.array_split(rows, 8)]
+    scores = torch.cat(scores)
+    scores[:, slot.banned] = -torch.inf
+    model.train()
+    return (scores.argmax(1).numpy() == arrays["labels"][rows]).mean().item()
+
+
+def train(cfg, seed, norm, rate, decay):
+    """-> (best validation accuracy, the test accuracy of that moment)."""
+    cfg = resolve(dict(cfg, text="", seed=seed, learning_rate=rate, weight_decay=decay), say=lambda line: None)
+    (slot,) = open_slots(cfg, say=print)[0].values()
+    torch.manual_seed(seed)
+    model = convnet(norm, classes=len(slot.meta["classes"]))
+    model(pictures_of(slot, torch.from_numpy(slot.train["tokens"][slot.rows[:2]])))  # shapes the lazy layer
+    optimizer, best, seen = make_optimizer(model, cfg, CPU), (0.0, 0.0), np.setdiff1d(np.arange(564), slot.banned)
+    place = torch.zeros(564, dtype=torch.long)
+    place[seen] = torch.arange(len(seen))
+    test = load_split(slot.folder, "test") if seed != 1000 else None
+    for step in range(cfg["steps"]):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
+        batch = train_batch(slot, seed, step, CPU)
+        scores = model(pictures_of(slot, batch["tokens"]))[:, seen]
+        loss = F.cross_entropy(scores, place[batch["labels"]], label_smoothing=cfg["label_smoothing"])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % cfg["eval_interval"] == 0:
+            val = accuracy(model, slot, slot.val)
+            if val > best[0]:
+                best = val, None if test is None else accuracy(model, slot, test)
+    return best
+
+
+def main():
+    keys = dict(KEYS, seeds=(8, "runs"), first_seed=(0, "seed of the first"))
+    cfg = read_run_config(sys.argv[1:], keys)
+    seeds = range(cfg["first_seed"], cfg["first_seed"] + cfg["seeds"])
+    torch.set_num_threads(1)
+    searched = [train(cfg, 1000, *candidate)[0] for candidate in CANDIDATES]
+    chosen = CANDIDATES[int(np.argmax(searched))]
+    print(dict(zip(CANDIDATES, searched)), "chosen:", chosen, flush=True)
+    scores = []
+    for seed in seeds:
+        scores.append(train(cfg, seed, *chosen)[1])
+        print(seed, scores[-1], flush=True)
+    command = "python assets/results/convnet.py " + " ".join(sys.argv[1:])
+    os.makedirs(cfg["out_dir"], exist_ok=True)
+    write_json(os.path.join(cfg["out_dir"], "convnet.json"),
+               dict(kind="convnet", examples=cfg["image_examples"], steps=cfg["steps"], seeds=len(seeds),
+                    first_seed=cfg["first_seed"], candidates=CANDIDATES, search_scores=searched, setting=chosen,
+                    scores=scores, mean=float(np.mean(scores)), command=command))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,225 @@
+"""Make the tables, curves and figures of README.md and assets/results/README.md from the JSON files here.
+
+    python assets/results/make.py            # rewrite both pages
+    python assets/results/make.py --check    # exit 2 if that would change a word
+
+A page holds blocks `<!-- KIND WORDS -->` ... `<!-- /KIND -->`; what stands between is written here. KIND is
+    results NAME='title' ...   a table, a row a comparison, with the commands
+    arms NAME='title' ...      every arm of some comparisons
+    unseen NAME='title' ...    classes that had no labelled example
+    curve FILE.png NAME ...    accuracy against labelled examples a class, and what an example is worth
+    holm                       which of the rows above survive Holm's correction (Holm 1979)
+"""
+import os
+import re
+import shlex
+import sys
+import textwrap
+
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+sys.path.insert(0, ROOT)
+from prepare import (PREPARE_KEYS, SOURCES, UserError, exit_on_user_error, read_config, read_json, read_text,
+                     write_file)
+from probe import figure, save_figure, short_source, show_auxiliaries
+
+PAGES = ("README.md", os.path.join("assets", "results", "README.md"))
+
+
+def row_of(cells):
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def result_of(name):
+    path = os.path.join(HERE, f"{name}.json")
+    if not os.path.exists(path):
+        raise UserError(f"a page wants {path}, which is not there: copy the run's compare.json to it")
+    return read_json(path)
+
+
+def percent(entry):
+    """'71.2 ± 1.3' of a mean and its half width."""
+    half = "" if entry.get("half") is None else f" ± {100 * entry['half']:.1f}"
+    return f"{100 * entry['mean']:.1f}{half}"
+
+
+def difference(d):
+    half = "" if d["half"] is None else f" ± {100 * d['half']:.1f}"
+    return f"**{100 * d['mean']:+.1f}**{half} ({d['p']:.1g})"
+
+
+def convnet_of(name, result):
+    """The reference column: a plain ConvNet on the same pictures, where it was trained."""
+    path = os.path.join(HERE, name.replace("letters", "convnet") + ".json")
+    if "letters" not in name or not os.path.exists(path):
+        return "-"
+    scores = read_json(path)["scores"]
+    return f"{100 * np.mean(scores):.1f}"
+
+
+def results_table(rows):
+    """rows: {name: (title, result)} -> markdown lines."""
+    columns = ("target", "beside it", "alone", "ConvNet", "control", "uml", "uml - alone (p)",
+               "uml - control (p)", "seeds")
+    lines = [row_of(columns), "|---" * len(columns) + "|"]
+    for name, (title, r) in rows.items():
+        arms = r["arms"]
+        shown = [percent(arms[arm]) if arm in arms else "-" for arm in ("alone", "control", "uml")]
+        above = difference(arms["control"]["uml_minus"]) if "control" in arms else "-"
+        shown.insert(1, convnet_of(name, r))
+        gain = difference(arms["uml"]["minus_alone"])
+        lines.append(row_of([title, show_auxiliaries(r), *shown, gain, above, r["seeds"]]))
+    return lines
+
+
+def commands_of(rows):
+    lines = ["", "<details><summary>commands and hardware</summary>", ""]
+    lines += [f"- {title}: `{r['command']}` ({r['hardware']})" for title, r in rows.values()]
+    return lines + ["", "</details>"]
+
+
+def arms_table(rows):
+    lines = [row_of(["", "arm", "accuracy", "uml minus it (p)", "GFLOP", "setting"]), "|---" * 6 + "|"]
+    for title, r in rows.values():
+        for arm, entry in r["arms"].items():
+            setting = ", ".join(f"{key}={value}" for key, value in entry["settings"][0].items())
+            minus = "-"
+            if arm == "alone":
+                minus = difference(r["arms"]["uml"]["minus_alone"])
+            elif "uml_minus" in entry:
+                minus = difference(entry["uml_minus"])
+            lines.append(row_of([title, arm, percent(entry), minus, f"{entry['gflops']:,.0f}", setting]))
+    return lines
+
+
+def unseen_table(rows):
+    keys = dict(unseen_among_unseen="unseen among themselves", unseen_accuracy="unseen among all",
+                unseen_with_offset="unseen with the offset", seen_with_offset="seen with the offset",
+                harmonic_mean="harmonic mean")
+    lines = [row_of(["", "arm", "seen among all", *keys.values()]), "|---" * (3 + len(keys)) + "|"]
+    for title, r in rows.values():
+        for arm in ("alone", "control", "uml"):
+            if arm not in r["arms"]:
+                continue
+            entry = r["arms"][arm]
+            shown = [f"{100 * np.mean(entry[key]):.1f}" for key in keys]
+            lines.append(row_of([title, arm, f"{100 * entry['mean']:.1f}", *shown]))
+    return lines
+
+
+def per_class(r):
+    """Labelled target examples of a comparison for each class that has some."""
+    return r["examples"] / (round(1 / r["chance"]) - r["config"].get("unseen_classes", 0))
+
+
+def worth(results):
+    """One sentence: how many examples a class alone needs for what uml has, along the line through alone's
+    means (logarithmic in examples). UserError where alone's line does not rise."""
+    shots = np.log([per_class(r) for r in results])
+    alone = np.array([r["arms"]["alone"]["mean"] for r in results])
+    if not (np.diff(alone) > 0).all():
+        raise UserError(f"alone's accuracies {alone.round(3).tolist()} do not rise with its examples: nothing "
+                        "can be read off their line")
+
+    def needed(accuracy):
+        if accuracy < alone[0]:
+            return f"fewer than {np.exp(shots[0]):.3g}"
+        if accuracy > alone[-1]:
+            return f"more than {np.exp(shots[-1]):.3g}"
+        return f"{np.exp(np.interp(accuracy, alone, shots)):.2g}"
+
+    said = [f"{per_class(r):.3g} are worth {needed(r['arms']['uml']['mean'])}" for r in results]
+    return "Examples a class with the other data, and what they are worth without: " + "; ".join(said) + "."
+
+
+def draw_curve(path, results):
+    """Accuracy against labelled examples a class, a line an arm: what unpaired data saves is the distance."""
+    fig, ax = figure(6, 3.8)
+    for (arm, colour), style in zip((("alone", "C0"), ("uml", "C1"), ("control", "C2")), ("-", "--", ":")):
+        points = [(per_class(r), r["arms"][arm]) for r in results if arm in r["arms"]]
+        shots, means = [s for s, _ in points], [e["mean"] for _, e in points]
+        ax.errorbar(shots, means, [e["half"] or 0 for _, e in points], fmt=style, marker="o", ms=4, capsize=3,
+                    color=colour, label=arm)
+    ax.axhline(results[0]["chance"], ls=":", color="grey", lw=1)
+    ax.set(xscale="log", xlabel="labelled examples a class", ylabel="test accuracy", ylim=(0, None))
+    ax.set_title(f"{short_source(results[0]['target'])} with {show_auxiliaries(results[0])}", fontsize=9)
+    ticks = sorted({per_class(r) for r in results})
+    ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.legend()
+    save_figure(fig, path)
+
+
+def draw_letters(path):
+    """Pictures above, texts below, of other letters: what the two slots of letters_text.py learn from."""
+    cfg = read_config([], PREPARE_KEYS)
+    pictures, texts = (SOURCES["letters"][0](cfg, modality, "") for modality in ("image", "text"))
+    rng = np.random.default_rng(3)
+    chosen, told = rng.permutation(len(pictures["items"]))[:40], rng.permutation(len(texts["items"]))[:12]
+    fig, (above, below) = figure(10, 3.3, nrows=2, height_ratios=(0.62, 1))
+    rows = [np.concatenate(pictures["items"][chosen[i:i + 20]], 1) for i in (0, 20)]
+    above.imshow(np.concatenate(rows, 0), cmap="gray", vmin=0, vmax=255)
+    above.set_title("pictures: scans of typefaces, each with a label", fontsize=10)
+    below.set_title("text: what the Unicode database says of some letters, each with a label", fontsize=10)
+    for i, document in enumerate(texts["items"][told]):
+        shown, row, column = textwrap.shorten(document, 62, placeholder=" ..."), i // 2, i % 2
+        below.text(0.02 + 0.5 * column, 0.92 - 0.17 * row, shown, fontsize=8, family="monospace", va="top")
+    for ax in (above, below):
+        ax.axis("off")
+    save_figure(fig, path)
+
+
+def holm(tabled):
+    """One sentence: the rows whose uml - alone, or its negative, stays below 0.05 after the correction."""
+    ordered, kept = sorted(tabled, key=lambda row: row[1]["arms"]["uml"]["minus_alone"]["p"]), []
+    for i, (title, r) in enumerate(ordered):
+        d = r["arms"]["uml"]["minus_alone"]
+        if d["p"] > 0.05 / (len(ordered) - i):
+            break
+        kept.append(title + (" (harm)" if d["mean"] < 0 else ""))
+    return (f"The p of these {len(ordered)} rows are not corrected for their number. After Holm's correction "
+            f"these differences to alone stay below 0.05: {'; '.join(kept)}.")
+
+
+def rewrite(page, check):
+    """The text of a page with every block made anew."""
+    tabled = {}  # {name: (title, result)} of all tables so far
+
+    def block(match):
+        kind, *words = shlex.split(match[2])
+        if kind == "curve":
+            results = sorted((result_of(name) for name in words[1:]), key=lambda r: r["examples"])
+            if not check:
+                draw_curve(os.path.join(ROOT, "assets", words[0]), results)
+            lines = [worth(results)]
+        elif kind == "holm":
+            lines = [holm(tabled.values())]
+        else:
+            rows = {name: (title, result_of(name)) for name, title in (word.split("=", 1) for word in words)}
+            tabled.update(rows if kind == "results" else {})
+            make = dict(results=results_table, arms=arms_table, unseen=unseen_table)[kind]
+            lines = make(rows) + (commands_of(rows) if kind == "results" and "results" in page else [])
+        return "\n".join([match[1], *lines, match[3]])
+
+    kinds = "results|arms|unseen|curve|holm"
+    return re.sub(rf"(<!-- ((?:{kinds})\b.*?) -->)\n.*?(<!-- /\w+ -->)", block, read_text(page), flags=re.S)
+
+
+def main():
+    check = "--check" in sys.argv
+    if not check:
+        draw_letters(os.path.join(ROOT, "assets", "letters.png"))
+    for page in PAGES:
+        path = os.path.join(ROOT, page)
+        text = rewrite(path, check)
+        if check and text != read_text(path):
+            raise UserError(f"{page} is not what the JSON files say: python assets/results/make.py")
+        if not check:
+            write_file(path, text.encode())
+            print(f"rewrote the numbers of {page}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
