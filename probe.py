@@ -1,21 +1,20 @@
-"""probe.py: what did a run learn, and did unpaired data help? Everything here looks at frozen features or calls train.run.
+"""probe.py: what did a run learn, and did unpaired data help? Frozen features, and train.run.
 
-    python probe.py out/shapes_text [out/shapes_alone ...]           # analyses of finished runs, side by side
-    python probe.py compare sample_configs/shapes_text.py --seeds=3  # alone against uml against control, with the verdict
-    python probe.py embed out/shapes_text /my/pictures               # features and predictions for new files
-    python probe.py theory                                           # the linear world: bounds, blind directions, rates
-    python probe.py exchange CONFIG '--image_examples=[200,1000,5000]' '--text_examples=[0,9000]'  # words an image is worth
-    python probe.py scale                                            # what a step costs as things grow
-    python probe.py report                                           # rewrite the README's tables from assets/results/
+    python probe.py out/letters_text [out/letters_alone ...]         # analyses of finished runs, side by side
+    python probe.py compare sample_configs/letters_text.py --seeds=3 # alone, uml, control: with the verdict
+    python probe.py embed out/letters_text /my/pictures              # features and predictions for new files
+    python probe.py theory                                           # the linear world, exactly and learned
+    python probe.py exchange CONFIG '--image_examples=[508,1016,2032]' '--text_examples=[0,1000,3943]'
 
-compare and exchange take every key of train.py and those that --help lists; exchange takes two of them as lists.
+compare and exchange take every key of train.py and those that --help lists, exchange two of them as lists.
 
-Analyses read the target's test split (val, if the run was told never to open test). Probes are fitted on the run's own
-training examples, their penalty is chosen on validation, and items of unseen classes are left out. Only few-shot probes
-(penalty 1, draws from the whole training split) and alignment take in all classes. The last line is JSON, except of
-compare, which writes compare.json, and of report.
+Analyses read the target's test split (val, if the run was told never to open test). Probes are fitted on the
+run's own training examples, their penalty is chosen on validation, and items of unseen classes are left out.
+Only few-shot probes (penalty 1, draws from the whole training split) and alignment take in all classes. The
+last line is JSON, except of compare, which writes compare.json.
 
-Sections: measures on features, corruptions, runs side by side, statistics, compare, theory, exchange, scale, embed, report, figures.
+Sections: statistics, compare, many runs, measures on features, corruptions, runs side by side, theory,
+exchange, embed, figures, commands.
 """
 import ast
 import contextlib
@@ -29,7 +28,6 @@ import math
 import multiprocessing
 import os
 import platform
-import re
 import shlex
 import shutil
 import signal
@@ -43,303 +41,29 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch loads OpenMP; tr
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image, ImageFilter
+from scipy import stats
 from tqdm import tqdm
 
 from model import linear_probe
-from prepare import (LOG_MEL_RANGE, SHAPE_CLASSES, UserError, active_slots, draw_scenes, encode_recordings, exit_on_user_error,
-                     load_bpe, load_split, modality_of, paint_scenes, patchify, plain_name, prepare, print_help, read_config,
-                     read_json, read_meta, read_pictures, read_recordings, read_text, sound_scenes, tell,
-                     tell_scenes, unpatchify, write_file, write_json)
-from train import (FREE_KEYS, KEYS, SIGNALS, benchmark, choose_examples, evaluate, extract, fit_probe, load_checkpoint,
+from prepare import (LOG_MEL_RANGE, UserError, active_slots, at_least, encode_recordings, exit_on_user_error,
+                     file_sha256, load_bpe, load_split, modality_of, patchify, plain_name, prepare,
+                     print_help, read_config, read_meta, read_picture, read_recording, read_text, tell,
+                     unpatchify, write_file, write_json)
+from train import (FREE_KEYS, KEYS, SIGNALS, choose_examples, evaluate, extract, fit_probe, load_checkpoint,
                    load_model, open_slots, read_run_config, resolve, run, save_checkpoint, shard_names)
 
 CPU = torch.device("cpu")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# measures on features (n, D) and labels (n,): torch tensors on the CPU
+
+def quiet(line):
+    """What work within work gets as `say`: it prints nothing."""
 
 
-def knn_accuracy(features, labels, new, truth, k=20):
-    """Share of `new` whose k nearest training features (cosine), weighted by exp(similarity / 0.07), vote for the truth.
-
-    The evaluation of Wu et al. 2018 (arXiv 1805.01978, section 3.4). k is cut to the number of training items.
-    """
-    a, b = torch.nn.functional.normalize(features, dim=1), torch.nn.functional.normalize(new, dim=1)
-    similarity, nearest = (b @ a.T).topk(min(k, len(a)), dim=1)
-    votes = torch.zeros(len(b), int(labels.max()) + 1).scatter_add_(1, labels[nearest], (similarity / 0.07).exp())
-    return (votes.argmax(1) == truth).float().mean().item()
-
-
-def few_shot(features, labels, new, truth, shots=(1, 2, 4, 8, 16), draws=5):
-    """{shots a class: (mean, standard deviation) of linear-probe accuracy over draws of the training items}."""
-    classes, out = int(labels.max()) + 1, {}
-    for k in shots:
-        if k > torch.bincount(labels, minlength=classes).min():
-            break  # some class has fewer examples
-        right = []
-        for draw in range(draws):
-            rows = choose_examples(labels.numpy(), len(labels), k * classes, draw, "few-shot")
-            weight, bias = linear_probe(features[rows], labels[rows], classes)
-            right.append(((new @ weight.T + bias).argmax(1) == truth).float().mean().item())
-        out[k] = (float(np.mean(right)), float(np.std(right, ddof=1)))
-    return out
-
-
-def margins(features, labels, weight, bias):
-    """Distances of items to the boundary with the best-scoring other class: (score of the truth - its) / |difference of weights|.
-
-    Positive where the item is classified right; Gupta et al. 2025 (section 5) report that unpaired data widens them.
-    Weights and margins are for standardised features, so that runs of different feature scale compare.
-    """
-    mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
-    weight, bias, features = weight * std, bias + weight @ mean, (features - mean) / std
-    scores = features @ weight.T + bias
-    true = scores.gather(1, labels[:, None])[:, 0]
-    rival = scores.scatter(1, labels[:, None], -torch.inf).argmax(1)
-    return (true - scores.gather(1, rival[:, None])[:, 0]) / (weight[labels] - weight[rival]).norm(dim=1).clamp_min(1e-9)
-
-
-def class_spread(features, labels):
-    """Mean squared distance between class centroids over mean squared distance of items to their own centroid."""
-    known = labels.unique()
-    centroids = torch.stack([features[labels == c].mean(0) for c in known])
-    own = torch.stack([(features[labels == c] - m).square().sum(1).mean() for c, m in zip(known, centroids)])
-    between = torch.pdist(centroids).square().mean()
-    return (between / own.mean().clamp_min(1e-12)).item()
-
-
-def cka(a, b):
-    """Linear centred kernel alignment of two (k, D) matrices with matching rows; 1 for rotations and scalings of each other.
-
-    Kornblith et al. 2019 (arXiv 1905.00414, section 3).
-    """
-    a, b = a - a.mean(0), b - b.mean(0)
-    return ((a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm()).clamp_min(1e-12)).item()
-
-
-def mutual_knn(a, b, k):
-    """Mean share of a row's k nearest rows (cosine) that are the same in a and in b: Huh et al. 2024 (arXiv 2405.07987)."""
-    def nearest(m):
-        m = torch.nn.functional.normalize(m - m.mean(0), dim=1)
-        return (m @ m.T).fill_diagonal_(-2).topk(k, dim=1).indices
-    return np.mean([len(set(p.tolist()) & set(q.tolist())) / k for p, q in zip(nearest(a), nearest(b))])
-
-
-def permutation_p(measure, a, b, draws=500, seed=0):
-    """(measure(a, b), p): how often shuffling the rows of b gives at least as much; the floor of p is 1 / (draws + 1)."""
-    rng, found = np.random.default_rng(seed), measure(a, b)
-    null = [measure(a, b[rng.permutation(len(b))]) for _ in range(draws)]
-    return found, (1 + sum(value >= found for value in null)) / (draws + 1)
-
-
-def unit_agreement(a, b):
-    """Per unit, the correlation over classes of its mean activation in two slots: (k, C) and (k, C) centroids -> (C,)."""
-    a, b = a - a.mean(0), b - b.mean(0)
-    return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# corruptions of pictures (n, S, S, 3) uint8, three severities each, that need no download
-
-
-def corrupt_pictures(pictures, kind, severity):
-    """kind: noise, blur, contrast or pixelate; severity 1..3. After Hendrycks & Dietterich 2019 (arXiv 1903.12261)."""
-    rng, i = np.random.default_rng(severity), severity - 1
-    if kind == "noise":
-        out = pictures + rng.normal(0, (10, 20, 40)[i], pictures.shape)
-    elif kind == "blur":
-        soften = ImageFilter.GaussianBlur((0.7, 1.2, 2.0)[i])
-        out = np.stack([np.asarray(Image.fromarray(picture).filter(soften)) for picture in pictures])
-    elif kind == "contrast":
-        mean = pictures.mean((1, 2, 3), keepdims=True)
-        out = mean + (pictures - mean) * (0.6, 0.4, 0.2)[i]
-    else:  # pixelate
-        size = pictures.shape[1]
-        small = (max(1, int(size * (0.6, 0.45, 0.3)[i])),) * 2
-        coarse = [Image.fromarray(picture).resize(small, Image.Resampling.BOX) for picture in pictures]
-        out = np.stack([np.asarray(picture.resize((size, size), Image.Resampling.NEAREST)) for picture in coarse])
-    return np.clip(out, 0, 255).astype(np.uint8)
-
-
-def corrupt_frames(tokens, mels, kind, severity):
-    """The same for recordings (n, T, group*mels) uint8 log-mel: noise (at 20, 10, 0 dB SNR), gain (-6, -12, -18 dB), or
-    bandlimit (only the lower 80, 60, 40% of the mels remain)."""
-    i, (low, high) = severity - 1, LOG_MEL_RANGE
-    log_mel = tokens.reshape(*tokens.shape[:2], -1, mels) / 255 * (high - low) + low
-    if kind == "noise":
-        heard = tokens.reshape(log_mel.shape).any(3, keepdims=True)  # padding is 0, recorded silence is not
-        power = np.exp(log_mel).mean((1, 2, 3), where=heard, keepdims=True) / 10 ** ((2, 1, 0)[i])
-        log_mel = np.log(np.exp(log_mel) + power * np.random.default_rng(severity).exponential(1, log_mel.shape))
-    elif kind == "gain":
-        log_mel = log_mel - (6, 12, 18)[i] * math.log(10) / 10
-    else:  # bandlimit
-        log_mel = np.where(np.arange(mels) < mels * (0.8, 0.6, 0.4)[i], log_mel, low)
-    return ((log_mel - low) / (high - low) * 255).round().clip(0, 255).astype(np.uint8).reshape(tokens.shape)
-
-
-PICTURE_CORRUPTIONS, SOUND_CORRUPTIONS = ("noise", "blur", "contrast", "pixelate"), ("noise", "gain", "bandlimit")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# runs side by side
-
-
-def check_shards(folder, cfg):
-    """Refuse a run whose data has changed: a new draw of the splits would let training items into its test."""
-    for slot, name in shard_names(cfg).items():
-        if name != cfg["shards"][slot]:
-            raise UserError(f"{folder} was trained on {cfg['shards'][slot]}, but {slot}={cfg[slot]} has changed since: train it again")
-
-
-def open_run(folder):
-    """A finished run: its config, slots, best model, and the split its analyses may read. UserError for one under way."""
-    if not os.path.exists(os.path.join(folder, "result.json")):
-        if os.path.exists(os.path.join(folder, "last.pt")):
-            raise UserError(f"the run in {folder} is not finished: wait for it, or go on with --resume")
-        raise UserError(f"{folder} holds no finished run (no result.json): train one first, for example "
-                        "`python train.py sample_configs/shapes_text.py`")
-    model, checkpoint = load_model(os.path.join(folder, "best.pt"))
-    cfg = checkpoint["config"]
-    check_shards(folder, cfg)
-    slots, classes = open_slots(cfg, say=lambda line: None)
-    split = "test" if cfg["score_test"] else "val"
-    target = slots[cfg["target"]]
-    held = load_split(target.folder, split)
-    # items of classes that had labelled examples
-    seen, seen_val = (np.flatnonzero(~np.isin(arrays.get("labels", []), target.banned)) for arrays in (held, target.val))
-    return SimpleNamespace(folder=folder, name=os.path.basename(os.path.normpath(folder)), cfg=cfg, slots=slots, classes=classes,
-                           model=model, target=target, split=split, held=held, seen=seen, seen_val=seen_val)
-
-
-def features_of(run_, slot, arrays, rows=None, layer=-1):
-    """(features, labels) of some rows of a split."""
-    rows = np.arange(len(arrays["tokens"])) if rows is None else rows
-    return extract(run_.model, slot, arrays, rows, CPU, layer), torch.from_numpy(arrays["labels"][rows]).long()
-
-
-def layer_table(run_):
-    """Linear probe and kNN accuracy after the embed and after each block."""
-    target, classes, table = run_.target, len(run_.target.meta["classes"]), []
-    for layer in [*range(len(run_.model.trunk)), -1]:
-        known = features_of(run_, target, target.train, target.rows, layer)
-        val = features_of(run_, target, target.val, run_.seen_val, layer)
-        new, truth = features_of(run_, target, run_.held, run_.seen, layer)
-        (weight, bias), _ = fit_probe(known, val, classes)
-        table.append(dict(linear=((new @ weight.T + bias).argmax(1) == truth).float().mean().item(),
-                          knn=knn_accuracy(*known, new, truth)))
-    return table
-
-
-def robustness(run_, probe):
-    """{corruption: accuracy at severities 0 (clean) .. 3} of a picture or sound target, answered by its label head or else the probe."""
-    meta = run_.target.meta
-    tokens = run_.held["tokens"][np.arange(len(run_.held["tokens"]))]
-    if "patch" in meta:
-        pictures = unpatchify(tokens, meta["patch"])
-        kinds = PICTURE_CORRUPTIONS
-        corrupt = lambda kind, severity: patchify(corrupt_pictures(pictures, kind, severity), meta["patch"])
-    elif "mels" in meta:
-        kinds, corrupt = SOUND_CORRUPTIONS, lambda kind, severity: corrupt_frames(tokens, meta["mels"], kind, severity)
-    else:
-        return {}
-    answer = lambda tokens: evaluate(run_.model, run_.target, dict(run_.held, tokens=tokens), CPU, probe)["accuracy"]
-    clean = answer(tokens)
-    return {kind: [clean] + [answer(corrupt(kind, severity)) for severity in (1, 2, 3)] for kind in kinds}
-
-
-def class_centroids(run_, slot, names):
-    """(k, C) mean features of the held-out items of each named class in one slot; classes by plain name."""
-    arrays = run_.held if slot is run_.target else load_split(slot.folder, run_.split)
-    of = {plain_name(c): i for i, c in enumerate(slot.meta["classes"])}
-    features, labels = features_of(run_, slot, arrays, np.flatnonzero(np.isin(arrays["labels"], [of[n] for n in names])))
-    return torch.stack([features[labels == of[n]].mean(0) for n in names])
-
-
-def alignment(run_, other):
-    """Do the classes lie alike in the target and in another slot, though no item was ever paired? None if under 4 are shared."""
-    def held_classes(slot):
-        return {plain_name(c) for c, count in zip(slot.meta["classes"], slot.meta["splits"][run_.split]["class_counts"]) if count}
-    names = sorted(held_classes(run_.target) & held_classes(other))
-    if len(names) < 4:
-        return None
-    a, b = class_centroids(run_, run_.target, names), class_centroids(run_, other, names)
-    k, units = max(1, len(names) // 8), unit_agreement(a, b)
-    agree, unit_p = permutation_p(lambda p, q: unit_agreement(p, q).mean().item(), a, b)
-    top, shown = units.argsort(descending=True)[:8], {plain_name(c): c for c in run_.target.meta["classes"]}
-    (cka_value, cka_p), (knn_value, knn_p) = permutation_p(cka, a, b), permutation_p(lambda p, q: mutual_knn(p, q, k), a, b)
-    most = lambda centroids, unit: shown[names[int(centroids[:, unit].argmax())]]
-    return dict(classes=len(names), cka=cka_value, cka_p=cka_p, mutual_knn=knn_value, mutual_knn_p=knn_p, k=k,
-                unit_agreement=agree, unit_p=unit_p,
-                units=[dict(unit=int(u), correlation=units[u].item(), target_class=most(a, u), other_class=most(b, u)) for u in top])
-
-
-def analyse(folder):
-    """All analyses of one run, as a dict; figures land in its folder."""
-    run_ = open_run(folder)
-    target, classes = run_.target, run_.target.meta["classes"]
-    tell(f"{folder}: probing every layer, few examples, corruptions, alignment ...")
-    if len(classes) < 2:
-        raise UserError(f"{folder}: the target {target.name}={run_.cfg[target.name]} has no classes to probe for")
-    known, val = features_of(run_, target, target.train, target.rows), features_of(run_, target, target.val, run_.seen_val)
-    new, truth = features_of(run_, target, run_.held, run_.seen)
-    (weight, bias), l2 = fit_probe(known, val, len(classes))
-    margin, scores = margins(new, truth, weight, bias), new @ weight.T + bias
-    every, all_held = features_of(run_, target, target.train), features_of(run_, target, run_.held)
-    labelled = {name: slot for name, slot in run_.slots.items() if slot is not target and "labels" in slot.train}
-    out = dict(name=run_.name, split=run_.split, layers=layer_table(run_), few_shot=few_shot(*every, *all_held), probe_l2=l2,
-               margin=[margin.quantile(q).item() for q in (0.1, 0.5, 0.9)], class_spread=class_spread(new, truth),
-               robustness=robustness(run_, (weight, bias)), alignment={name: alignment(run_, slot) for name, slot in labelled.items()})
-    answers = evaluate(run_.model, target, run_.held, CPU, (weight, bias))  # of the label head where there is one
-    out.update(accuracy=answers["accuracy"], unseen_accuracy=answers["unseen_accuracy"])
-    draw_confusion(os.path.join(folder, "confusion.png"), truth, scores.argmax(1), classes)
-    draw_pca(os.path.join(folder, "pca.png"), new, truth, classes)
-    return out, margin.numpy()
-
-
-def show_side_by_side(reports):
-    """Print the analyses of one or more runs as tables with one column a run."""
-    def row(label, values):
-        print(f"{label:28}" + "".join(f"{value:>18}" for value in values))
-    number = lambda v: "-" if v is None else f"{v:.4f}"
-    row("run", [r["name"][-17:] for r in reports])
-    row("split", [r["split"] for r in reports])
-    row("accuracy", [number(r["accuracy"]) for r in reports])
-    row("on unseen classes", [number(r["unseen_accuracy"]) for r in reports])
-    for layer in range(max(len(r["layers"]) for r in reports)):
-        for key in ("linear", "knn"):
-            row(f"layer {layer} {key}", [number(r["layers"][layer][key]) if layer < len(r["layers"]) else "-" for r in reports])
-    for k in sorted({k for r in reports for k in r["few_shot"]}):
-        shown = ["{:.4f} +-{:.4f}".format(*r["few_shot"][k]) if k in r["few_shot"] else "-" for r in reports]
-        row(f"few-shot {k} (std of draws)", shown)
-    for i, name in enumerate(("10%", "median", "90%")):
-        row(f"margin {name}", [number(r["margin"][i]) for r in reports])
-    row("class spread", [number(r["class_spread"]) for r in reports])
-    for kind in dict.fromkeys(kind for r in reports for kind in r["robustness"]):
-        for severity in (1, 2, 3):
-            row(f"{kind} {severity}", [number(r["robustness"].get(kind, [None] * 4)[severity]) for r in reports])
-    for r in reports:
-        for name, found in r["alignment"].items():
-            if found is None:
-                print(f"{r['name']}: {name} shares fewer than 4 classes with the target, no alignment to measure")
-                continue
-            print(f"{r['name']}: class centroids of {name} against the target's, {found['classes']} classes: CKA {found['cka']:.3f} "
-                  f"(p {found['cka_p']:.3f}), mutual {found['k']}-NN {found['mutual_knn']:.3f} (p {found['mutual_knn_p']:.3f}), "
-                  f"units' agreement {found['unit_agreement']:.3f} (p {found['unit_p']:.3f})")
-            for unit in found["units"]:
-                print(f"    unit {unit['unit']:4}  correlation {unit['correlation']:.3f}  most active for '{unit['target_class']}' "
-                      f"in the target, '{unit['other_class']}' in {name}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # statistics for a handful of seeds
-
-
-def t_tail(t, df):
-    """Two-sided p of Student's t. With t = sqrt(df) tan(u) its density is cos(u)^(df-1) up to a constant, on (-pi/2, pi/2)."""
-    u = np.linspace(0, np.pi / 2, 20001)
-    density = np.cos(u) ** (df - 1)
-    mass = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return float(1 - np.interp(math.atan(abs(t) / math.sqrt(df)), u, mass) / mass[-1])
 
 
 def t_interval(values):
@@ -347,65 +71,95 @@ def t_interval(values):
     n = len(values)
     if n < 2:
         return float(np.mean(values)), None
-    low, high = 0.0, 1000.0
-    for _ in range(60):  # bisect for the t with 5% outside
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, n - 1) > 0.05 else (low, middle)
-    return float(np.mean(values)), float(high * np.std(values, ddof=1) / math.sqrt(n))
+    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+    return float(np.mean(values)), float(half)
 
 
 def paired(a, b):
-    """Seed-by-seed difference a - b: mean, 95% half width, paired t-test p, sign-flip p and the least that it can be."""
+    """The differences a - b seed by seed: mean, 95% half width, p of the t-test and of sign flips."""
     d = np.asarray(a, float) - np.asarray(b, float)
     mean, half = t_interval(d)
-    spread = np.std(d, ddof=1) if len(d) > 1 else 0.0
-    p = t_tail(mean / (spread / math.sqrt(len(d))), len(d) - 1) if spread > 0 else (1.0 if mean == 0 or len(d) < 2 else 0.0)
-    if len(d) <= 16:
-        signs = np.array(list(itertools.product((1, -1), repeat=len(d))))
-    else:  # too many to list: a sample, with the observed signs among them so that p is never 0
-        signs = np.concatenate([np.ones((1, len(d))), np.random.default_rng(0).choice((1, -1), (65535, len(d)))])
-    flips = np.abs(signs @ d / len(d)) >= abs(mean) - 1e-12
-    return dict(mean=mean, half=half, p=p, sign_flip_p=float(flips.mean()), sign_flip_floor=(2 if len(d) <= 16 else 1) / len(signs))
+    floor = 2.0 ** (1 - min(len(d), 16))
+    if len(d) < 2 or np.ptp(d) == 0:  # no spread to hold the mean against
+        p = flip_p = 1.0 if len(d) < 2 or mean == 0 else 0.0
+    else:
+        p = float(stats.ttest_1samp(d, 0).pvalue)
+        flips = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=2**16,
+                                       rng=np.random.default_rng(0))
+        flip_p = float(flips.pvalue)
+    return dict(mean=mean, half=half, p=p, sign_flip_p=flip_p, sign_flip_floor=floor)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # compare: the same config, seeds, target examples and target updates, with and without the unpaired data
 
 COMPARE_KEYS = dict(
-    seeds=(8, "compare: runs an arm"),
-    first_seed=(0, "compare: seed of the first of them, the others follow (fresh seeds for what was tuned on the first ones)"),
-    arms=("alone,uml,control", "compare: also longer, init, frozen, unrelated"),
+    seeds=(8, "runs an arm", at_least(1)),
+    first_seed=(0, "seed of the first run of an arm, the others follow", at_least(0)),
+    arms=("alone,uml,control", "compare: also apart, longer, init, unrelated"),
     unrelated=("", "compare: the source of the auxiliary in the arm 'unrelated'"),
-    search=("0.5,1,2", "compare: each arm's candidates, chosen on validation with a seed that is not reported: factors on "
-                       "learning_rate, or settings 'learning_rate=1e-3,weight_decay=0.5;learning_rate=...'"),
-    jobs=(1, "compare: runs at a time, each with `threads` threads"),
+    search=("0.5,1,2", "compare: candidates of each arm, chosen on validation with a seed that is not "
+                       "reported: factors on learning_rate, or settings "
+                       "'learning_rate=1e-3,weight_decay=0.5;learning_rate=...'"),
+    jobs=(1, "runs at a time, each with `threads` threads", at_least(1)),
 )
-ARMS = dict(alone="the target only", uml="the config as it stands", control="auxiliary with its structure destroyed",
-            longer="alone, with all the FLOPs of uml", init="trunk warm-started on the auxiliary, then the target alone",
-            frozen="that trunk frozen: embed, norms and heads train (Lu et al. 2021, arXiv 2103.05247)",
-            unrelated="a real auxiliary of another domain")
+ARMS = dict(
+    alone="the target only", uml="the config as it stands", control="auxiliary with its structure destroyed",
+    apart="every slot with a trunk of its own, only the label head shared",
+    longer="alone, with all the FLOPs of uml",
+    init="trunk warm-started on the auxiliary, then the target alone",
+    unrelated="a real auxiliary of another domain")
 SEARCH_SEED = 1000
+MEASURES = dict(accuracy=1, loss=-1)  # what arms are compared by: the first that a result has, times this
+ALSO_SHOWN = ("balanced_accuracy", "unseen_accuracy", "unseen_among_unseen", "harmonic_mean",
+              "seen_with_offset", "unseen_with_offset")
+MIN_SEEDS = 6  # with 5 not even the sign-flip test can reach 0.05: its floor is 2 / 2^5 = 0.06
 
 
-def arm_config(cfg, arm, unrelated="", flops_ratio=1.0):
-    """cfg changed into one arm of the comparison."""
-    cfg, auxiliaries = dict(cfg), [slot for slot in active_slots(cfg) if slot != cfg["target"]]
-    if arm in ("alone", "longer"):
-        cfg.update({slot: "" for slot in auxiliaries})
-    if arm == "longer":
-        cfg.update(steps=round(cfg["steps"] * flops_ratio), eval_interval=round(cfg["eval_interval"] * flops_ratio))
-    if arm == "control":
-        cfg["control"] = True
-    if arm in ("init", "frozen"):
-        if not cfg["warm_start_steps"]:
-            raise UserError(f"arm '{arm}' needs warm_start_steps above 0")
-        cfg.update({f"{slot}_updates": 0 for slot in auxiliaries}, schedule="alternate", freeze_trunk=arm == "frozen")
-    if arm == "unrelated":
-        if not unrelated:
-            raise UserError("arm 'unrelated' needs --unrelated=SOURCE")
-        cfg.update({slot: unrelated for slot in auxiliaries})
-        cfg.update({f"{slot}_loss": "next" for slot in auxiliaries}, head_from="")  # its classes, if any, are not the target's
-    return cfg
+def compare(argv):
+    """Search each arm on validation, then run every seed, test split scored once; tables and the verdict."""
+    cfg = read_run_config(argv, dict(KEYS, **COMPARE_KEYS))
+    if len(active_slots(cfg)) < 2:
+        raise UserError("compare needs a config with a target and an auxiliary: probe.py compare CONFIG")
+    own = own_keys(cfg)
+    seeds, wanted = own["seeds"], {"alone", "uml", *own["arms"].split(",")}
+    if unknown := wanted - set(ARMS):
+        raise UserError(f"unknown arm '{min(unknown)}' (there are: {', '.join(ARMS)})")
+    arms = [arm for arm in ARMS if arm in wanted]
+    settings = candidates(own["search"], cfg)
+    # Under "each" every speaker is tested in turn, so no seed is free of test data: each chooses on its own
+    # validation speaker.
+    per_seed = cfg["audio_test_group"] == "each" and modality_of(cfg["target"]) == "audio"
+    if SEARCH_SEED in seeds and len(settings) > 1 and not per_seed:
+        raise UserError(f"seed {SEARCH_SEED} is the one that chooses settings: pick another first_seed than "
+                        f"{own['first_seed']}")
+    for arm in arms:  # what is wrong shows now, not hours later
+        resolve(arm_config(cfg, arm, own["unrelated"]), say=quiet)
+    results, chosen, searched = run_arms(cfg, own, arms, seeds, settings, per_seed)
+    # Seeds that are tested on the same speaker are averaged first: the statistics are over speakers. Folds
+    # share most of their training speakers, so they are not independent, and p is if anything too small.
+    folds = [tested_on(dict(cfg, seed=seed)) if per_seed else seed for seed in seeds]
+    out = dict(summary(cfg, arms, results, chosen, searched, folds), first_seed=own["first_seed"],
+               candidates=settings, command=shlex.join(["python", "probe.py", "compare", *argv]),
+               hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+               config={key: value for key, value in cfg.items() if key not in KEYS or value != KEYS[key][0]})
+    out["verdict"] = verdict(out)
+    write_json(os.path.join(cfg["out_dir"], "compare.json"), out)
+    draw_compare(os.path.join(cfg["out_dir"], "compare.png"), out)
+    show_compare(out)
+    print(f"wrote compare.json and compare.png in {cfg['out_dir']}")
+    return out
+
+
+def own_keys(cfg):
+    """Take the keys of compare and exchange out of cfg; seeds as a range."""
+    own = {key: cfg.pop(key) for key in COMPARE_KEYS}
+    if cfg["seed"] != KEYS["seed"][0]:
+        raise UserError(f"seed={cfg['seed']} is set run by run here: did you mean --seeds={cfg['seed']} or "
+                        f"--first_seed={cfg['seed']}?")
+    cfg.update(stop_after=0, benchmark=False)  # keys of single runs
+    own["seeds"] = range(own["first_seed"], own["first_seed"] + own["seeds"])
+    return own
 
 
 def candidates(text, cfg):
@@ -414,7 +168,7 @@ def candidates(text, cfg):
         try:
             return [dict(learning_rate=cfg["learning_rate"] * float(factor)) for factor in text.split(",")]
         except ValueError:
-            raise UserError(f"search='{text}' must be numbers joined by commas, or settings joined by ';'") from None
+            raise UserError(f"search='{text}' must be numbers joined by commas, or settings by ';'") from None
     out = []
     for part in text.split(";"):
         pairs = [pair.strip() for pair in part.split(",")]
@@ -423,71 +177,223 @@ def candidates(text, cfg):
     return out
 
 
-def digest(*values):
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+def auxiliaries_of(cfg):
+    return [slot for slot in active_slots(cfg) if slot != cfg["target"]]
 
 
-def file_digests(paths):
-    out = []
-    for path in paths:
-        with open(path, "rb") as f:
-            out.append(hashlib.sha256(f.read()).hexdigest())
+def arm_config(cfg, arm, unrelated="", flops_ratio=1.0):
+    """cfg changed into one arm of the comparison."""
+    if arm == "init" and not cfg["warm_start_steps"]:
+        raise UserError("arm 'init' needs warm_start_steps above 0")
+    if arm == "unrelated" and not unrelated:
+        raise UserError("arm 'unrelated' needs --unrelated=SOURCE")
+    auxiliaries = auxiliaries_of(cfg)
+    off = {slot: "" for slot in auxiliaries}
+    longer = {key: round(cfg[key] * flops_ratio) for key in ("steps", "eval_interval")}
+    idle = {f"{slot}_updates": 0 for slot in auxiliaries}
+    other = {slot: unrelated for slot in auxiliaries}
+    unlabelled = {f"{slot}_loss": "next" for slot in auxiliaries}  # its classes are not the target's
+    changes = dict(alone=off, uml={}, control=dict(control=True), apart=dict(apart=True), longer=off | longer,
+                   init=dict(idle, schedule="alternate"), unrelated=dict(other | unlabelled, head_from=""))
+    return dict(cfg, **changes[arm])
+
+
+def run_arms(cfg, own, arms, seeds, settings, per_seed):
+    """Every arm: its candidate settings on validation, then every seed with the best of them.
+
+    per_seed: every seed chooses for itself, on its own validation split. Returns {arm: results}, {arm: the
+    settings of each seed}, {arm: search scores (searches, candidates)}.
+    """
+    folder = os.path.join(cfg["out_dir"], "compare")
+    os.makedirs(folder, exist_ok=True)
+    bar = tqdm(total=0, desc="runs", disable=None)
+    results, chosen, searched = {}, {}, {}
+
+    def configs(arm, pairs, **change):
+        ratio = results["uml"][0]["flops"] / results["alone"][0]["flops"] if arm == "longer" else 1.0
+        return [arm_config(dict(cfg, **setting, seed=seed, **change), arm, own["unrelated"], ratio)
+                for seed, setting in pairs]
+
+    search_seeds = seeds if per_seed else [SEARCH_SEED]
+    tries = list(itertools.product(search_seeds, settings)) if len(settings) > 1 else []
+    later = [arm for arm in arms if arm not in ("alone", "uml")]  # `longer` needs the others' FLOPs
+    for wave in (["alone", "uml"], later):
+        searches = [c for arm in wave for c in configs(arm, tries, score_test=False)]
+        found = iter(run_all(searches, folder, own["jobs"], bar))
+        for arm in wave:
+            scores = [score_of(next(found), "val") for _ in tries]
+            searched[arm] = np.array(scores).reshape(-1, len(settings))
+            best = searched[arm].argmax(1).tolist() or [0]  # one for each search; without, the only setting
+            chosen[arm] = [settings[i] for i in best] * (len(seeds) // len(best))
+        runs = [c for arm in wave for c in configs(arm, zip(seeds, chosen[arm]))]
+        found = iter(run_all(runs, folder, own["jobs"], bar))
+        results.update({arm: [next(found) for _ in seeds] for arm in wave})
+    bar.close()
+    return results, chosen, searched
+
+
+def summary(cfg, arms, results, chosen, searched, folds):
+    """What compare.json holds. folds: what each seed is tested on; seeds with equal ones are averaged."""
+    split, target, first = "test" if cfg["score_test"] else "val", cfg["target"], results["alone"][0]
+
+    def by_fold(values):
+        parts = {fold: [value for value, where in zip(values, folds) if where == fold] for fold in folds}
+        return [float(np.mean(part)) for part in parts.values()]
+
+    def mean(arm, key):
+        return float(np.mean([result[key] for result in results[arm]]))
+
+    scores = {arm: [score_of(result, split) for result in results[arm]] for arm in arms}
+    units = {arm: by_fold(scores[arm]) for arm in arms}
+    out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), split=split,
+               measure=next(key for key in MEASURES if first.get(f"{split}_{key}") is not None),
+               target=f"{target}={cfg[target]}", target_loss=cfg[f"{target}_loss"],
+               auxiliaries={slot: f"{cfg[slot]} ({cfg[f'{slot}_loss']})" for slot in auxiliaries_of(cfg)},
+               examples=first["examples"][target], seeds=len(folds), folds=len(units["alone"]),
+               chance=first["chance"], steps=cfg["steps"], warm_start_steps=cfg["warm_start_steps"], arms={})
+    for arm in arms:
+        centre, half = t_interval(units[arm])
+        entry = dict(scores=scores[arm], mean=centre, half=half, settings=chosen[arm],
+                     search_scores=searched[arm].tolist(), gflops=mean(arm, "flops") / 1e9,
+                     seconds=mean(arm, "seconds"))
+        for key in ALSO_SHOWN:
+            if results[arm][0].get(f"{split}_{key}") is not None:
+                entry[key] = [result[f"{split}_{key}"] for result in results[arm]]
+        if arm != "alone":
+            entry["minus_alone"] = paired(units[arm], units["alone"])
+        if arm not in ("uml", "alone"):
+            entry["uml_minus"] = paired(units["uml"], units[arm])
+        out["arms"][arm] = entry
     return out
 
 
-def quiet_run(cfg):
-    """One run in a worker; a worker that was told to stop begins nothing more."""
-    if SIGNALS:
-        sys.exit(128 + SIGNALS[0])
-    try:
-        return run(cfg, say=lambda line: None)
-    except KeyboardInterrupt:  # before run() caught signals itself
-        SIGNALS.append(signal.SIGINT)
-        raise
+def tested_on(cfg):
+    """The checksums of the target's test split: equal for two configs that are tested on the same items."""
+    meta = read_meta(prepare(resolve(cfg, say=quiet), cfg["target"]))
+    return tuple(entry["sha256"] for entry in meta["splits"]["test"]["files"]["tokens"])
+
+
+def score_of(result, split):
+    """Accuracy; without labels minus the loss."""
+    for key, sign in MEASURES.items():
+        if result.get(f"{split}_{key}") is not None:
+            return sign * result[f"{split}_{key}"]
+
+
+def verdict(out):
+    """One sentence. Help is claimed only above alone AND above the control, each with p < 0.05."""
+    d, n = out["arms"]["uml"]["minus_alone"], out.get("folds", out["seeds"])
+    unit, digits, points = (100, 1, " points") if out["chance"] else (1, 3, "")
+    spread = ""
+    if d["half"] is not None:
+        low, high = unit * (d["mean"] - d["half"]), unit * (d["mean"] + d["half"])
+        spread = f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    said = f"{unit * d['mean']:+.{digits}f}{spread}{points}"
+    if n < MIN_SEEDS:
+        kind = "seeds" if n == out["seeds"] else "speakers"
+        return f"too few {kind} for a verdict ({n}; {MIN_SEEDS} are needed): uml minus alone is {said}"
+    said += f", p = {d['p']:.3g}"
+    if d["p"] >= 0.05:
+        return f"no effect shown: uml minus alone is {said}"
+    if d["mean"] < 0:
+        return f"the unpaired data hurt: uml minus alone is {said}"
+    if "control" not in out["arms"]:
+        return f"uml is above alone by {said}, but no control was run to say why"
+    c = out["arms"]["control"]["uml_minus"]
+    against = f"{unit * c['mean']:+.{digits}f} against the control, p = {c['p']:.3g}"
+    if c["mean"] <= 0 or c["p"] >= 0.05:
+        return (f"uml is above alone by {said}, but {against}: it is not shown that the auxiliary's "
+                "structure helped")
+    return f"the unpaired data helped: uml minus alone is {said}, and {against}"
+
+
+def show_auxiliaries(out):
+    return ", ".join(f"{slot}={short_source(source)}" for slot, source in out["auxiliaries"].items())
+
+
+def short_source(source):
+    """'folder:/my/pictures' -> 'folder:pictures': what a table or title shows."""
+    name, colon, path = source.partition(":")
+    return name + colon + os.path.basename(path.rstrip("/"))
+
+
+def show_compare(out):
+    """Print the comparison as a table, an arm a line, and the verdict."""
+    folds = f" on {out['folds']} speakers" if out["folds"] != out["seeds"] else ""
+    chance = f", chance {out['chance']:.4f}" if out["chance"] else ""
+    print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary "
+          f"{show_auxiliaries(out)}; {out['seeds']} seeds{folds}, {out['measure']} on the {out['split']} "
+          f"split{chance}")
+    print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}"
+          f"{'GFLOP':>9}{'s':>7}  setting")
+    half = lambda e: "?" if e["half"] is None else f"{e['half']:.4f}"
+    for arm, e in out["arms"].items():
+        line = f"{arm:10}{e['mean']:10.4f} +- {half(e)}"
+        if d := e.get("minus_alone"):
+            line += (f"{d['mean']:+11.4f} +- {half(d)}{d['p']:10.3g}{d['sign_flip_p']:12.3g} "
+                     f"({d['sign_flip_floor']:.3g})")
+        settings = [", ".join(f"{k}={v}" for k, v in setting.items()) for setting in e["settings"]]
+        line = f"{line:80}{e['gflops']:9,.0f}{e['seconds']:7.0f}  {' or '.join(dict.fromkeys(settings))}"
+        print(line + "".join(f"; {key} {np.mean(e[key]):.4f}" for key in ALSO_SHOWN if key in e))
+    print("verdict: " + out["verdict"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# many runs: at most `jobs` at a time, finished ones read back, begun ones resumed, equal warm starts shared
 
 
 def run_all(configs, folder, jobs, bar):
-    """Run every config to its result, at most `jobs` at a time; finished ones are read back, begun ones resumed.
+    """Run every config to its result; the results in their order.
 
-    A run's folder is named by what decides its result: the config (without paths), this code, the shards and init_from.
-    Arms that start with the same warm start share it: it runs once, and its checkpoint is copied to where they begin.
+    A run's folder is named by what decides its result: the config (without paths), this code, the shards and
+    init_from. A warm start that arms share runs once; they begin with copies of its checkpoint.
     """
     here = os.path.dirname(os.path.abspath(__file__))
-    code, tasks, warm_of = file_digests([os.path.join(here, f) for f in ("prepare.py", "model.py", "train.py")]), [], {}
+    code = [file_sha256(os.path.join(here, name)) for name in ("prepare.py", "model.py", "train.py")]
+    tasks, warm_of = [], {}  # warm_of: {out_dir of a task: the config of its warm start}
     for cfg in configs:
-        cfg = resolve(cfg, say=lambda line: None)
-        data = [os.path.join(prepare(cfg, slot, say=lambda line: None), "meta.json") for slot in active_slots(cfg)]
-        decides = code + file_digests(data + [os.path.join(cfg["init_from"], "best.pt")] * bool(cfg["init_from"]))
+        cfg = resolve(cfg, say=quiet)
+        files = [os.path.join(prepare(cfg, slot, say=quiet), "meta.json") for slot in active_slots(cfg)]
+        if cfg["init_from"]:
+            files.append(os.path.join(cfg["init_from"], "best.pt"))
+        decides = code + [file_sha256(file) for file in files]
         identity = {key: value for key, value in cfg.items() if key not in FREE_KEYS}
         cfg.update(out_dir=os.path.join(folder, "run-" + digest(identity, decides)), resume=True)
         tasks.append(cfg)
         if cfg["warm_start_steps"]:
             # what only the main phase uses is set alike, so that arms agree on the warm start where they can
-            auxiliaries = [slot for slot in active_slots(cfg) if slot != cfg["target"]]
-            all_idle = not any(cfg[f"{slot}_updates"] for slot in auxiliaries)  # init, frozen: they warm up as if they had one
-            same = dict(identity, steps=1, eval_interval=cfg["warm_start_steps"], score_test=False, freeze_trunk=False,
-                        **{f"{slot}_updates": 1 for slot in auxiliaries if all_idle})
-            warm_of[cfg["out_dir"]] = dict(cfg, **same, out_dir=os.path.join(folder, "warm-" + digest(same, decides)),
-                                           stop_after=cfg["warm_start_steps"])
-    starting = [cfg for cfg in tasks if cfg["out_dir"] in warm_of and not os.path.exists(os.path.join(cfg["out_dir"], "last.pt"))]
-    warm_starts = {w["out_dir"]: w for w in (warm_of[cfg["out_dir"]] for cfg in starting)}  # each once
-    run_pool([w for w in warm_starts.values() if not is_warm(w)], jobs, bar)
-    for cfg in starting:
+            same = dict(identity, steps=1, eval_interval=cfg["warm_start_steps"], score_test=False)
+            updates = [f"{slot}_updates" for slot in auxiliaries_of(cfg)]
+            if not any(cfg[key] for key in updates):  # the arm init warms up as if they had one
+                same.update({key: 1 for key in updates})
+            out_dir = os.path.join(folder, "warm-" + digest(same, decides))
+            warm_of[cfg["out_dir"]] = dict(cfg, **same, out_dir=out_dir, stop_after=cfg["warm_start_steps"])
+    starting = [cfg for cfg in tasks
+                if cfg["out_dir"] in warm_of and not os.path.exists(os.path.join(cfg["out_dir"], "last.pt"))]
+    shared = [warm_of[cfg["out_dir"]] for cfg in starting]
+    once = {warm["out_dir"]: warm for warm in shared if not is_warm(warm)}
+    run_pool(list(once.values()), jobs, bar)
+    for cfg, warm in zip(starting, shared):
         os.makedirs(cfg["out_dir"], exist_ok=True)
-        there = warm_of[cfg["out_dir"]]["out_dir"]
-        shutil.copyfile(os.path.join(there, "log.jsonl"), os.path.join(cfg["out_dir"], "log.jsonl"))
-        begun = dict(load_checkpoint(os.path.join(there, "last.pt")), config=dict(cfg, shards=shard_names(cfg)))
+        shutil.copyfile(os.path.join(warm["out_dir"], "log.jsonl"), os.path.join(cfg["out_dir"], "log.jsonl"))
+        begun = load_checkpoint(os.path.join(warm["out_dir"], "last.pt"))
+        begun.update(config=dict(cfg, shards=shard_names(cfg)))
         save_checkpoint(os.path.join(cfg["out_dir"], "last.pt"), **begun)
     return run_pool(tasks, jobs, bar)
 
 
+def digest(*values):
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def is_warm(cfg):
+    """Has this warm start run to its end already?"""
     path = os.path.join(cfg["out_dir"], "last.pt")
     return os.path.exists(path) and load_checkpoint(path)["step"] == cfg["warm_start_steps"]
 
 
 def run_pool(configs, jobs, bar):
-    """The results of configs in their order, `jobs` of them at a time. Where no bar is drawn (a log file) each makes a line."""
+    """The results of configs in their order. Where no bar is drawn (a log file) each makes a line."""
     bar.total += len(configs)
     bar.refresh()
 
@@ -510,216 +416,355 @@ def run_pool(configs, jobs, bar):
         try:
             return [future.result() for future in futures]
         except BrokenProcessPool:
-            raise UserError(f"a run was killed, perhaps for lack of memory: lower jobs={jobs}; the same command goes on") from None
-        except BaseException:  # a refusal or Ctrl-C: those at work finish their step and save, the others need not begin
+            raise UserError(f"a run was killed, perhaps for lack of memory: lower jobs={jobs}; the same "
+                            "command goes on") from None
+        except BaseException:  # a refusal or Ctrl-C: those at work finish a step and save, no other begins
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def own_keys(cfg):
-    """Take the keys of compare and exchange out of cfg."""
-    own = {key: cfg.pop(key) for key in COMPARE_KEYS}
-    if cfg["seed"] != KEYS["seed"][0]:
-        raise UserError(f"seed={cfg['seed']} is set run by run here: did you mean --seeds={cfg['seed']} or --first_seed={cfg['seed']}?")
-    if own["seeds"] < 1 or own["jobs"] < 1 or own["first_seed"] < 0:
-        raise UserError(f"seeds={own['seeds']} and jobs={own['jobs']} must be at least 1, first_seed={own['first_seed']} at least 0")
-    cfg.update(stop_after=0, benchmark=False)  # keys of single runs
-    return own
+def quiet_run(cfg):
+    """One run in a worker; a worker that was told to stop begins nothing more."""
+    if SIGNALS:
+        sys.exit(128 + SIGNALS[0])
+    try:
+        return run(cfg, say=quiet)
+    except KeyboardInterrupt:  # before run() caught signals itself
+        SIGNALS.append(signal.SIGINT)
+        raise
 
 
-def compare(argv):
-    """Search each arm on validation, freeze, run every seed with the test split scored once, and say what follows."""
-    cfg = read_run_config(argv, dict(KEYS, **COMPARE_KEYS))
-    if not active_slots(cfg)[1:]:
-        raise UserError("compare needs a config with a target and an auxiliary: python probe.py compare CONFIG --key=value")
-    own = own_keys(cfg)
-    arms, seeds = own["arms"].split(","), range(own["first_seed"], own["first_seed"] + own["seeds"])
-    if unknown := [arm for arm in arms if arm not in ARMS]:
-        raise UserError(f"unknown arm '{unknown[0]}' (there are: {', '.join(ARMS)})")
-    arms = [arm for arm in ARMS if arm in {*arms, "alone", "uml"}]
-    settings = candidates(own["search"], cfg)
-    # Under "each" every speaker is tested in turn, so no seed is free of test data: each chooses on its own validation speaker.
-    per_seed = cfg["audio_test_group"] == "each" and modality_of(cfg["target"]) == "audio"
-    if SEARCH_SEED in seeds and len(settings) > 1 and not per_seed:
-        raise UserError(f"seed {SEARCH_SEED} is the one that chooses settings: pick another first_seed than {own['first_seed']}")
-    for arm in arms:
-        resolve(arm_config(cfg, arm, own["unrelated"]), say=lambda line: None)  # what is wrong shows now, not hours later
-    results, chosen, searched = run_arms(cfg, own, arms, seeds, settings, per_seed)
-    # Seeds that are tested on the same speaker are averaged first: the statistics are over speakers. Folds share most of
-    # their training speakers, so they are not independent, and p is if anything too small.
-    folds = [tested_on(dict(cfg, seed=seed)) if per_seed else seed for seed in seeds]
-    out = dict(summary(cfg, arms, results, chosen, searched, folds), first_seed=own["first_seed"], candidates=settings,
-               command=shlex.join(["python", "probe.py", "compare", *argv]),
-               hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-               config={key: value for key, value in cfg.items() if key not in KEYS or value != KEYS[key][0]})
-    out["verdict"] = verdict(out)
-    write_json(os.path.join(cfg["out_dir"], "compare.json"), out)
-    draw_compare(os.path.join(cfg["out_dir"], "compare.png"), out)
-    show_compare(out)
-    print(f"wrote compare.json and compare.png in {cfg['out_dir']}")
-    return out
+# ------------------------------------------------------------------------------------------------------------
+# measures on features (n, D) and labels (n,): torch tensors on the CPU
 
 
-def run_arms(cfg, own, arms, seeds, settings, per_seed):
-    """Every arm: its candidates on validation, then its seeds with the best -> ({arm: results}, {arm: settings}, {arm: search scores}).
+def knn_accuracy(features, labels, new, truth, k=20):
+    """Share of `new` whose k nearest training features (cosine) vote for the truth.
 
-    settings: the candidates. per_seed: every seed chooses for itself, on its own validation split.
+    Votes weigh exp(similarity / 0.07), as in Wu et al. 2018 (arXiv 1805.01978, section 3.4).
     """
-    folder = os.path.join(cfg["out_dir"], "compare")
-    os.makedirs(folder, exist_ok=True)
-    bar = tqdm(total=0, desc="runs", disable=None)
-    results, chosen, searched = {}, {}, {}
-
-    def configs(arm, pairs, **change):
-        ratio = results["uml"][0]["flops"] / results["alone"][0]["flops"] if arm == "longer" else 1.0
-        return [arm_config(dict(cfg, **setting, seed=seed, **change), arm, own["unrelated"], ratio) for seed, setting in pairs]
-
-    for wave in (["alone", "uml"], [arm for arm in arms if arm not in ("alone", "uml")]):  # `longer` needs the others' FLOPs
-        if len(settings) > 1:
-            pairs = [(seed, setting) for seed in (seeds if per_seed else [SEARCH_SEED]) for setting in settings]
-            found = iter(run_all([c for arm in wave for c in configs(arm, pairs, score_test=False)], folder, own["jobs"], bar))
-            for arm in wave:
-                searched[arm] = np.array([score_of(next(found), "val") for _ in pairs]).reshape(-1, len(settings))
-                chosen[arm] = [settings[i] for i in searched[arm].argmax(1)] * (1 if per_seed else len(seeds))
-        else:
-            for arm in wave:
-                searched[arm], chosen[arm] = np.zeros((0, 1)), settings * len(seeds)
-        found = iter(run_all([c for arm in wave for c in configs(arm, zip(seeds, chosen[arm]))], folder, own["jobs"], bar))
-        results.update({arm: [next(found) for _ in seeds] for arm in wave})
-    bar.close()
-    return results, chosen, searched
+    a, b = F.normalize(features, dim=1), F.normalize(new, dim=1)
+    similarity, nearest = (b @ a.T).topk(min(k, len(a)), dim=1)
+    votes = torch.zeros(len(b), int(labels.max()) + 1)
+    votes.scatter_add_(1, labels[nearest], (similarity / 0.07).exp())
+    return (votes.argmax(1) == truth).float().mean().item()
 
 
-def summary(cfg, arms, results, chosen, searched, folds):
-    """The numbers of a comparison, as compare.json holds them. folds: what each seed is tested on; equal ones are averaged."""
-    split, target, first = "test" if cfg["score_test"] else "val", cfg["target"], results["alone"][0]
-    scores = {arm: [score_of(r, split) for r in results[arm]] for arm in arms}
-    mean_of = lambda arm, fold: float(np.mean([score for score, f in zip(scores[arm], folds) if f == fold]))
-    units = {arm: [mean_of(arm, fold) for fold in dict.fromkeys(folds)] for arm in arms}
-    out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), split=split,
-               measure=next(key for key in MEASURES if first.get(f"{split}_{key}") is not None),
-               target=f"{target}={cfg[target]}", target_loss=cfg[f"{target}_loss"],
-               auxiliaries={s: f"{cfg[s]} ({cfg[f'{s}_loss']})" for s in active_slots(cfg) if s != target},
-               examples=first["examples"][target], seeds=len(folds), folds=len(units["alone"]), chance=first["chance"],
-               steps=cfg["steps"], warm_start_steps=cfg["warm_start_steps"], arms={})
-    for arm in arms:
-        mean, half = t_interval(units[arm])
-        entry = dict(scores=scores[arm], mean=mean, half=half, settings=chosen[arm], search_scores=searched[arm].tolist(),
-                     gflops=float(np.mean([r["flops"] for r in results[arm]])) / 1e9,
-                     seconds=float(np.mean([r["seconds"] for r in results[arm]])))
-        for key in ("test_balanced_accuracy", "test_unseen_accuracy"):
-            if results[arm][0].get(key) is not None:
-                entry[key] = [r[key] for r in results[arm]]
-        if arm != "alone":
-            entry["minus_alone"] = paired(units[arm], units["alone"])
-        if arm not in ("uml", "alone"):
-            entry["uml_minus"] = paired(units["uml"], units[arm])
-        out["arms"][arm] = entry
+def few_shot(features, labels, new, truth, shots=(1, 2, 4, 8, 16), draws=3):
+    """{shots a class: (mean, standard deviation) of probe accuracy over draws of the training items}."""
+    classes, out = int(labels.max()) + 1, {}
+    for k in shots:
+        if k > torch.bincount(labels, minlength=classes).min() or k * classes > 2500:
+            break  # some class has fewer examples, or the probes would take minutes
+        right = []
+        for draw in range(draws):
+            rows = choose_examples(labels.numpy(), len(labels), k * classes, draw, "few-shot")
+            weight, bias = linear_probe(features[rows], labels[rows], classes)
+            right.append(((new @ weight.T + bias).argmax(1) == truth).float().mean().item())
+        out[k] = (float(np.mean(right)), float(np.std(right, ddof=1)))
     return out
 
 
-def tested_on(cfg):
-    """The checksums of the target's test split: equal for two configs that are tested on the same items."""
-    files = read_meta(prepare(resolve(cfg, say=lambda line: None), cfg["target"]))["splits"]["test"]["files"]["tokens"]
-    return tuple(entry["sha256"] for entry in files)
+def margins(features, labels, weight, bias):
+    """Distances (n,) of items to the boundary with the best other class; positive where classified right.
+
+    (score of the truth - score of the rival) / |difference of their weights|, on standardised features, so
+    that runs of different feature scale compare. Gupta et al. 2025 (section 5): unpaired data widens them.
+    """
+    mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
+    weight, bias, features = weight * std, bias + weight @ mean, (features - mean) / std
+    scores = features @ weight.T + bias  # (n, classes)
+    true = scores.gather(1, labels[:, None])[:, 0]
+    rival = scores.scatter(1, labels[:, None], -torch.inf).argmax(1)
+    away = (weight[labels] - weight[rival]).norm(dim=1).clamp_min(1e-9)
+    return (true - scores.gather(1, rival[:, None])[:, 0]) / away
 
 
-MEASURES = dict(accuracy=1, r2=1, loss=-1)  # what arms are compared by: the first that a result has, times this
+def class_spread(features, labels):
+    """Mean squared distance between class centroids over that of items to their own centroid."""
+    parts = [features[labels == c] for c in labels.unique()]
+    centroids = torch.stack([part.mean(0) for part in parts])
+    own = torch.stack([(part - m).square().sum(1).mean() for part, m in zip(parts, centroids)])
+    return (torch.pdist(centroids).square().mean() / own.mean().clamp_min(1e-12)).item()
 
 
-def score_of(result, split):
-    """Accuracy; without labels the R^2 of the known latents; without either minus the loss."""
-    for key, sign in MEASURES.items():
-        if result.get(f"{split}_{key}") is not None:
-            return sign * result[f"{split}_{key}"]
+def cka(a, b):
+    """Linear centred kernel alignment of two (k, D) matrices, row by row; 1 for rotations of each other.
+
+    Kornblith et al. 2019 (arXiv 1905.00414, section 3).
+    """
+    a, b = a - a.mean(0), b - b.mean(0)
+    return ((a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm()).clamp_min(1e-12)).item()
 
 
-MIN_SEEDS = 6  # with 5 not even the sign-flip test can reach 0.05: its floor is 2 / 2^5 = 0.06
+def mutual_knn(a, b, k):
+    """Share of a row's k nearest rows (cosine) that a and b have in common (Huh et al. 2024, 2405.07987)."""
+    def nearest(m):
+        m = F.normalize(m - m.mean(0), dim=1)
+        return (m @ m.T).fill_diagonal_(-2).topk(k, dim=1).indices.tolist()
+    return np.mean([len(set(p) & set(q)) / k for p, q in zip(nearest(a), nearest(b))])
 
 
-def verdict(out):
-    """One sentence, for or against. Help is claimed only above alone AND above the control, each with p < 0.05."""
-    d, (unit, digits) = out["arms"]["uml"]["minus_alone"], (100, 1) if out["chance"] else (1, 3)
-    n, spread = out.get("folds", out["seeds"]), ""
-    if d["half"] is not None:
-        spread = f" [{unit * (d['mean'] - d['half']):+.{digits}f}, {unit * (d['mean'] + d['half']):+.{digits}f}]"
-    said = f"{unit * d['mean']:+.{digits}f}{spread}" + (" points" if out["chance"] else "")
-    if n < MIN_SEEDS:
-        kind = "seeds" if n == out["seeds"] else "speakers"
-        return f"too few {kind} for a verdict ({n}; {MIN_SEEDS} are needed): uml minus alone is {said}"
-    if d["p"] >= 0.05:
-        return f"no effect shown: uml minus alone is {said}, p = {d['p']:.3g}"
-    if d["mean"] < 0:
-        return f"the unpaired data hurt: uml minus alone is {said}, p = {d['p']:.3g}"
-    if "control" not in out["arms"]:
-        return f"uml is above alone by {said}, p = {d['p']:.3g}, but no control was run to say why"
-    c = out["arms"]["control"]["uml_minus"]
-    against = f"{unit * c['mean']:+.{digits}f} against the control, p = {c['p']:.3g}"
-    if c["mean"] <= 0 or c["p"] >= 0.05:
-        return f"uml is above alone by {said}, p = {d['p']:.3g}, but {against}: it is not shown that the auxiliary's structure helped"
-    return f"the unpaired data helped: uml minus alone is {said}, p = {d['p']:.3g}, and {against}"
+def permutation_p(measure, a, b, draws=200, seed=0):
+    """(measure(a, b), p): how often shuffled rows of b give at least as much, 1 / (draws + 1) or more."""
+    rng, found = np.random.default_rng(seed), measure(a, b)
+    null = [measure(a, b[rng.permutation(len(b))]) for _ in range(draws)]
+    return found, (1 + sum(value >= found for value in null)) / (draws + 1)
 
 
-def show_auxiliaries(out):
-    return ", ".join(f"{slot}={short_source(source)}" for slot, source in out["auxiliaries"].items())
+def unit_agreement(a, b):
+    """Per unit, how its activations in two slots correlate over classes: two (k, C) centroids -> (C,)."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)
 
 
-def short_source(source):
-    """'folder:/my/pictures' -> 'folder:pictures': what a table or title shows."""
-    name, colon, path = source.partition(":")
-    return name + colon + os.path.basename(path.rstrip("/"))
+# ------------------------------------------------------------------------------------------------------------
+# corruptions of pictures (n, S, S, c) and recordings (n, T, group*mels) uint8, three severities each
+
+PICTURE_CORRUPTIONS = ("noise", "blur", "contrast", "pixelate")
+SOUND_CORRUPTIONS = ("noise", "gain", "bandlimit")
 
 
-def show_seeds(out, unit=""):
-    return f"{out['seeds']}{unit}" + (f" on {out['folds']} speakers" if out.get("folds", out["seeds"]) != out["seeds"] else "")
+def corrupt_pictures(pictures, kind, severity):
+    """One of PICTURE_CORRUPTIONS, severity 1..3, after Hendrycks & Dietterich 2019 (arXiv 1903.12261)."""
+    i, size = severity - 1, pictures.shape[1]
+    if kind == "noise":
+        out = pictures + np.random.default_rng(severity).normal(0, (10, 20, 40)[i], pictures.shape)
+    elif kind == "contrast":
+        mean = pictures.mean((1, 2, 3), keepdims=True)
+        out = mean + (pictures - mean) * (0.6, 0.4, 0.2)[i]
+    else:
+        side = max(1, int(size * (0.6, 0.45, 0.3)[i]))
+        out = np.empty_like(pictures)
+        for picture, changed in zip(pictures, out):
+            image = Image.fromarray(picture.squeeze())  # a grey picture has no third axis to Pillow
+            if kind == "blur":
+                image = image.filter(ImageFilter.GaussianBlur((0.7, 1.2, 2.0)[i]))
+            else:  # pixelate
+                image = image.resize((side, side), Image.Resampling.BOX)
+                image = image.resize((size, size), Image.Resampling.NEAREST)
+            changed[:] = np.asarray(image).reshape(picture.shape)
+    return np.clip(out, 0, 255).astype(np.uint8)
 
 
-def show_half(half):
-    return "?" if half is None else f"{half:.4f}"
+def corrupt_frames(tokens, mels, kind, severity):
+    """Noise (20, 10, 0 dB SNR), gain (-6, -12, -18 dB) or bandlimit (the lower 80, 60, 40% of the mels)."""
+    i, (low, high) = severity - 1, LOG_MEL_RANGE
+    log_mel = tokens.reshape(*tokens.shape[:2], -1, mels) / 255 * (high - low) + low  # (n, T, group, mels)
+    if kind == "noise":
+        heard = tokens.reshape(log_mel.shape).any(3, keepdims=True)  # padding is 0, recorded silence is not
+        power = np.exp(log_mel).mean((1, 2, 3), where=heard, keepdims=True) / 10 ** ((2, 1, 0)[i])
+        noise = np.random.default_rng(severity).exponential(1, log_mel.shape)
+        log_mel = np.log(np.exp(log_mel) + power * noise)
+    elif kind == "gain":
+        log_mel = log_mel - (6, 12, 18)[i] * math.log(10) / 10
+    else:  # bandlimit
+        log_mel = np.where(np.arange(mels) < mels * (0.8, 0.6, 0.4)[i], log_mel, low)
+    levels = ((log_mel - low) / (high - low) * 255).round().clip(0, 255)
+    return levels.astype(np.uint8).reshape(tokens.shape)
 
 
-def show_compare(out):
-    print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary {show_auxiliaries(out)}; "
-          f"{show_seeds(out, ' seeds')}, {out['measure']} on the {out['split']} split" + (f", chance {out['chance']:.4f}" if out["chance"] else ""))
-    print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}{'GFLOP':>9}{'s':>7}  setting")
-    for arm, e in out["arms"].items():
-        line = f"{arm:10}{e['mean']:10.4f} +- {show_half(e['half'])}"
-        if d := e.get("minus_alone"):
-            line += (f"{d['mean']:+11.4f} +- {show_half(d['half'])}{d['p']:10.3g}"
-                     f"{d['sign_flip_p']:12.3g} ({d['sign_flip_floor']:.3g})").ljust(51)
+# ------------------------------------------------------------------------------------------------------------
+# runs side by side
+
+
+def check_shards(folder, cfg):
+    """Refuse a run whose data has changed: a new draw would let training items into its test."""
+    for slot, name in shard_names(cfg).items():
+        if name != cfg["shards"][slot]:
+            raise UserError(f"{folder} was trained on {cfg['shards'][slot]}, but {slot}={cfg[slot]} has "
+                            "changed since: train it again")
+
+
+def open_run(folder):
+    """A finished run: its config, slots, best model, and the split its analyses may read."""
+    if not os.path.exists(os.path.join(folder, "result.json")):
+        if os.path.exists(os.path.join(folder, "last.pt")):
+            raise UserError(f"the run in {folder} is not finished: wait for it, or go on with --resume")
+        raise UserError(f"{folder} holds no finished run (no result.json): train one first, for example "
+                        "`python train.py sample_configs/letters_text.py`")
+    model, checkpoint = load_model(os.path.join(folder, "best.pt"))
+    cfg = checkpoint["config"]
+    check_shards(folder, cfg)
+    slots, _ = open_slots(cfg, say=quiet)
+    split, target = "test" if cfg["score_test"] else "val", slots[cfg["target"]]
+    if len(target.meta["classes"]) < 2:
+        raise UserError(f"{folder}: the target {target.name}={cfg[target.name]} has no classes to probe for")
+    held = load_split(target.folder, split)
+    # rows of items whose class had labelled examples
+    seen, seen_val = (np.flatnonzero(~np.isin(part["labels"], target.banned)) for part in (held, target.val))
+    return SimpleNamespace(folder=folder, name=os.path.basename(os.path.normpath(folder)), slots=slots,
+                           model=model, target=target, split=split, held=held, seen=seen, seen_val=seen_val)
+
+
+def features_of(run_, slot, arrays, rows=None, layer=-1):
+    """(features (n, C), labels (n,)) of some rows of a split."""
+    rows = np.arange(len(arrays["tokens"])) if rows is None else rows
+    labels = torch.from_numpy(arrays["labels"][rows]).long()
+    return extract(run_.model, slot, arrays, rows, CPU, layer), labels
+
+
+def analyse(folder):
+    """All analyses of one run -> its report, margins, and answers (n,) on held-out items; draws two."""
+    run_ = open_run(folder)
+    target, classes = run_.target, run_.target.meta["classes"]
+    tell(f"{folder}: probing every layer, few examples, corruptions, alignment ...")
+    layers = []
+    for layer in [*range(len(run_.model.trunk.blocks)), -1]:
+        known = features_of(run_, target, target.train, target.rows, layer)
+        val = features_of(run_, target, target.val, run_.seen_val, layer)
+        new, truth = features_of(run_, target, run_.held, run_.seen, layer)
+        weight, bias = fit_probe(known, val, len(classes))
+        guess = (new @ weight.T + bias).argmax(1)
+        right = (guess == truth).float().mean().item()
+        layers.append(dict(linear=right, knn=knn_accuracy(*known, new, truth)))
+    # from here on of the last layer
+    margin = margins(new, truth, weight, bias)
+    chosen = dict(probe=(weight, bias), unseen_offset=None)
+    scored = evaluate(run_.model, target, run_.held, CPU, chosen)
+    every, held = features_of(run_, target, target.train), features_of(run_, target, run_.held)
+    labelled = [name for name in run_.slots if name != target.name and "labels" in run_.slots[name].train]
+    report = dict(name=run_.name, split=run_.split, accuracy=scored["accuracy"],
+                  unseen_accuracy=scored.get("unseen_accuracy"), layers=layers,
+                  few_shot=few_shot(*every, *held),
+                  margin=[margin.quantile(q).item() for q in (0.1, 0.5, 0.9)],
+                  class_spread=class_spread(new, truth),
+                  robustness=robustness(run_, chosen, scored["accuracy"]),
+                  alignment={name: alignment(run_, run_.slots[name]) for name in labelled})
+    draw_confusion(os.path.join(folder, "confusion.png"), truth, guess, classes)
+    draw_pca(os.path.join(folder, "pca.png"), new, truth, classes)
+    weight, bias = scored["probe"]  # the label head where there is one
+    answers = (held[0] @ weight.T + bias).argmax(1)
+    return SimpleNamespace(run=run_, report=report, margin=margin.numpy(), answers=answers.numpy())
+
+
+def robustness(run_, chosen, clean):
+    """{corruption: accuracy at severities 0 (clean) .. 3} of a picture or sound target."""
+    meta, tokens = run_.target.meta, run_.held["tokens"][:]
+
+    def accuracy(kind, severity):
+        if "patch" in meta:
+            pictures = unpatchify(tokens, meta["patch"])
+            changed = patchify(corrupt_pictures(pictures, kind, severity), meta["patch"])
         else:
-            line += " " * 51
-        settings = dict.fromkeys(", ".join(f"{key}={value}" for key, value in setting.items()) for setting in e["settings"])
-        line += f"{e['gflops']:9,.0f}{e['seconds']:7.0f}  " + " or ".join(settings)
-        others = [key for key in ("test_balanced_accuracy", "test_unseen_accuracy") if key in e]
-        print(line + "".join(f"; {key[5:]} {np.mean(e[key]):.4f}" for key in others))
-    print("verdict: " + out["verdict"])
+            changed = corrupt_frames(tokens, meta["mels"], kind, severity)
+        return evaluate(run_.model, run_.target, dict(run_.held, tokens=changed), CPU, chosen)["accuracy"]
+
+    kinds = PICTURE_CORRUPTIONS if "patch" in meta else SOUND_CORRUPTIONS if "mels" in meta else ()
+    return {kind: [clean, *(accuracy(kind, severity) for severity in (1, 2, 3))] for kind in kinds}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def alignment(run_, other):
+    """Do classes lie alike in the target and in another slot, never paired? None if under 4 are common."""
+    held = []  # per slot, the classes that have held-out items
+    for slot in (run_.target, other):
+        counts = slot.meta["splits"][run_.split]["class_counts"]
+        held.append({plain_name(c) for c, count in zip(slot.meta["classes"], counts) if count})
+    names = sorted(held[0] & held[1])
+    if len(names) < 4:
+        return None
+    a, b = class_centroids(run_, run_.target, names), class_centroids(run_, other, names)
+    k, units = max(1, len(names) // 8), unit_agreement(a, b)
+    agree, unit_p = permutation_p(lambda p, q: unit_agreement(p, q).mean().item(), a, b)
+    cka_value, cka_p = permutation_p(cka, a, b)
+    knn_value, knn_p = permutation_p(lambda p, q: mutual_knn(p, q, k), a, b, draws=50)
+    shown = {plain_name(c): c for c in run_.target.meta["classes"]}
+    top = []
+    for unit in units.argsort(descending=True)[:8].tolist():
+        most = [shown[names[int(centroids[:, unit].argmax())]] for centroids in (a, b)]
+        top.append(dict(unit=unit, correlation=units[unit].item(), target_class=most[0], other_class=most[1]))
+    return dict(classes=len(names), cka=cka_value, cka_p=cka_p, mutual_knn=knn_value, mutual_knn_p=knn_p, k=k,
+                unit_agreement=agree, unit_p=unit_p, units=top)
+
+
+def class_centroids(run_, slot, names):
+    """(k, C) mean features of the held-out items of each named class in one slot; classes by plain name."""
+    arrays = run_.held if slot is run_.target else load_split(slot.folder, run_.split)
+    number = {plain_name(c): i for i, c in enumerate(slot.meta["classes"])}
+    rows = np.flatnonzero(np.isin(arrays["labels"], [number[name] for name in names]))
+    features, labels = features_of(run_, slot, arrays, rows)
+    return torch.stack([features[labels == number[name]].mean(0) for name in names])
+
+
+def show_side_by_side(reports):
+    """Print the analyses of one or more runs: a table with one column a run, then the alignments."""
+    def row(label, values):
+        shown = ["-" if v is None else v if isinstance(v, str) else f"{v:.4f}" for v in values]
+        print(f"{label:28}" + "".join(f"{value:>18}" for value in shown))
+
+    row("run", [r["name"][-17:] for r in reports])
+    for key in ("split", "accuracy", "unseen_accuracy"):
+        row(key.replace("_", " "), [r[key] for r in reports])
+    for i, layers in enumerate(itertools.zip_longest(*(r["layers"] for r in reports), fillvalue={})):
+        for key in ("linear", "knn"):
+            row(f"layer {i} {key}", [layer.get(key) for layer in layers])
+    for k in sorted({k for r in reports for k in r["few_shot"]}):
+        found = [r["few_shot"].get(k) for r in reports]
+        row(f"few-shot {k} (std of draws)", [each and "{:.4f} +-{:.4f}".format(*each) for each in found])
+    for i, name in enumerate(("10%", "median", "90%")):
+        row(f"margin {name}", [r["margin"][i] for r in reports])
+    row("class spread", [r["class_spread"] for r in reports])
+    for kind in dict.fromkeys(kind for r in reports for kind in r["robustness"]):
+        for severity in (1, 2, 3):
+            row(f"{kind} {severity}", [r["robustness"].get(kind, [None] * 4)[severity] for r in reports])
+    for report in reports:
+        for name, found in report["alignment"].items():
+            if found is None:
+                print(f"{report['name']}: {name} shares fewer than 4 classes with the target")
+                continue
+            print(f"{report['name']}: class centroids of {name} and the target, {found['classes']} classes: "
+                  f"CKA {found['cka']:.3f} (p {found['cka_p']:.3f}), "
+                  f"mutual {found['k']}-NN {found['mutual_knn']:.3f} (p {found['mutual_knn_p']:.3f}), "
+                  f"units' agreement {found['unit_agreement']:.3f} (p {found['unit_p']:.3f})")
+            for unit in found["units"]:
+                print(f"    unit {unit['unit']:4}  correlation {unit['correlation']:.3f}  most active for "
+                      f"'{unit['target_class']}' in the target, '{unit['other_class']}' in {name}")
+
+
+def analyse_all(folders):
+    """Analyse finished runs, print them side by side, draw what is worth looking at."""
+    torch.set_num_threads(1)  # many small solves: threads would only wait for each other
+    for folder in folders:
+        open_run(folder)  # what is wrong with the last one shows now, not minutes later
+    found = [analyse(folder) for folder in folders]
+    reports, first = [one.report for one in found], found[0].run
+    show_side_by_side(reports)
+    draw_side_by_side(os.path.join(first.folder, "side_by_side.png"), found)
+    draw_curves(os.path.join(first.folder, "curves.png"), found)
+    if "patch" in first.target.meta or "mels" in first.target.meta:
+        items = (first.target.folder, first.split)
+        same = [one for one in found if (one.run.target.folder, one.run.split) == items]
+        draw_predictions(os.path.join(first.folder, "predictions.png"), same)
+    print("wrote confusion.png and pca.png of each run; side_by_side.png, curves.png and, for pictures and "
+          f"sounds, predictions.png in {first.folder}")
+    print(json.dumps(reports[0] if len(reports) == 1 else reports))
+
+
+# ------------------------------------------------------------------------------------------------------------
 # theory: what unpaired data adds in a linear world, exactly
 
 
 def information(shared, private, noise):
     """What ONE sample of a modality says about theta_c: the Schur complement j = I_cc - I_cx I_xx^+ I_xc.
 
-    A sample is x = A_c theta_c + A_x theta_x + e, e ~ N(0, noise^2 I), with A_c = shared (D, d) and A_x = private (D, p), so
-    the Fisher information of (theta_c, theta_x) has the blocks I_cc = A_c'A_c / noise^2, I_cx = A_c'A_x / noise^2 and
-    I_xx = A_x'A_x / noise^2. theta_x is a nuisance; eliminating it leaves j. N samples say J = N j. Two modalities share
-    neither nuisance nor noise, hence J_{X,Y} = J_X + J_Y: never less than J_X in the Loewner order, and strictly more in
-    every direction v with J_Y v != 0 (Gupta et al. 2025, section 3). Raises UserError for noise that is not positive.
+    A sample is x = A_c theta_c + A_x theta_x + e, e ~ N(0, noise^2 I), with A_c = shared (D, d) and A_x =
+    private (D, p); I_cx = A_c'A_x / noise^2 and so on are blocks of the Fisher information. theta_x is a
+    nuisance; eliminating it leaves j. N samples say J = N j. Two modalities share neither nuisance nor noise,
+    hence J_{X,Y} = J_X + J_Y: never less than J_X in the Loewner order, and strictly more wherever J_Y v != 0
+    (Gupta et al. 2025, section 3).
     """
     if not noise > 0:
         raise UserError(f"noise={noise} must be positive: without it one sample would say everything")
-    return (shared.T @ shared - shared.T @ private @ np.linalg.pinv(private.T @ private) @ private.T @ shared) / noise**2
+    project = np.eye(len(shared)) - private @ np.linalg.pinv(private)  # removes what theta_x can explain
+    return shared.T @ project @ shared / noise**2
 
 
 def exchange_rates(j_x, j_y):
-    """How many X samples one Y sample is worth, along each generalised eigenvector of (j_Y, j_X) -> (rates, vectors).
+    """What a Y sample is worth in X samples, in generalised eigenvectors of (j_Y, j_X) -> (rates, vectors).
 
-    j_Y v = rate j_X v. Both are diagonal in these directions, so only there does the ratio of informations speak of variances.
-    With S = j_X + j_Y and S^(-1/2) j_X S^(-1/2) = U mu U', v = S^(-1/2) u and rate = (1 - mu) / mu, which is infinite where X is
-    blind (mu = 0). Raises UserError where S itself is singular: neither modality ever sees that direction.
+    j_Y v = rate j_X v. Both are diagonal in these directions, so only there does the ratio of informations
+    speak of variances. With S = j_X + j_Y and S^(-1/2) j_X S^(-1/2) = U mu U', v = S^(-1/2) u and rate =
+    (1 - mu) / mu, infinite where X is blind (mu = 0). S is singular where neither ever sees a direction.
     """
     value, vector = np.linalg.eigh(j_x + j_y)
     if value[0] < 1e-9 * value[-1]:
@@ -733,10 +778,11 @@ def exchange_rates(j_x, j_y):
 
 
 def monte_carlo(sides, repetitions, seed=0):
-    """(traces of the sample covariance, its standard error) of the joint maximum-likelihood estimate of theta_c.
+    """(trace of the sample covariance, its standard error) of the maximum-likelihood estimate of theta_c.
 
-    sides: [(shared, private, noise, N)]. The mean of N samples is sufficient; with M = I - A_x A_x^+ projecting the nuisance out,
-    the estimate solves (sum J) theta = sum N A_c' M mean / noise^2. Its covariance is the Cramer-Rao bound (sum J)^-1.
+    sides: [(shared, private, noise, N)]. The mean of N samples is sufficient; with M = I - A_x A_x^+, which
+    projects the nuisance out, the estimate solves (sum J) theta = sum N A_c' M mean / noise^2. Its covariance
+    is the Cramer-Rao bound (sum J)^-1.
     """
     rng, total, score = np.random.default_rng(seed), 0, 0
     truth = rng.normal(0, 1, sides[0][0].shape[1])
@@ -744,70 +790,162 @@ def monte_carlo(sides, repetitions, seed=0):
         means = shared @ truth + private @ rng.normal(0, 1, private.shape[1])
         means = means + rng.normal(0, noise / n**0.5, (repetitions, len(shared)))
         project = np.eye(len(shared)) - private @ np.linalg.pinv(private)
-        total, score = total + n * information(shared, private, noise), score + n * means @ project @ shared / noise**2
+        total = total + n * information(shared, private, noise)
+        score = score + n * means @ project @ shared / noise**2
     squares = ((score @ np.linalg.inv(total) - truth) ** 2).sum(1)
     return squares.mean(), squares.std() / repetitions**0.5
 
 
-def theory(folder="out/theory", repetitions=100_000):
-    """Demonstrate, in float64 and under a minute, what the linear model says; a table, theory.png and theory.json."""
-    rng, d, observed, private, noise = np.random.default_rng(0), 6, 12, 3, 0.5
-    mix = lambda width: rng.normal(0, 1, (observed, width))
-    a_x, b_y, b_c, full = mix(private), mix(private), mix(d), mix(d)
-    weak = np.array([1, 1, 0.5, 0.2, 0.05, 0.0])  # how strongly X shows each direction of theta_c; the last one not at all
-    a_c, n_x, n_y = full * weak, 200, 200
-    j_x, j_y = information(a_c, a_x, noise), information(b_c, b_y, noise)
-    print(f"theta_c has {d} directions; X shows them with strengths {weak.tolist()}, Y in full; {n_x} samples of either, noise {noise}")
-
-    gain = np.linalg.eigvalsh(n_y * j_y)  # J_XY - J_X, since informations of independent samples add up
-    print(f"1. J_XY - J_X has eigenvalues from {gain[0]:.1f} to {gain[-1]:.1f}: all positive, so adding Y helps in every direction")
-    seen = [(a_c[:, :5], a_x, noise, n_x), (b_c[:, :5], b_y, noise, n_y)]  # the five directions that X sees at all
-    rows = []
-    for label, sides in (("X alone", seen[:1]), ("Y alone", seen[1:]), ("X and Y, unpaired", seen)):
-        bound = np.trace(np.linalg.inv(sum(n * information(a, p, s) for a, p, s, n in sides)))
-        measured, error = monte_carlo(sides, repetitions)
-        rows.append(dict(data=label, bound=bound, measured=measured, error=error))
-        print(f"   {label:18} trace of the covariance: Cramer-Rao {bound:.5f}, measured {measured:.5f} +- {error:.5f} "
-              f"({measured / bound - 1:+.2%})")
-    worst = lambda j: float(np.linalg.eigvalsh(j)[0])
-    blind = [dict(n_x=n, x_alone=worst(n * j_x), x_and_y=worst(n * j_x + n_y * j_y)) for n in (10, 1000, 100000)]
-    print("2. information about the worst direction: no number of X samples identifies what X is blind to; "
-          + "; ".join(f"N_x = {b['n_x']}: {abs(b['x_alone']):.1g} from X alone, {b['x_and_y']:.3g} with {n_y} Y" for b in blind))
-    rates, _ = exchange_rates(j_x, j_y)
-    print("3. one Y sample is worth this many X samples, along each generalised eigenvector: "
-          + ", ".join("unbounded" if np.isinf(r) else f"{r:.3g}" for r in rates))
-
-    attenuations, noises, sizes = np.geomspace(0.02, 1, 25), (0.25, 0.5, 1.0), range(2, 11)
-    def best_rate(w, noise_y, width, draws=20):
-        """The largest exchange rate where X shows one direction with strength w; geometric mean over random mixings."""
-        r, strength, logs = np.random.default_rng(1), np.where(np.arange(width) < width - 1, 1, w), []
-        for _ in range(draws):
-            x, x_own, y, y_own = (r.normal(0, 1, (24, k)) for k in (width, private, width, private))
-            logs.append(np.log(exchange_rates(information(x * strength, x_own, noise), information(y, y_own, noise_y))[0].max()))
-        return np.exp(np.mean(logs))
-
-    curves = {s: [best_rate(w, s, 4) for w in attenuations] for s in noises}
-    widths = {w: [best_rate(w, noise, k) for k in sizes] for w in (1.0, 0.3, 0.1)}
+def theory(argv):
+    """What the linear model says, exactly (seconds), then learned (a minute a seed)."""
+    keys = dict(seeds=(1, "seeds of the learned part (0: leave it out)", at_least(0)),
+                repetitions=(100_000, "of the Monte Carlo estimate", at_least(2)))
+    cfg, folder = read_config(argv, keys), "out/theory"
     os.makedirs(folder, exist_ok=True)
-    draw_theory(os.path.join(folder, "theory.png"), seen, attenuations, curves, sizes, widths)
-    slope = np.polyfit(np.log(attenuations[:8]), np.log(curves[0.5][:8]), 1)[0]
-    out = dict(kind="theory", repetitions=repetitions, traces=rows, loewner_gain=[gain[0], gain[-1]], blind=blind, slope=slope,
-               exchange_rates=[None if np.isinf(r) else r for r in rates])
-    print(f"   the best rate grows as strength^{out['slope']:.2f}; quieter Y is worth more; {folder}/theory.png shows how")
+    torch.set_num_threads(1)
+    out = dict(kind="theory", exact=exact_theory(cfg["repetitions"]), learned={})
+    for arm, setting in LEARNED.items() if cfg["seeds"] else ():
+        runs = [learned_world(seed=seed, **setting) for seed in range(cfg["seeds"])]
+        out["learned"][arm] = dict(runs=runs)
+        r2, clear, error = (np.mean([r[key] for r in runs]) for key in ("r2", "r2_clear", "error"))
+        counts = f"{setting['n_x']:,} x + {setting['n_y']:,} y"
+        print(f"4. {arm:8} {counts}: R^2 of the shared latents {r2:.3f} as trained, {clear:.3f} on x without "
+              f"attenuation, which is rebuilt with error {error:.2f}")
+    draw_theory(os.path.join(folder, "theory.png"), out)
     write_json(os.path.join(folder, "theory.json"), out)
+    print(f"wrote theory.png and theory.json in {folder}")
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def exact_theory(repetitions):
+    """Bounds, blind directions and exchange rates of one small linear world, in float64; prints them."""
+    rng, d, observed, private, noise = np.random.default_rng(0), 6, 12, 3, 0.5
+    a_x, b_y, b_c, full = (rng.normal(0, 1, (observed, width)) for width in (private, private, d, d))
+    weak = np.array([1, 1, 0.5, 0.2, 0.05, 0.0])  # how strongly X shows each direction
+    a_c, n_x, n_y = full * weak, 200, 200
+    j_x, j_y = information(a_c, a_x, noise), information(b_c, b_y, noise)
+    print(f"theta_c has {d} directions; X shows them with strengths {weak.tolist()}, Y in full; "
+          f"{n_x} samples of either, noise {noise}")
+    gain = np.linalg.eigvalsh(n_y * j_y)  # J_XY - J_X, since informations of independent samples add up
+    print(f"1. J_XY - J_X has eigenvalues from {gain[0]:.1f} to {gain[-1]:.1f}: all positive, so adding Y "
+          "helps in every direction")
+    # the five directions that X sees at all
+    x_seen, y_seen = (a_c[:, :5], a_x, noise), (b_c[:, :5], b_y, noise)
+    rows = []
+    for label, sides in (("X alone", [(*x_seen, n_x)]), ("Y alone", [(*y_seen, n_y)]),
+                         ("X and Y, unpaired", [(*x_seen, n_x), (*y_seen, n_y)])):
+        bound = np.trace(np.linalg.inv(sum(n * information(*world) for *world, n in sides)))
+        measured, error = monte_carlo(sides, repetitions)
+        rows.append(dict(data=label, bound=bound, measured=measured, error=error))
+        print(f"   {label:18} trace of the covariance: Cramer-Rao {bound:.5f}, "
+              f"measured {measured:.5f} +- {error:.5f}")
+
+    print("2. information about the worst direction: no number of X samples identifies what X is blind to")
+    blind = []
+    for n in (10, 1000, 100000):
+        alone, both = (float(np.linalg.eigvalsh(j)[0]) for j in (n * j_x, n * j_x + n_y * j_y))
+        blind.append(dict(n_x=n, x_alone=alone, x_and_y=both))
+        print(f"   N_x = {n}: {abs(alone):.1g} from X alone, {both:.3g} with {n_y} Y")
+    rates, _ = exchange_rates(j_x, j_y)
+    print("3. one Y sample is worth this many X samples, along each generalised eigenvector: "
+          + ", ".join("unbounded" if np.isinf(r) else f"{r:.3g}" for r in rates))
+    strengths = np.geomspace(0.02, 1, 25)
+    curves = {noise_y: [best_rate(w, noise, noise_y) for w in strengths] for noise_y in (0.25, 0.5, 1.0)}
+    slope = np.polyfit(np.log(strengths[:8]), np.log(curves[0.5][:8]), 1)[0]
+    print(f"   the best rate grows as strength^{slope:.2f}; quieter Y is worth more")
+
+    def variance(n, y):
+        return np.trace(np.linalg.inv(n * information(*x_seen) + y * information(*y_seen)))
+
+    budget = list(range(0, 401, 25))
+    return dict(traces=rows, loewner_gain=[gain[0], gain[-1]], blind=blind, slope=slope, budget=budget,
+                variance={n: [variance(n, y) for y in budget] for n in (50, 200)},
+                strengths=strengths.tolist(), curves=curves,
+                exchange_rates=[None if np.isinf(r) else r for r in rates])
+
+
+def best_rate(strength, noise_x, noise_y, width=4, private=3, draws=20):
+    """The largest rate where X shows one direction with this strength; geometric mean over random mixings."""
+    rng, logs = np.random.default_rng(1), []
+    weak = np.where(np.arange(width) < width - 1, 1, strength)
+    for _ in range(draws):
+        x, x_own, y, y_own = (rng.normal(0, 1, (24, k)) for k in (width, private, width, private))
+        rates, _ = exchange_rates(information(x * weak, x_own, noise_x), information(y, y_own, noise_y))
+        logs.append(np.log(rates.max()))
+    return float(np.exp(np.mean(logs)))
+
+
+# the arms of the learned linear world: equal budgets of samples, and alone with the FLOPs of uml
+LEARNED = dict(alone=dict(n_x=10000, n_y=0), longer=dict(n_x=5000, n_y=0, steps=8000),
+               uml=dict(n_x=5000, n_y=5000), control=dict(n_x=5000, n_y=5000, shuffle=True))
+
+
+def learned_world(n_x, n_y, seed, steps=4000, shuffle=False):
+    """The linear world, learned: an autoencoder of x and of unpaired y that share encoder and decoder.
+
+    x = A_c (w * theta_c) + A_x theta_x + noise shows one of ten shared latents in full, the others at a
+    twentieth (w); y shows all. Both have 50 dimensions and 5 private latents. shuffle: y's numbers move to
+    other items. Returns the R^2 with which theta_c is read linearly off the bottleneck of held-out x, as
+    trained and without attenuation (clear), and the squared error with which clear x is rebuilt.
+    """
+    torch.manual_seed(seed)
+    w, full = torch.full((10,), 0.05), torch.ones(10)
+    w[0] = 1.0
+    mix = {side: (torch.randn(10, 50), torch.randn(5, 50)) for side in "xy"}
+
+    def draw(side, n, weak):
+        theta, (shared, private) = torch.randn(n, 10), mix[side]
+        return (theta * weak) @ shared + torch.randn(n, 5) @ private + 0.09 * torch.randn(n, 50), theta
+
+    data = {"x": draw("x", n_x, w)[0], "y": draw("y", n_y, full)[0]}  # (n, 50) each
+    if shuffle:
+        data["y"] = torch.stack([column[torch.randperm(n_y)] for column in data["y"].T], 1)
+    held, clear = draw("x", 5000, w), draw("x", 5000, full)
+
+    embed = nn.ModuleDict({side: nn.Linear(50, 128) for side in "xy"})
+    encode = nn.Sequential(nn.Linear(128, 10), nn.ReLU(), nn.Linear(10, 10))  # shared
+    decode = nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 128))  # shared
+    head = nn.ModuleDict({side: nn.Linear(128, 50) for side in "xy"})
+    modules = nn.ModuleList([embed, encode, decode, head])
+    optimizer = torch.optim.Adam(modules.parameters(), lr=1e-3)
+
+    def loss_of(side, items):
+        rebuilt = head[side](decode(encode(embed[side](items))))
+        return (rebuilt - items).square().mean()
+
+    def r2(items, theta):
+        """Least squares of theta_c on the bottleneck, fitted on half of the items, scored on the rest."""
+        code = torch.cat([encode(embed["x"](items)), torch.ones(len(items), 1)], 1)
+        half = len(items) // 2
+        wanted, found = theta[half:], code[half:] @ torch.linalg.lstsq(code[:half], theta[:half]).solution
+        spread = (wanted - wanted.mean(0)).square().sum(0)  # (10,)
+        return (1 - (found - wanted).square().sum(0) / spread).mean().item()
+
+    errors = []
+    for step in range(steps + 1):
+        if step % 500 == 0:
+            with torch.no_grad():
+                errors.append(loss_of("x", clear[0]).item())
+        optimizer.zero_grad()
+        for side in "xy":
+            if len(data[side]):
+                rows = torch.randint(len(data[side]), (512,))
+                loss_of(side, data[side][rows]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return dict(r2=r2(*held), r2_clear=r2(*clear), error=errors[-1], errors=errors)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # exchange: how many words is an image worth?
 
 
 def fit_exchange(n_x, n_y, scores):
-    """Fit score = b0 + b1 log(n_x + rho n_y^gamma), b1 > 0: y counts as extra samples of x, with diminishing worth if gamma < 1.
+    """Fit score = b0 + b1 log(n_x + rho n_y^gamma), b1 > 0: y counts as x, of falling worth if gamma < 1.
 
-    n_x, n_y, scores: (k,) of the grid's cells. Least squares in (b0, b1) for every rho and gamma of a fine grid. In the linear
-    world the variance along one direction is 1 / (n_x j_x + n_y j_y): gamma = 1 and rho = j_y / j_x exactly.
-    Returns dict(rho, gamma, b0, b1, residual), residual being the root mean square error.
+    n_x, n_y, scores: (k,) of the grid's cells. Least squares in (b0, b1) for every rho and gamma of a fine
+    grid; residual is the root mean square error. In the linear world the variance along one direction is
+    1 / (n_x j_x + n_y j_y): gamma = 1 and rho = j_y / j_x exactly.
     """
     best = None
     for gamma in (1.0, 0.75, 0.5, 0.35, 0.25):
@@ -815,7 +953,8 @@ def fit_exchange(n_x, n_y, scores):
             design = np.stack([np.ones(len(n_x)), np.log(n_x + rho * n_y**gamma)], 1)
             (b0, b1), *_ = np.linalg.lstsq(design, scores, rcond=None)
             error = float(np.sqrt(np.mean((design @ (b0, b1) - scores) ** 2)))
-            if b1 > 0 and (best is None or error < best["residual"] * (1 - 1e-9)):  # ties go to gamma = 1 and the smaller rho
+            # ties go to gamma = 1 and the smaller rho
+            if b1 > 0 and (best is None or error < best["residual"] * (1 - 1e-9)):
                 best = dict(rho=float(rho), gamma=gamma, b0=float(b0), b1=float(b1), residual=error)
     if best is None:
         raise UserError("more examples never scored better on this grid: there is no exchange rate to fit")
@@ -829,455 +968,335 @@ def exchange_rate(fit, n_y):
 
 def mean_words(cfg, slot):
     """Words in a training item of a text slot, on average; None for other modalities."""
-    folder = prepare(cfg, slot, say=lambda line: None)
+    folder = prepare(cfg, slot, say=quiet)
     if "vocab" not in read_meta(folder):
         return None
     train, bpe = load_split(folder, "train"), load_bpe(folder)
-    items = zip(train["tokens"][np.arange(min(1000, len(train["tokens"])))], train["lengths"])
-    return float(np.mean([len(bpe.decode(row[:length].tolist()).split()) for row, length in items]))
+    tokens = train["tokens"][np.arange(min(1000, len(train["tokens"])))]
+    texts = [bpe.decode(row[:length].tolist()) for row, length in zip(tokens, train["lengths"])]
+    return float(np.mean([len(text.split()) for text in texts]))
+
+
+def read_grid(argv):
+    """argv of exchange -> (config, own keys, the target's list, the auxiliary's): lists are (key, values)."""
+    texts = dict(arg[2:].split("=", 1) for arg in argv if arg.startswith("--") and "=[" in arg)
+    rest = [arg for arg in argv if arg[2:].split("=")[0] not in texts]
+    cfg = read_run_config(rest, dict(KEYS, **COMPARE_KEYS))
+    own = own_keys(cfg)
+    try:
+        lists = {key: sorted({int(value) for value in ast.literal_eval(text)}) for key, text in texts.items()}
+    except (SyntaxError, ValueError, TypeError):
+        raise UserError("the lists of exchange must hold whole numbers, found "
+                        f"{' '.join(texts.values())}") from None
+    x_key, y_keys = f"{cfg['target']}_examples", [f"{slot}_examples" for slot in auxiliaries_of(cfg)]
+    if len(lists) != 2 or x_key not in lists or not lists.keys() & set(y_keys):
+        raise UserError(f"exchange takes exactly two lists, --{x_key}=[200,...] and "
+                        "--SLOT_examples=[0,1000,...] of an auxiliary")
+    (y_key,) = lists.keys() - {x_key}
+    if len(lists[x_key]) < 3 or len(lists[y_key]) < 2 or min(lists[x_key]) < 1 or min(lists[y_key]) < 0:
+        raise UserError(f"no grid to fit: {x_key} needs three values above 0, {y_key} two of at least 0 (a "
+                        f"number for 'all'), found {lists}")
+    return cfg, own, (x_key, lists[x_key]), (y_key, lists[y_key])
 
 
 def exchange(argv):
-    """Train a grid of two example counts, fit the surface, and report what one example of either slot is worth in the other."""
-    lists = {arg[2:].split("=")[0]: arg.split("=", 1)[1] for arg in argv if arg.startswith("--") and arg.partition("=")[2].startswith("[")}
-    cfg = read_run_config([arg for arg in argv if arg[2:].split("=")[0] not in lists], dict(KEYS, **COMPARE_KEYS))
-    own, target = own_keys(cfg), cfg["target"]
-    try:
-        lists = {key: sorted({int(value) for value in ast.literal_eval(text)}) for key, text in lists.items()}
-    except (SyntaxError, ValueError, TypeError):
-        raise UserError(f"the lists of exchange must hold whole numbers, found {' '.join(lists.values())}") from None
-    other = [key for key in lists if key != f"{target}_examples"]
-    if len(lists) != 2 or len(other) != 1 or other[0][:-len("_examples")] not in active_slots(cfg):
-        raise UserError(f"exchange takes exactly two lists, --{target}_examples=[200,...] and --SLOT_examples=[0,1000,...] of an auxiliary")
-    x_key, y_key = f"{target}_examples", other[0]
-    if len(lists[x_key]) < 3 or len(lists[y_key]) < 2 or min(lists[x_key]) < 1 or min(lists[y_key]) < 0:
-        raise UserError(f"no grid to fit: {x_key} needs three values above 0, {y_key} two of at least 0 (a number for 'all'), found {lists}")
-    cells = list(itertools.product(lists[x_key], lists[y_key]))
-    folder, bar = os.path.join(cfg["out_dir"], "compare"), tqdm(total=0, desc="runs", disable=None)
+    """Train a grid of two example counts and fit it: what is an example of one worth in the other?"""
+    cfg, own, (x_key, counts_x), (y_key, counts_y) = read_grid(argv)
+    cells = list(itertools.product(counts_x, counts_y))
+    runs = [dict(cfg, **{x_key: x, y_key: y, "seed": seed}) for x, y in cells for seed in own["seeds"]]
+    open_slots(resolve(runs[-1]), say=quiet)  # too many examples show now, not hours later
+    folder = os.path.join(cfg["out_dir"], "compare")
     os.makedirs(folder, exist_ok=True)
-    seeds = range(own["first_seed"], own["first_seed"] + own["seeds"])
-    runs = [dict(cfg, **{x_key: x, y_key: y, "seed": seed}) for x, y in cells for seed in seeds]
-    open_slots(resolve(runs[-1], say=tell), say=lambda line: None)  # the largest cell: too many examples show now, not hours later
-    results = run_all(runs, folder, own["jobs"], bar)
-    bar.close()
-    scores = np.array([score_of(r, "test" if cfg["score_test"] else "val") for r in results]).reshape(len(cells), own["seeds"])
-    out = dict(kind="exchange", cells=cells, scores=scores.tolist(), command=shlex.join(["python", "probe.py", "exchange", *argv]))
-    write_json(os.path.join(cfg["out_dir"], "exchange.json"), out)  # what was measured stays, whether or not it can be fitted
+    with tqdm(total=0, desc="runs", disable=None) as bar:
+        results = run_all(runs, folder, own["jobs"], bar)
+    split = "test" if cfg["score_test"] else "val"
+    scores = np.array([score_of(r, split) for r in results]).reshape(len(cells), -1)
+    out = dict(kind="exchange", cells=cells, scores=scores.tolist(),
+               command=shlex.join(["python", "probe.py", "exchange", *argv]))
+    write_json(os.path.join(cfg["out_dir"], "exchange.json"), out)  # what was measured stays, fitted or not
+
     n_x, n_y = np.array(cells, float).T
-    fit, rng = fit_exchange(n_x, n_y, scores.mean(1)), np.random.default_rng(0)
-    at, rates = float(np.median(n_y[n_y > 0])), []
-    for _ in range(100 if own["seeds"] > 2 else 0):  # two seeds have three distinct resamples: no interval
+    fit, at = fit_exchange(n_x, n_y, scores.mean(1)), float(np.median(n_y[n_y > 0]))
+    rng, rates = np.random.default_rng(0), []
+    n = len(own["seeds"])
+    for _ in range(100 if n > 2 else 0):  # two seeds have three distinct resamples: no interval
+        resampled = scores[:, rng.integers(0, n, n)].mean(1)
         with contextlib.suppress(UserError):  # a resample in which more examples never scored better
-            rates.append(exchange_rate(fit_exchange(n_x, n_y, scores[:, rng.integers(0, own["seeds"], own["seeds"])].mean(1)), at))
+            rates.append(exchange_rate(fit_exchange(n_x, n_y, resampled), at))
     interval = np.percentile(rates, (2.5, 97.5)).tolist() if len(rates) > 50 else None
-    rate, words = exchange_rate(fit, at), mean_words(cfg, y_key[:-len("_examples")])
+    rate, words = exchange_rate(fit, at), mean_words(cfg, y_key.removesuffix("_examples"))
     out.update(fit=fit, at=at, rate=rate, interval=interval, words_per_item=words)
-    print(f"score = {fit['b0']:.3f} + {fit['b1']:.3f} log({x_key} + {fit['rho']:.3g} {y_key}^{fit['gamma']}), "
-          f"residual {fit['residual']:.4f}")
-    print(f"at {at:,.0f} {y_key}, one of them is worth {rate:.3g} {x_key}"
-          + (f" [{interval[0]:.3g}, {interval[1]:.3g}] over resampled seeds" if interval else ""))
+    print(f"score = {fit['b0']:.3f} + {fit['b1']:.3f} log({x_key} + {fit['rho']:.3g} {y_key}^{fit['gamma']})"
+          f", residual {fit['residual']:.4f}")
+    resampled = f" [{interval[0]:.3g}, {interval[1]:.3g}] over resampled seeds" if interval else ""
+    print(f"at {at:,.0f} {y_key}, one of them is worth {rate:.3g} {x_key}{resampled}")
     if words and rate:
-        print(f"one {target} example is worth {words / rate:,.0f} words")
+        print(f"one {cfg['target']} example is worth {words / rate:,.0f} words")
     write_json(os.path.join(cfg["out_dir"], "exchange.json"), out)
     draw_exchange(os.path.join(cfg["out_dir"], "exchange.png"), cells, scores.mean(1), fit, x_key, y_key)
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# scale: what a step costs as things grow
-
-
-def measure_step(cfg):
-    """(milliseconds a step, anonymous MiB) of one config; memory is that of Linux' RssAnon, so mapped shards do not count."""
-    ms = benchmark(cfg, say=lambda line: None, repeats=8)["ms_per_step"]
-    with open("/proc/self/status", encoding="ascii") as f:
-        anonymous = next(int(line.split()[1]) for line in f if line.startswith("RssAnon"))
-    return ms, anonymous / 1024
-
-
-def scale(argv):
-    """Step time against width, depth, tokens, batch and shard size, around sample_configs/benchmark.py; scale.png and scale.json."""
-    here, folder = os.path.dirname(os.path.abspath(__file__)), "out/scale"
-    base = read_run_config([os.path.join(here, "sample_configs", "benchmark.py"), *argv])
-    # 768 floats make 3,072 bytes an item, as many as a picture of CIFAR-10 has
-    linear = dict(image="gaussian:x", image_loss="reconstruct", gaussian_observed=768, mask_ratio=0.0, bottleneck=16)
-    panels = {  # name: (slope that large sizes tend to, {size: changed keys})
-        "width": ("1 to 2", {n: dict(width=n) for n in (64, 128, 256, 512)}),
-        "layers": ("1", {n: dict(layers=n) for n in (1, 2, 4, 8)}),
-        "tokens": ("1 to 2", {(32 // n) ** 2: dict(patch_size=n) for n in (8, 4, 2)}),
-        "batch": ("1", {n: dict(image_batch=n) for n in (16, 64, 256)}),
-        "items in the shards": ("0", {n: dict(linear, gaussian_count=n) for n in (5000, 50000, 500000)}),
-    }
-    out = dict(kind="scale", panels={})
-    for name, (expected, sizes) in panels.items():
-        found = {}
-        for size, change in sizes.items():  # a fresh process each, so that memory is its own
-            prepare(dict(base, **change), "image")
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                found[size] = pool.submit(measure_step, dict(base, **change)).result()
-            tell(f"{name} {size}: {found[size][0]:.1f} ms/step, {found[size][1]:,.0f} MiB anonymous memory")
-        ms = [t for t, _ in found.values()]
-        slope = math.log(ms[-1] / ms[-2]) / math.log(list(found)[-1] / list(found)[-2])
-        out["panels"][name] = dict(sizes=list(found), ms=ms, mib=[m for _, m in found.values()], slope=slope, expected=expected)
-    os.makedirs(folder, exist_ok=True)
-    draw_scale(os.path.join(folder, "scale.png"), out)
-    write_json(os.path.join(folder, "scale.json"), out)
-    return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # embed: features and predictions for files the run has never seen
 
 
+def read_texts(path, bpe, length):
+    """A text file, one item a line -> (tokens (n, T), real (n, T), the lines)."""
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{path} is empty: expected one text a line")
+    coded = [bpe.encode_ordinary(line) for line in lines]
+    if cut := sum(len(ids) > length for ids in coded):
+        tell(f"{cut} of {len(lines)} texts are cut at {length} tokens")
+    tokens = torch.zeros(len(coded), length, dtype=torch.long)
+    for row, ids in zip(tokens, coded):
+        row[:len(ids)] = torch.tensor(ids[:length])
+    return tokens, torch.arange(length) < torch.tensor([[len(ids)] for ids in coded]), lines
+
+
+def read_files(path, cfg, name, slot):
+    """A folder of pictures or recordings -> (tokens (n, T, D), real (n, T) or None, the files)."""
+    if not os.path.isdir(path):
+        raise UserError(f"{path} is no folder: embed takes a folder of files for the {name} slot")
+    files = [os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names]
+    files = sorted(file for file in files if not os.path.basename(file).startswith("."))
+    items, names = [], []
+    for file in files:
+        with contextlib.suppress(UserError):
+            if "patch" in slot:
+                items.append(read_picture(cfg, file, slot["dim"] // slot["patch"] ** 2))
+            else:
+                items.append(read_recording(cfg, file))
+            names.append(file)
+    if not names:
+        raise UserError(f"folder {path} holds no readable files for the {name} slot ({len(files)} others)")
+    if len(names) < len(files):
+        tell(f"skipped {len(files) - len(names)} of {len(files)} files: not readable")
+    if "patch" in slot:
+        return torch.from_numpy(patchify(np.stack(items), slot["patch"])), None, names
+    arrays = encode_recordings(cfg, items, None)
+    real = torch.arange(slot["length"]) < torch.from_numpy(arrays["lengths"])[:, None]
+    return torch.from_numpy(arrays["tokens"]), real, names
+
+
 def read_new(folder, path, cfg, name, slot):
-    """New files for a slot of a run -> (tokens as stored, real (n, T) bool, a name for each item); see embed()."""
+    """New items for a slot of a run -> (tokens as stored, real (n, T) bool or None, a name for each item)."""
     if modality_of(name) == "text" and slot["kind"] == "discrete":
         check_shards(folder, cfg)  # the BPE lies with the shards
-        bpe, names = load_bpe(prepare(cfg, name)), [line.strip() for line in read_text(path).splitlines() if line.strip()]
-        if not names:
-            raise UserError(f"{path} is empty: expected one text a line")
-        coded = [bpe.encode_ordinary(line) for line in names]
-        if cut := sum(len(ids) > slot["length"] for ids in coded):
-            tell(f"{cut} of {len(names)} texts are cut at {slot['length']} tokens")
-        tokens = torch.zeros(len(coded), slot["length"], dtype=torch.long)
-        for row, ids in zip(tokens, coded):
-            row[:len(ids)] = torch.tensor(ids[:slot["length"]])
-        return tokens, torch.arange(slot["length"]) < torch.tensor([[len(ids)] for ids in coded]), names
+        return read_texts(path, load_bpe(prepare(cfg, name)), slot["length"])
     if "patch" in slot or "mels" in slot:
-        if not os.path.isdir(path):
-            raise UserError(f"{path} is no folder: embed takes a folder of files for the {name} slot")
-        names = sorted(os.path.join(d, f) for d, _, inside in os.walk(path) for f in inside if not f.startswith("."))
-        if not names:
-            raise UserError(f"folder {path} is empty: expected files for the {name} slot")
-        items, kept = (read_pictures if "patch" in slot else read_recordings)(dict(cfg, skip_bad=True), names)
-        names = [f for f, k in zip(names, kept) if k]
-        if "patch" in slot:
-            tokens = torch.from_numpy(patchify(items, slot["patch"]))
-            return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool), names
-        arrays = encode_recordings(cfg, dict(train=items))[0]["train"]
-        real = torch.arange(slot["length"]) < torch.from_numpy(arrays["lengths"])[:, None]
-        return torch.from_numpy(arrays["tokens"]), real, names
-    try:  # features of a frozen encoder, or of a source of one's own
+        return read_files(path, cfg, name, slot)
+    try:  # numbers, such as features of a frozen encoder
         tokens = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
     except (OSError, ValueError, TypeError, AttributeError) as problem:  # AttributeError: an .npz
-        raise UserError(f"{path} is no .npy array of numbers ({problem}), which {name}={cfg[name]} of {folder} needs") from None
+        raise UserError(f"{path} is no .npy array of numbers ({problem}), which {name}={cfg[name]} of "
+                        f"{folder} needs") from None
     tokens = tokens[:, None] if tokens.dim() == 2 else tokens
     if tokens.shape[1:] != (slot["length"], slot["dim"]) or not len(tokens) or not tokens.isfinite().all():
-        raise UserError(f"{path} must hold finite numbers (n, {slot['length']}, {slot['dim']}), found {tuple(tokens.shape)}")
-    return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool), list(range(len(tokens)))
+        raise UserError(f"{path} must hold finite numbers (n, {slot['length']}, {slot['dim']}), found "
+                        f"{tuple(tokens.shape)}")
+    return tokens, None, range(len(tokens))
 
 
 def embed(folder, path):
-    """Write FOLDER/embed.npy (n, C) and, where the run knows classes, FOLDER/embed.csv with file, class, probability.
+    """Write FOLDER/embed.npy (n, C) and, if the run knows classes, embed.csv with file, class, probability.
 
-    path: a folder of pictures or recordings, a text file (one item a line), or for anything else an .npy array as the source gave it.
+    path: a text file (one item a line), a folder of pictures or recordings, or else an .npy array.
     """
     model, checkpoint = load_model(os.path.join(folder, "best.pt"))
     cfg, name = checkpoint["config"], checkpoint["config"]["target"]
-    slot = checkpoint["slots"][name]
+    slot, classes = checkpoint["slots"][name], checkpoint["classes"][:checkpoint["target_classes"]]
     tokens, real, names = read_new(folder, path, cfg, name, slot)
+    parts, scores = [], None
     with torch.no_grad():  # not inference_mode: a linear probe may be fitted in here
-        parts = [model.features(name, tokens[i:i + 500], real[i:i + 500]) for i in range(0, len(tokens), 500)]
-        features, scores = torch.cat(parts), None
+        for i in range(0, len(tokens), 500):
+            is_real = None if real is None else real[i:i + 500]
+            parts.append(model.features(name, tokens[i:i + 500], is_real))
+        features = torch.cat(parts)
         if "label" in slot["loss"]:
-            scores = model.label_head(features) * (model.temperature[name].exp() if name in model.temperature else 1)
-        elif checkpoint["target_classes"] > 1:  # no label head of its own: a linear probe on the run's training examples
+            scores = model.label_scores(name, features)[:, :len(classes)]
+        elif len(classes) > 1:  # no label head of its own: a linear probe on the run's training examples
             run_ = open_run(folder)
             weight, bias = evaluate(run_.model, run_.target, run_.target.val, CPU)["probe"]
             scores = features @ weight.T + bias
-    written = [os.path.join(folder, "embed.npy")]
-    array = io.BytesIO()
+
+    written, array, table = [os.path.join(folder, "embed.npy")], io.BytesIO(), io.StringIO(newline="")
     np.save(array, features.numpy())
     write_file(written[0], array.getvalue())
-    classes = checkpoint["classes"][:checkpoint["target_classes"]]
     if scores is not None:
-        chances = scores[:, :len(classes)].softmax(1)
         written.append(os.path.join(folder, "embed.csv"))
-        table = io.StringIO(newline="")
         writer = csv.writer(table)
         writer.writerow(["file", "class", "probability"])
-        writer.writerows([n, classes[int(c.argmax())], f"{c.max().item():.4f}"] for n, c in zip(names, chances))
+        for item, chances in zip(names, scores.softmax(1)):
+            writer.writerow([item, classes[int(chances.argmax())], f"{chances.max().item():.4f}"])
         write_file(written[1], table.getvalue().encode(errors="surrogateescape"))
     print(json.dumps(dict(items=len(names), features=list(features.shape), written=written)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# report: the README's tables, from numbers that commands wrote
+# ------------------------------------------------------------------------------------------------------------
+# figures
 
 
-def report(readme="README.md"):
-    """Rewrite what stands in the README between `<!-- KIND ... -->` and `<!-- /KIND -->`, from assets/results/NAME.json, as compare wrote them.
-
-    KIND is results (NAME='title' ...: a table), curve (FILE.png NAME ...: a figure and what it says), or holm (after all tables).
-    """
-    tabled = {}  # {name: (title, result)}
-
-    def result_of(name):
-        path = os.path.join("assets", "results", name + ".json")
-        if not os.path.exists(path):
-            raise UserError(f"{readme} wants {path}, which is not there: copy the run's compare.json to it")
-        return read_json(path)
-
-    def block(match):
-        kind, *words = shlex.split(match[2])
-        if kind == "results":
-            found = {name: (title, result_of(name)) for name, title in (word.split("=", 1) for word in words)}
-            tabled.update(found)
-            lines = ["| target | auxiliary | alone | control | uml | uml - alone (p) | uml - control (p) | seeds |", "|---" * 8 + "|"]
-            lines += [f"| [{title}](assets/results/{name}.json) {table_row(r)}" for name, (title, r) in found.items()]
-            lines += ["", "<details><summary>commands and hardware</summary>", ""]
-            lines += [f"- {title}: `{r['command']}` ({r['hardware']})" for title, r in found.values()] + ["", "</details>"]
-        elif kind == "curve":
-            results = sorted((result_of(name) for name in words[1:]), key=lambda r: r["examples"])
-            draw_curve(os.path.join(os.path.dirname(os.path.abspath(readme)), "assets", words[0]), results)
-            lines = [f'<img src="assets/{words[0]}" width="560" alt="accuracy against labelled examples a class">', "", worth(results)]
-        else:
-            lines = [holm(tabled.values())]
-        return "\n".join([match[1], *lines, match[3]])
-
-    text = re.sub(r"(<!-- ((?:results|curve|holm).*?) -->)\n.*?(<!-- /\w+ -->)", block, read_text(readme), flags=re.S)
-    write_file(readme, text.encode())
-    print(f"rewrote the tables of {readme}")
-
-
-def holm(tabled):
-    """One sentence: the rows whose uml - alone, or its negative, survives Holm's correction over all rows at 0.05 (Holm 1979)."""
-    ordered, kept = sorted(tabled, key=lambda row: row[1]["arms"]["uml"]["minus_alone"]["p"]), []
-    for i, (title, r) in enumerate(ordered):
-        d = r["arms"]["uml"]["minus_alone"]
-        if d["p"] > 0.05 / (len(ordered) - i):
-            break
-        kept.append(title + (" (harm)" if d["mean"] < 0 else ""))
-    return (f"The p of these {len(ordered)} rows are not corrected for their number. After Holm's correction these differences to alone stay "
-            f"below 0.05: {'; '.join(kept)}.")
-
-
-def per_class(r):
-    """Labelled target examples of a comparison, mean over the classes."""
-    return r["examples"] * r["chance"]
-
-
-def worth(results):
-    """One sentence: how many examples a class alone needs for what uml has, read off the line through alone's means (in log examples).
-
-    Raises UserError where alone's line does not rise.
-    """
-    shots, alone = np.log([per_class(r) for r in results]), np.array([r["arms"]["alone"]["mean"] for r in results])
-    if not (np.diff(alone) > 0).all():
-        raise UserError(f"alone's accuracies {alone.round(3).tolist()} do not rise with its examples: nothing can be read off their line")
-
-    def needed(accuracy):
-        if not alone[0] <= accuracy <= alone[-1]:
-            return f"{'fewer' if accuracy < alone[0] else 'more'} than {np.exp(shots[0 if accuracy < alone[0] else -1]):.3g}"
-        return f"{np.exp(np.interp(accuracy, alone, shots)):.2g}"
-
-    said = []
-    for r in results:
-        mean, half = r["arms"]["uml"]["mean"], r["arms"]["uml"]["half"] or 0
-        ends = needed(mean - half), needed(mean + half)
-        said.append(f"{per_class(r):.3g} are worth {needed(mean)}" + (f" ({ends[0]} to {ends[1]})" if ends[0] != ends[1] else ""))
-    return "Examples a class with the other data, and what they are worth without: " + "; ".join(said) + "."
-
-
-def table_row(r):
-    """A row of the README's table; in %, or as they are where scores are R^2."""
-    unit, digits = (100, 1) if r["chance"] else (1, 3)
-    half = lambda e: "" if e["half"] is None else f" ± {unit * e['half']:.{digits}f}"
-    show = lambda arm: f"{unit * r['arms'][arm]['mean']:.{digits}f}{half(r['arms'][arm])}" if arm in r["arms"] else "-"
-    difference = lambda d: f"**{unit * d['mean']:+.{digits}f}**{half(d)} ({d['p']:.2g})"
-    above_control = difference(r["arms"]["control"]["uml_minus"]) if "control" in r["arms"] else "-"
-    return (f"| {show_auxiliaries(r)} | {show('alone')} | {show('control')} | {show('uml')} | "
-            f"{difference(r['arms']['uml']['minus_alone'])} | {above_control} | {show_seeds(r)} |")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# figures: drawn to read on light and dark pages
-
-
-def figure(width=7, height=4.2, **grid):
-    """(figure, axes) that read on light and dark pages; matplotlib is imported only when something is drawn."""
-    import matplotlib
-    matplotlib.use("Agg")
+@contextlib.contextmanager
+def figure(path, width, height, **grid):
+    """(fig, axes) to draw on, without a screen, on white; written whole at the end."""
     import matplotlib.pyplot as plt
-    return plt.subplots(figsize=(width, height), dpi=130, layout="constrained", facecolor="white", **grid)
-
-
-def save_figure(fig, path):
-    import matplotlib.pyplot as plt
-    fig.savefig(path + ".tmp", format="png")
-    os.replace(path + ".tmp", path)
+    plt.switch_backend("Agg")
+    fig, axes = plt.subplots(figsize=(width, height), layout="constrained", facecolor="white", **grid)
+    yield fig, axes
+    data = io.BytesIO()
+    fig.savefig(data, format="png", dpi=130)
     plt.close(fig)
+    write_file(path, data.getvalue())
+
+
+def draw_compare(path, out):
+    """Every seed a point, every arm a column, means with their 95% intervals."""
+    with figure(path, 1.5 + 1.3 * len(out["arms"]), 4.2) as (_, ax):
+        for i, (arm, e) in enumerate(out["arms"].items()):
+            places = i + np.linspace(-0.12, 0.12, out["seeds"])
+            ax.plot(places, e["scores"], "o", ms=4, alpha=0.6, color=f"C{i}")
+            ax.errorbar(i + 0.27, e["mean"], e["half"] or 0, fmt="s", ms=5, capsize=4, color="black")
+        ax.set_xticks(range(len(out["arms"])), out["arms"])
+        if out["chance"]:
+            ax.axhline(out["chance"], ls=":", color="grey", lw=1)
+        sign = "minus " if MEASURES[out["measure"]] < 0 else ""
+        ax.set_ylabel(f"{sign}{out['split']} {out['measure']}")
+        title = f"{short_source(out['target'])}, {out['examples']} examples\nwith {show_auxiliaries(out)}"
+        ax.set_title(title, fontsize=9)
 
 
 def draw_confusion(path, truth, guess, classes):
-    counts = np.zeros((len(classes), len(classes)))
-    np.add.at(counts, (truth.numpy(), guess.numpy()), 1)
-    fig, ax = figure(6, 5.2)
-    image = ax.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="Blues", vmin=0)
-    if len(classes) <= 30:
-        ax.set_xticks(range(len(classes)), classes, rotation=90)
-        ax.set_yticks(range(len(classes)), classes)
-    ax.set_xlabel("predicted by the linear probe")
-    ax.set_ylabel("true class")
-    fig.colorbar(image, label="share of the true class")
-    save_figure(fig, path)
+    counts = torch.zeros(len(classes), len(classes))
+    counts.index_put_((truth, guess), torch.ones(len(truth)), accumulate=True)
+    with figure(path, 6, 5.2) as (fig, ax):
+        shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+        image = ax.imshow(shares.numpy(), cmap="Blues", vmin=0)
+        if len(classes) <= 30:
+            ax.set_xticks(range(len(classes)), classes, rotation=90)
+            ax.set_yticks(range(len(classes)), classes)
+        ax.set(xlabel="predicted by the linear probe", ylabel="true class")
+        fig.colorbar(image, label="share of the true class")
 
 
 def draw_pca(path, features, truth, classes):
     centred = features - features.mean(0)
     _, size, axes = torch.linalg.svd(centred, full_matrices=False)
-    flat, share = (centred @ axes[:2].T).numpy(), (size.square() / size.square().sum())[:2].tolist()
-    fig, ax = figure(6, 5.2)
-    shown = ax.scatter(*flat[:3000].T, c=truth[:3000], s=6, cmap="tab10" if len(classes) <= 10 else "hsv")
-    if len(classes) <= 10:
-        there = sorted(set(truth[:3000].tolist()))
-        ax.legend(shown.legend_elements(num=None)[0], [classes[c] for c in there], fontsize=7, loc="best")
-    ax.set_xlabel(f"first principal component ({share[0]:.0%} of the variance)")
-    ax.set_ylabel(f"second ({share[1]:.0%})")
-    save_figure(fig, path)
+    flat, share = (centred[:3000] @ axes[:2].T).numpy(), (size.square() / size.square().sum())[:2].tolist()
+    few, truth = len(classes) <= 10, truth[:3000].numpy()
+    with figure(path, 6, 5.2) as (_, ax):
+        shown = ax.scatter(*flat.T, c=truth, s=6, cmap="tab10" if few else "hsv")
+        if few:
+            ax.legend(shown.legend_elements(num=None)[0], [classes[c] for c in np.unique(truth)], fontsize=7)
+        ax.set(xlabel=f"first principal component ({share[0]:.0%} of the variance)",
+               ylabel=f"second ({share[1]:.0%})")
 
 
-def draw_side_by_side(path, reports, margin_lists):
+def draw_side_by_side(path, found):
     """Few-shot curves, margins and robustness of several runs in one figure."""
-    fig, (left, middle, right) = figure(12, 3.6, ncols=3)
-    for report, margin in zip(reports, margin_lists):
-        shots = sorted(report["few_shot"])
-        left.errorbar(shots, *[[report["few_shot"][k][i] for k in shots] for i in (0, 1)], marker="o", capsize=3, label=report["name"])
-        middle.hist(margin, bins=60, density=True, histtype="step", label=report["name"])
-        if report["robustness"]:
-            right.plot([0, 1, 2, 3], np.mean(list(report["robustness"].values()), 0), marker="o", label=report["name"])
-    left.set(xscale="log", xlabel="examples a class", ylabel="few-shot probe accuracy")
-    left.set_xticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
-    middle.set(xlabel="margin of held-out items (0: on the boundary)", ylabel="density")
-    right.set(xlabel="severity of the corruption (mean over kinds)", ylabel="accuracy", xticks=[0, 1, 2, 3])
-    left.legend()
-    save_figure(fig, path)
+    with figure(path, 12, 3.6, ncols=3) as (_, (left, middle, right)):
+        for one in found:
+            name, shots = one.report["name"], one.report["few_shot"]
+            means, spreads = zip(*shots.values()) if shots else ((), ())
+            left.errorbar(list(shots), means, spreads, marker="o", capsize=3, label=name)
+            middle.hist(one.margin, bins=60, density=True, histtype="step", label=name)
+            if one.report["robustness"]:
+                right.plot(np.mean(list(one.report["robustness"].values()), 0), marker="o", label=name)
+        left.set(xscale="log", xlabel="examples a class", ylabel="few-shot probe accuracy")
+        left.set_xticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
+        middle.set(xlabel="margin of held-out items (0: on the boundary)", ylabel="density")
+        right.set(xlabel="severity of the corruption (mean over kinds)", ylabel="accuracy", xticks=range(4))
+        left.legend()
 
 
-def draw_compare(path, out):
-    """Every seed a point, every arm a column, means with their 95% intervals."""
-    fig, ax = figure(1.5 + 1.3 * len(out["arms"]), 4.2)
-    for i, (arm, e) in enumerate(out["arms"].items()):
-        ax.plot(i + np.linspace(-0.12, 0.12, out["seeds"]), e["scores"], "o", ms=4, alpha=0.6, color=f"C{i}")
-        ax.errorbar(i + 0.27, e["mean"], e["half"] or 0, fmt="s", ms=5, capsize=4, color="black")
-    ax.set_xticks(range(len(out["arms"])), out["arms"])
-    if out["chance"]:
-        ax.axhline(out["chance"], ls=":", color="grey", lw=1)
-    ax.set_ylabel(dict(accuracy="{} accuracy", r2="{} R²", loss="minus {} loss")[out["measure"]].format(out["split"]))
-    ax.set_title(f"{short_source(out['target'])}, {out['examples']} examples\nwith {show_auxiliaries(out)}", fontsize=9)
-    save_figure(fig, path)
+def draw_predictions(path, found, rows=4, columns=6):
+    """A sheet of held-out items, drawn by lot: each run has a tick, or a cross and what it says instead."""
+    meta, held = found[0].run.target.meta, found[0].run.held
+    classes, labels = meta["classes"], held["labels"]
+    chosen = np.random.default_rng(0).permutation(len(labels))[:rows * columns]
+    common = set.intersection(*(set(name.split()) for name in classes)) if len(classes) > 2 else set()
+
+    def short(number):  # without the words that all classes share, folded
+        words = [word for word in classes[number].replace("_", " ").split() if word not in common]
+        return textwrap.fill(" ".join(words) or classes[number], 24)
+
+    height = rows * (1.35 + 0.32 * len(found))
+    with figure(path, 1.9 * columns, height, nrows=rows, ncols=columns) as (_, axes):
+        for ax, i in zip(axes.flat, chosen):
+            tokens = held["tokens"][np.array([i])]
+            if "patch" in meta:
+                ax.imshow(unpatchify(tokens, meta["patch"])[0].squeeze(), cmap="gray", vmin=0, vmax=255)
+            else:
+                ax.imshow(tokens[0].reshape(-1, meta["mels"]).T, origin="lower", aspect="auto")
+            ax.set_title(short(labels[i]), fontsize=7)
+            ax.set(xticks=[], yticks=[])
+            for line, one in enumerate(found):
+                right = one.answers[i] == labels[i]
+                said = f"✓ {one.run.name}" if right else f"✗ {one.run.name}: {short(one.answers[i])}"
+                ax.text(0.5, -0.06 - 0.27 * line, textwrap.fill(said, 32), transform=ax.transAxes, fontsize=6,
+                        ha="center", va="top", color="#1a6e2e" if right else "#a02020",
+                        weight="normal" if right else "bold")
 
 
-def draw_theory(path, seen, attenuations, curves, sizes, widths):
-    """Variance against Y samples (lines: the bound, dots: measured), exchange rates against attenuation and against dimension."""
-    fig, (left, middle, right) = figure(12, 3.6, ncols=3)
-    budget = np.arange(0, 401, 25)
-    for n, colour in ((50, "C0"), (200, "C1")):
-        trace = lambda y: np.trace(np.linalg.inv(n * information(*seen[0][:3]) + y * information(*seen[1][:3])))
-        left.plot(budget, [trace(y) for y in budget], color=colour, label=f"bound, {n} X samples")
-        measured = [monte_carlo([(*seen[0][:3], n), (*seen[1][:3], y)], 20000)[0] for y in (100, 400)]
-        left.plot([100, 400], measured, "o", color=colour)
-    left.set(xlabel="unpaired Y samples", ylabel="variance of the estimate (trace)", yscale="log")
-    for s, values in curves.items():
-        middle.loglog(attenuations, values, label=f"noise of Y {s}")
-    middle.axhline(1, color="grey", lw=0.8, ls=":")
-    middle.set(xlabel="strength with which X shows the direction", ylabel="X samples that one Y sample is worth")
-    for w, values in widths.items():
-        right.semilogy(list(sizes), values, marker="o", ms=3, label=f"strength {w}")
-    right.set(xlabel="shared dimensions", ylabel="best exchange rate")
-    for ax in (left, middle, right):
-        ax.legend(fontsize=8)
-    save_figure(fig, path)
+def draw_curves(path, found):
+    """Loss of every slot and validation accuracy over steps, from each run's log.jsonl."""
+    styles = ("-", "--", ":", "-.")
+    with figure(path, 9, 3.4, ncols=2) as (_, (left, right)):
+        for i, one in enumerate(found):
+            log = read_text(os.path.join(one.run.folder, "log.jsonl"))
+            lines = [json.loads(line) for line in log.splitlines()]
+            for style, slot in zip(styles, one.run.slots):
+                there = [line for line in lines if slot in line.get("loss", {})]
+                losses = [(line["step"], line["loss"][slot]) for line in there]
+                if losses:  # a slot without updates has none
+                    left.plot(*zip(*losses), style, color=f"C{i}", label=f"{one.run.name}, {slot}")
+            scores = [(line["step"], line["val_score"]) for line in lines if "val_score" in line]
+            right.plot(*zip(*scores), styles[i % 4], marker="o", ms=3, color=f"C{i}", label=one.run.name)
+        left.set(xlabel="step", ylabel="training loss")
+        right.set(xlabel="step", ylabel="validation accuracy", ylim=(0, None))
+        left.legend(fontsize=7)
+        right.legend(fontsize=7)
+
+
+def draw_theory(path, out):
+    """Variance over Y samples, exchange rate over attenuation, error of the learned world over steps."""
+    exact = out["exact"]
+    with figure(path, 12, 3.6, ncols=3) as (_, (left, middle, right)):
+        for n, values in exact["variance"].items():
+            left.plot(exact["budget"], values, label=f"{n} X samples")
+        left.set(xlabel="unpaired Y samples", ylabel="bound on the variance (trace)", yscale="log")
+        for noise, values in exact["curves"].items():
+            middle.loglog(exact["strengths"], values, label=f"noise of Y {noise}")
+        middle.axhline(1, color="grey", lw=0.8, ls=":")
+        middle.set(xlabel="strength with which X shows the direction", ylabel="X samples a Y sample is worth")
+        for arm, entry in out["learned"].items():
+            errors = np.mean([run_["errors"] for run_ in entry["runs"]], 0)
+            right.plot(np.linspace(0, 1, len(errors)), errors, label=arm)
+        right.set(xlabel="share of training", ylabel="error on x without attenuation")
+        for ax in (left, middle, right):
+            if ax.lines:
+                ax.legend(fontsize=8)
 
 
 def draw_exchange(path, cells, means, fit, x_key, y_key):
     """The fitted surface as curves of equal score, the measured means as numbers."""
     n_x, n_y = np.array(cells, float).T
-    fig, ax = figure(6, 4.2)
     grid_x, grid_y = np.geomspace(n_x.min(), n_x.max(), 60), np.linspace(0, n_y.max(), 60)
     surface = fit["b0"] + fit["b1"] * np.log(grid_x[None] + fit["rho"] * grid_y[:, None] ** fit["gamma"])
-    ax.clabel(ax.contour(grid_x, grid_y, surface, levels=8, cmap="viridis"), fontsize=7)
-    for (x, y), mean in zip(cells, means):
-        ax.annotate(f"{mean:.3f}", (x, y), fontsize=7, ha="center")
-    ax.set(xscale="log", xlabel=x_key, ylabel=y_key, xlim=(n_x.min() / 1.3, n_x.max() * 1.3), ylim=(-0.06 * n_y.max(), 1.06 * n_y.max()))
-    ax.set_title("curves of equal score of the fit; measured means as numbers", fontsize=9)
-    ax.set_xticks(sorted(set(n_x)), [f"{n:,.0f}" for n in sorted(set(n_x))])
-    ax.minorticks_off()
-    save_figure(fig, path)
-
-
-def draw_scale(path, out):
-    fig, axes = figure(14, 3.2, ncols=len(out["panels"]), sharey=True)
-    for ax, (name, panel) in zip(axes, out["panels"].items()):
-        ax.loglog(panel["sizes"], panel["ms"], marker="o")
-        ax.set_title(f"slope at the end {panel['slope']:.2f} (expected {panel['expected']})", fontsize=9)
-        ax.set(xlabel=name, ylabel="ms a step" if ax is axes[0] else None)
-        ax.set_xticks(panel["sizes"], [f"{n:,}" for n in panel["sizes"]])
+    with figure(path, 6, 4.2) as (_, ax):
+        ax.clabel(ax.contour(grid_x, grid_y, surface, levels=8, cmap="viridis"), fontsize=7)
+        for (x, y), mean in zip(cells, means):
+            ax.annotate(f"{mean:.3f}", (x, y), fontsize=7, ha="center")
+        ax.set(xscale="log", xlabel=x_key, ylabel=y_key, xlim=(n_x.min() / 1.3, n_x.max() * 1.3),
+               ylim=(-0.06 * n_y.max(), 1.06 * n_y.max()))
+        ax.set_title("curves of equal score of the fit; measured means as numbers", fontsize=9)
+        ax.set_xticks(sorted(set(n_x)), [f"{n:,.0f}" for n in sorted(set(n_x))])
         ax.minorticks_off()
-    save_figure(fig, path)
 
 
-def draw_curve(path, results):
-    """Accuracy against labelled target examples a class, one line an arm: what unpaired data saves is the horizontal distance."""
-    fig, ax = figure(6, 3.8)
-    for i, arm in enumerate(("alone", "uml", "control")):
-        points = [(per_class(r), r["arms"][arm]) for r in results if arm in r["arms"]]
-        shots, means, halves = [s for s, _ in points], [e["mean"] for _, e in points], [e["half"] or 0 for _, e in points]
-        ax.errorbar(shots, means, halves, marker="o", ms=4, capsize=3, color=f"C{i}", label=arm)
-    ax.axhline(results[0]["chance"], ls=":", color="grey", lw=1)
-    ax.set(xscale="log", xlabel="labelled examples, mean over classes", ylabel=f"{results[0]['split']} accuracy",
-           ylim=(0, None))
-    ax.set_title(f"{short_source(results[0]['target'])} with {show_auxiliaries(results[0])}", fontsize=9)
-    ticks = sorted({per_class(r) for r in results})
-    ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-    ax.minorticks_off()
-    ax.legend()
-    save_figure(fig, path)
-
-
-def draw_architecture(path):
-    """Two unpaired streams, one trunk, one better target."""
-    from matplotlib.patches import FancyBboxPatch
-    fig, ax = figure(8.6, 3.3)
-    def box(x, y, width, height, words, colour):
-        ax.add_patch(FancyBboxPatch((x + 0.05, y + 0.05), width - 0.1, height - 0.1, boxstyle="round,pad=0.05", facecolor=colour, lw=0.8))
-        ax.text(x + width / 2, y + height / 2, words, ha="center", va="center", fontsize=9)
-    def arrow(x, y, to_x, to_y):
-        ax.annotate("", (to_x, to_y), (x, y), arrowprops=dict(arrowstyle="-|>", color="black", lw=1.2))
-    streams = ((2.1, "image", "pictures (target)", "#cfe3f7"), (0.2, "text", "sentences, never paired\nwith any picture", "#fbe3c4"))
-    for y, name, example, colour in streams:
-        box(0, y, 2.1, 1, example, colour)
-        box(2.6, y, 1.3, 1, f"embed\n{name}", colour)
-        box(7.1, y, 1.5, 1, f"head {name}\nnext / reconstruct", colour)
-        arrow(2.1, y + 0.5, 2.6, y + 0.5), arrow(3.9, y + 0.5, 4.5, y + 0.5), arrow(6.4, y + 0.5, 7.1, y + 0.5)
-    box(4.5, 0.2, 1.9, 2.9, "ONE trunk\n\nthe same weights\nfor every modality,\ntaken in turn", "#d9d2e9")
-    box(7.1, 1.4, 1.5, 0.5, "one label head", "#d9d2e9")
-    arrow(6.4, 1.65, 7.1, 1.65), arrow(8.6, 1.65, 9.1, 1.65)
-    ax.text(9.15, 1.65, "a better image\nrepresentation", va="center", fontsize=9)
-    ax.set(xlim=(-0.1, 10.7), ylim=(0, 3.3))
-    ax.axis("off")
-    save_figure(fig, path)
-
-
-def draw_world(path):
-    """Pictures, spectrograms and sentences of the shapes world, every column of other scenes."""
-    fig, axes = figure(11, 3.9, nrows=3, ncols=8, height_ratios=(1, 1, 0.75))
-    scenes = {}
-    for modality in ("image", "audio", "text"):
-        latents, labels, rng = draw_scenes(modality, "figure", 64)
-        scenes[modality] = latents[:8], labels[:8], rng
-    pictures, sentences = paint_scenes(scenes["image"][0], scenes["image"][2]), tell_scenes(scenes["text"][0], scenes["text"][2])
-    sounds = list(sound_scenes(scenes["audio"][0], scenes["audio"][2]))
-    sounds = encode_recordings(read_run_config([]), dict(train=sounds))[0]["train"]["tokens"]
-    for i in range(8):
-        axes[0, i].imshow(pictures[i])
-        axes[1, i].imshow(sounds[i].reshape(64, 40).T, origin="lower", aspect="auto")
-        axes[2, i].text(0.5, 1, "\n".join(textwrap.wrap(sentences[i], 20)), ha="center", va="top", fontsize=8)
-        for row, modality in ((0, "image"), (1, "audio")):
-            axes[row, i].set_title(SHAPE_CLASSES[scenes[modality][1][i]], fontsize=8)
-    for ax in axes.flat:
-        ax.axis("off")
-    save_figure(fig, path)
+# ------------------------------------------------------------------------------------------------------------
+# commands
 
 
 def main():
@@ -1293,29 +1312,18 @@ def main():
         embed(*argv[1:])
     elif argv[0] == "exchange":
         print(json.dumps(exchange(argv[1:])))
-    elif argv[0] == "scale":
-        print(json.dumps(scale(argv[1:])))
     elif argv[0] == "theory":
-        print(json.dumps(theory()))
-    elif argv[0] == "report":
-        report()
-        draw_architecture("assets/architecture.png")
-        draw_world("assets/shapes.png")
-    elif near := difflib.get_close_matches(argv[0], ("compare", "embed", "exchange", "scale", "theory", "report"), n=1):
+        print(json.dumps(theory(argv[1:])))
+    elif near := difflib.get_close_matches(argv[0], ("compare", "embed", "exchange", "theory"), n=1):
         raise UserError(f"'{argv[0]}' is no command, did you mean '{near[0]}'?")
     elif argv[0].endswith(".py"):
-        raise UserError(f"{argv[0]} is a config: python train.py {argv[0]}, or python probe.py compare {argv[0]}")
+        raise UserError(f"{argv[0]} is a config: python train.py {argv[0]}, or "
+                        f"python probe.py compare {argv[0]}")
     elif keys := [arg for arg in argv if arg.startswith("--")]:
-        raise UserError(f"{keys[0]}: the analysis of runs takes no keys, only folders of runs; compare and exchange take keys")
+        raise UserError(f"{keys[0]}: the analysis of runs takes no keys, only folders of runs; compare and "
+                        "exchange take keys")
     else:
-        torch.set_num_threads(1)  # many small solves: threads that wait for each other make them many times slower
-        for folder in argv:
-            open_run(folder)  # what is wrong with the last one shows now, not minutes later
-        reports, margin_lists = zip(*[analyse(folder) for folder in argv])
-        show_side_by_side(reports)
-        draw_side_by_side(os.path.join(argv[0], "side_by_side.png"), reports, margin_lists)
-        print(f"wrote confusion.png and pca.png of each run, and {os.path.join(argv[0], 'side_by_side.png')}")
-        print(json.dumps(reports[0] if len(reports) == 1 else reports))
+        analyse_all(argv)
 
 
 if __name__ == "__main__":
