@@ -6,7 +6,7 @@
 
     tokens of image --embed.image--> |       | --head.image-------------> the image's own tokens
     tokens of text  --embed.text --> | trunk | --embed.text, transposed-> the text's own tokens
-                                     |       | --label_head-------------> classes, the SAME rows for every slot
+                                     |       | --label_head-------------> classes, SAME rows for every slot
 
 The trunk and the label head are where modalities meet (Gupta et al. 2025, arXiv 2510.08492,
 section 3). Nothing here knows which slot is the target, how many slots there are, or where data comes from.
