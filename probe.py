@@ -1146,7 +1146,7 @@ def figure(path, width, height, **grid):
     fig, axes = plt.subplots(figsize=(width, height), layout="constrained", facecolor="white", **grid)
     yield fig, axes
     data = io.BytesIO()
-    fig.savefig(data, format="png", dpi=130)
+    fig.savefig(data, format="png", dpi=130, bbox_inches="tight")  # texts below an axis count too
     plt.close(fig)
     write_file(path, data.getvalue())
 

@@ -46,11 +46,11 @@ import train as T
 HERE = os.path.dirname(os.path.abspath(__file__))
 slow = pytest.mark.skipif(not os.environ.get("UML_SLOW"), reason="UML_SLOW=1 runs it")
 cases, quiet = pytest.mark.parametrize, lambda line: None
-SOME = "AEOUZCaeouzcÀÁÉÈÖÜŽÇàéöž"  # 24 letters instead of 564
-UNSEEN = ["--unseen_classes=4", "--image_examples=160"]
+SOME = "AEOaeoÀÉÖàéö"  # 12 letters instead of 564
+UNSEEN = ["--unseen_classes=4", "--image_examples=64"]
 RUN = ["--width=32", "--layers=2", "--heads=2", "--steps=6", "--warm_start_steps=3", "--eval_interval=3",
        "--log_interval=2", "--image_batch=16", "--text_batch=16"]
-LETTERS = ["--image=letters", "--text=letters", "--text_loss=label", "--image_examples=192", *RUN]
+LETTERS = ["--image=letters", "--text=letters", "--text_loss=label", "--image_examples=96", *RUN]
 train = lambda *args: T.run(config(*args), say=quiet)
 weights = lambda out, file="last.pt": T.load_checkpoint(os.path.join(out, file))["model"]
 counts = lambda folder: [P.read_meta(folder)["splits"][part]["count"] for part in ("train", "val", "test")]
@@ -65,12 +65,12 @@ files_under = lambda folder: [os.path.basename(f) for f in glob(folder, "**/*") 
 into = lambda path: [f"--data_dir={path}/d", f"--out_dir={path}/o"]
 picture = lambda path, channels=3: P.read_picture(dict(image_size=8), str(path), channels)
 AUDIO, ARCHIVE = P.read_config([], P.PREPARE_KEYS), "raw/cifar10/cifar-10-binary.tar.gz"
-TINY = [*LETTERS, "--width=16", "--layers=1", "--steps=3", "--eval_interval=3", "--seeds=2"]
+TINY = [*LETTERS, "--width=16", "--layers=1", "--steps=3", "--warm_start_steps=1", "--seeds=2"]
 README = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
 
 @pytest.fixture(scope="session", autouse=True)
 def small_world():
-    """24 letters, four faces for training; folders are named as the whole world's: subprocesses find them."""
+    """12 letters, four faces for training; folders are named as the whole world's: subprocesses find them."""
     patch, every = pytest.MonkeyPatch(), P.common_letters
     patch.setattr(P, "common_letters", lambda paths: {c: n for c, n in every(paths).items() if c in SOME})
     patch.setattr(P, "FACES", dict(P.FACES, train=P.FACES["train"][::2]))
@@ -90,7 +90,7 @@ def pair(data, tmp_path_factory):
     return SimpleNamespace(uml=f"{folder}/uml", alone=f"{folder}/alone", result=result)
 
 def config(data, out, *more):
-    """A run of a second: 192 pictures and all texts of the small world through a trunk of width 32."""
+    """A run of a second: 96 pictures and all texts of the small world through a trunk of width 32."""
     return T.read_run_config([*LETTERS, f"--data_dir={data}", f"--out_dir={out}", *more])
 
 def prepared(data, *argv):
@@ -206,7 +206,7 @@ def test_letters_of_a_split_are_drawn_in_the_faces_that_meta_names_and_no_others
         scans = source["items"][np.flatnonzero(source["split"] == part)]
         used[part], each = {os.path.basename(path)[:-4] for path in drawn}, len(faces) * P.SCANS[part]
         assert used[part] == set(faces) and len({scan.tobytes() for scan in scans}) == len(scans)
-        assert meta["splits"][part]["class_counts"] == [each] * 24 and meta["about"]["scans"] == P.SCANS
+        assert meta["splits"][part]["class_counts"] == [each] * 12 and meta["about"]["scans"] == P.SCANS
     assert not used["test"] & (used["train"] | used["val"]) and not used["train"] & used["val"]
 
 def test_pictures_and_texts_of_letters_cannot_be_paired(data, tmp_path, monkeypatch):
@@ -306,7 +306,7 @@ def test_odd_text_is_text_and_what_is_none_is_refused(tmp_path):
         (tmp_path / name).write_text(body)
         refuses(words, prepared, tmp_path / "d", f"--text=file:{tmp_path}/{name}")
     (tmp_path / "c.py").write_text('text = "file:no\\0thing.txt"')
-    refuses("text", prepared, tmp_path / "d", f"{tmp_path}/c.py")
+    refuses("thing", prepared, tmp_path / "d", f"{tmp_path}/c.py")
 
 # -- pictures -----------------------------------------------------------------------------------------------
 def test_cifar10_is_read_from_its_archive_planes_and_all(tmp_path, monkeypatch):
@@ -490,10 +490,10 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
             ("differ only in case", folder("odd", ("a cat", "A_Cat"))), ("of patch_size=7", "--patch_size=7"),
             ("not UTF-8", f"--text=file:{tmp_path}/t.txt"), ("not a slot with a source", "--target=text"),
             ("label loss needs at least two", f"--text=file:{tmp_path}/u.txt", "--text_loss=label"),
-            ("leaves fewer than two of 24", "--unseen_classes=23"),
+            ("leaves fewer than two of 12", "--unseen_classes=11"),
             ("can only be 'label'", "--image_loss=next", "--image_embed=conv"),
-            ("must name an auxiliary", "--head_from=image"), ("must name an auxiliary", "--head_from=audio")):
-        refuses(words, T.run, T.read_run_config(["--image=letters", *argv, *into(tmp_path)]), quiet)
+            ("must name an auxiliary", "--text=letters", "--head_from=audio")):
+        refuses(words, T.run, T.read_run_config(["--image=letters", *RUN, *argv, *into(tmp_path)]), quiet)
         assert not glob(tmp_path, "o/*") and not glob(tmp_path, "d/*.tmp")
 
 @cases("argument, meant", [("--audio=letters", "image=letters"), ("--image=leters", "letters"),
@@ -626,7 +626,7 @@ def test_the_control_keeps_marginals_and_destroys_structure(data, tmp_path):
     real = np.arange(32) < a["lengths"][rows][:, None]
     before, after, labels, mixed = a["tokens"][rows][real], b["tokens"][rows][real], a["labels"], b["labels"]
     assert np.array_equal(np.sort(before), np.sort(after)) and (before != after).mean() > 0.5
-    assert sorted(labels[rows]) == sorted(mixed[rows]) and (labels == mixed)[rows].mean() < 0.15
+    assert sorted(labels[rows]) == sorted(mixed[rows]) and (labels == mixed)[rows].mean() < 0.2
     assert np.array_equal(plain["image"].train["labels"], control["image"].train["labels"])
     argv, slots = [*frozen_features(tmp_path)[0], "--text_loss=reconstruct"], []
     for on in (False, True):
@@ -682,7 +682,7 @@ def test_a_run_leaves_what_it_promises(data, pair):
     assert not [f for f in os.listdir(folder) if "tmp" in f or f == "prev.pt"]
     wanted = {"name", "target", "losses", "seed", "steps", "examples", "val_accuracy", "flops", "seconds"}
     assert wanted <= set(result) == set(json.load(open(f"{folder}/result.json")))
-    assert 0 <= result["test_accuracy"] <= 1 and result["chance"] == 1 / 24
+    assert 0 <= result["test_accuracy"] <= 1 and result["chance"] == 1 / 12
     assert {"model", "optimizer", "step", "config"} <= set(torch.load(f"{folder}/last.pt", weights_only=True))
     scored = [json.loads(line)["step"] for line in open(f"{folder}/log.jsonl") if "val_accuracy" in line]
     said, argv = [], (data, folder, "--image_embed=conv")
@@ -712,9 +712,11 @@ def test_score_test_false_never_opens_the_test_split(tmp_path):
     assert train(tmp_path, f"{tmp_path}/o", "--score_test=False")["test_accuracy"] is None
 
 @cases("loss", ["next", "reconstruct"])
-def test_a_target_without_label_loss_is_judged_by_a_linear_probe(data, tmp_path, loss):
-    result = train(data, f"{tmp_path}/o", f"--image_loss={loss}", f"--text_loss={loss}")
-    assert result["test_accuracy"] > 2 / 24 and result["losses"] == dict(image=loss, text=loss)
+def test_a_target_without_label_loss_is_judged_by_a_linear_probe(tmp_path, loss):
+    features = np.random.default_rng(0).normal(size=(60, 3, 5)) + 3 * (np.arange(60) % 3)[:, None, None]
+    image = f"--image={write_npz(tmp_path / 'f.npz', features=features)}"
+    result = T.run(T.read_run_config([image, f"--image_loss={loss}", *RUN, *into(tmp_path)]), quiet)
+    assert result["test_accuracy"] > 0.8 and result["losses"] == dict(image=loss)
 
 @cases("labels", [dict(labels=np.zeros(60, int), classes=np.array(["all"])), {}])
 def test_a_target_of_one_class_or_none_is_judged_by_its_loss(tmp_path, labels):
@@ -729,7 +731,7 @@ def test_sound_can_be_the_target_with_pictures_and_text_beside_it(data, tmp_path
     """It is probed, aligned with text over their common classes, and embeds new sounds."""
     names = [unicodedata.name(c).lower() for c in SOME[:5]]
     root = speaker_folder(tmp_path / "r", classes=names)
-    train(data, f"{tmp_path}/o", "--target=audio", f"--audio=folder:{root}", "--image_loss=next")
+    train(data, f"{tmp_path}/o", "--target=audio", f"--audio=folder:{root}", "--layers=1")
     report = B.analyse(f"{tmp_path}/o").report
     assert {*report["robustness"]} == {*B.SOUND_CORRUPTIONS} and report["alignment"]["text"]["classes"] == 5
     B.embed(f"{tmp_path}/o", f"{root}/{names[0]}")
@@ -753,12 +755,12 @@ def test_unseen_classes_have_no_labelled_examples_and_are_tested_with_validation
     slots = opened(data, *more)[1]
     slot, rows = slots["image"], {name: known["rows"] for name, known in T.model_slots(slots).items()}
     assert len(slot.banned) == 4 and not set(slot.train["labels"][slot.rows]) & set(slot.banned)
-    assert len(rows["image"]) == 20 and len(rows["text"]) == 24  # what either has labelled examples of
+    assert len(rows["image"]) == 8 and len(rows["text"]) == 12  # what either has labelled examples of
     test = P.load_split(slot.folder, "test")
-    features, truth = T.extract(model, slot, test, np.arange(96), B.CPU), torch.tensor(test["labels"]).long()
-    scores, seen = model.label_scores("image", features).detach()[:, :24], ~np.isin(truth, slot.banned)
+    features, truth = T.extract(model, slot, test, np.arange(48), B.CPU), torch.tensor(test["labels"]).long()
+    scores, seen = model.label_scores("image", features).detach()[:, :12], ~np.isin(truth, slot.banned)
     again = T.unseen_report(scores, truth, slot.banned, result["unseen_offset"])
-    assert all(result[f"test_{key}"] == pytest.approx(again[key]) for key in B.UNSEEN)
+    assert all(result[f"test_{key}"] == pytest.approx(again[key]) for key in again if key != "unseen_offset")
     assert result["test_accuracy"] == pytest.approx((scores.argmax(1) == truth)[seen].float().mean().item())
 
 def test_unseen_classes_that_validation_lacks_do_not_end_a_run(tmp_path):
@@ -813,9 +815,8 @@ def test_theory_is_measured_as_the_bounds_say_and_drawn(tmp_path, monkeypatch):
     assert all(row["measured"] == pytest.approx(row["bound"], rel=0.03) for row in exact["traces"])
     assert exact["loewner_gain"][0] > 0 and exact["slope"] == pytest.approx(-2, abs=0.1)
     assert exact["exchange_rates"].count(None) == 1 and files_under(tmp_path) == ["theory.json", "theory.png"]
-    one, again, other = (B.learned_world(500, 500, seed, steps=5) for seed in (0, 0, 1))
-    assert one == again and one["r2"] != other["r2"] and one["error"] == one["errors"][-1]
-    assert B.learned_world(500, 500, 0, steps=5, shuffle=True)["r2"] != one["r2"]
+    one, again, mixed = (B.learned_world(500, 500, 0, steps=5, shuffle=on) for on in (False, False, True))
+    assert one == again and one["r2"] != mixed["r2"] and one["error"] == one["errors"][-1]
 
 def test_exchange_recovers_the_known_rate_of_the_linear_world():
     n_x, n_y = np.array([(x, y) for x in (50, 200, 800) for y in (0, 50, 200, 800)], float).T
@@ -861,7 +862,7 @@ def test_probe_reads_runs_side_by_side(pair, monkeypatch, capsys):
     B.main()
     uml, alone = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
     assert len(uml["layers"]) == 3 and len(alone["layers"]) == 2 and not alone["alignment"]
-    assert uml["alignment"]["text"]["classes"] == 24 and set(uml["robustness"]) == set(B.PICTURE_CORRUPTIONS)
+    assert uml["alignment"]["text"]["classes"] == 12 and set(uml["robustness"]) == set(B.PICTURE_CORRUPTIONS)
     figures = {"confusion.png", "pca.png", "side_by_side.png", "predictions.png", "curves.png"}
     assert figures <= set(os.listdir(pair.uml)) and os.path.exists(f"{pair.alone}/pca.png")
     assert all(np.std(Image.open(f"{pair.uml}/{name}").convert("L")) > 5 for name in figures)  # not blank
@@ -916,7 +917,7 @@ def test_the_readmes_new_modality_runs_as_written(tmp_path):
         code = code.replace("\nWITH_PATH = ", f"\n{source}\n\nWITH_PATH = ", 1)
         (tmp_path / name).write_text(code, encoding="utf-8")
     (tmp_path / "walks.py").write_text(cfg)
-    command = [sys.executable, "train.py", "walks.py"]
+    command = [sys.executable, "train.py", "walks.py", "--threads=1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["test_accuracy"] > 0.6

@@ -210,8 +210,9 @@ def check_classes(cfg, slot):
     if cfg["score_test"] and lacking:
         raise UserError(f"{source}: no test items of class '{lacking[0]}' ({len(lacking)} such classes): add "
                         "some, or pass --score_test=False")
-    if cfg["unseen_classes"] > len(classes) - 2:
-        raise UserError(f"unseen_classes={cfg['unseen_classes']} leaves fewer than two of {len(classes)}")
+    unseen = cfg["unseen_classes"]
+    if unseen and unseen > len(classes) - 2:
+        raise UserError(f"unseen_classes={unseen} leaves fewer than two of {len(classes)} classes")
 
 
 def match_classes(slots, target, say):
@@ -455,7 +456,7 @@ def evaluate(model, slot, arrays, device, chosen=None):
     truth, unseen = torch.from_numpy(labels).long(), torch.from_numpy(np.isin(labels, slot.banned))
 
     if "label" in slot.objectives:
-        probe = model.label_head.weight[:classes].cpu(), model.label_head.bias[:classes].cpu()
+        probe = [p[:classes].float().cpu() for p in (model.label_head.weight, model.label_head.bias)]
     elif chosen is None:
         known_labels = torch.from_numpy(slot.train["labels"][slot.rows])
         known = extract(model, slot, slot.train, slot.rows, device), known_labels

@@ -23,7 +23,7 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path.insert(0, ROOT)
 from prepare import (PREPARE_KEYS, SOURCES, UserError, exit_on_user_error, read_config, read_json, read_text,
                      write_file)
-from probe import figure, save_figure, short_source, show_auxiliaries
+from probe import figure, short_source, show_auxiliaries
 
 PAGES = ("README.md", os.path.join("assets", "results", "README.md"))
 
@@ -111,7 +111,7 @@ def unseen_table(rows):
 
 def per_class(r):
     """Labelled target examples of a comparison for each class that has some."""
-    return r["examples"] / (round(1 / r["chance"]) - r["config"].get("unseen_classes", 0))
+    return r["examples"] / (round(1 / r["chance"]) - r.get("config", {}).get("unseen_classes", 0))
 
 
 def worth(results):
@@ -120,8 +120,8 @@ def worth(results):
     shots = np.log([per_class(r) for r in results])
     alone = np.array([r["arms"]["alone"]["mean"] for r in results])
     if not (np.diff(alone) > 0).all():
-        raise UserError(f"alone's accuracies {alone.round(3).tolist()} do not rise with its examples: nothing "
-                        "can be read off their line")
+        raise UserError(f"alone's accuracies {alone.round(3).tolist()} do not rise: nothing can "
+                        "be read off their line")
 
     def needed(accuracy):
         if accuracy < alone[0]:
@@ -136,20 +136,18 @@ def worth(results):
 
 def draw_curve(path, results):
     """Accuracy against labelled examples a class, a line an arm: what unpaired data saves is the distance."""
-    fig, ax = figure(6, 3.8)
-    for (arm, colour), style in zip((("alone", "C0"), ("uml", "C1"), ("control", "C2")), ("-", "--", ":")):
-        points = [(per_class(r), r["arms"][arm]) for r in results if arm in r["arms"]]
-        shots, means = [s for s, _ in points], [e["mean"] for _, e in points]
-        ax.errorbar(shots, means, [e["half"] or 0 for _, e in points], fmt=style, marker="o", ms=4, capsize=3,
-                    color=colour, label=arm)
-    ax.axhline(results[0]["chance"], ls=":", color="grey", lw=1)
-    ax.set(xscale="log", xlabel="labelled examples a class", ylabel="test accuracy", ylim=(0, None))
-    ax.set_title(f"{short_source(results[0]['target'])} with {show_auxiliaries(results[0])}", fontsize=9)
-    ticks = sorted({per_class(r) for r in results})
-    ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-    ax.minorticks_off()
-    ax.legend()
-    save_figure(fig, path)
+    with figure(path, 6, 3.8) as (_, ax):
+        for arm, style in (("alone", "C0-"), ("uml", "C1--"), ("control", "C2:")):
+            points = [(per_class(r), r["arms"][arm]) for r in results if arm in r["arms"]]
+            shots, means, halves = zip(*((s, e["mean"], e["half"] or 0) for s, e in points))
+            ax.errorbar(shots, means, halves, fmt=style, marker="o", ms=4, capsize=3, label=arm)
+        ax.axhline(results[0]["chance"], ls=":", color="grey", lw=1)
+        ax.set(xscale="log", xlabel="labelled examples a class", ylabel="test accuracy", ylim=(0, None))
+        ax.set_title(f"{short_source(results[0]['target'])} with {show_auxiliaries(results[0])}", fontsize=9)
+        ticks = sorted({per_class(r) for r in results})
+        ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        ax.minorticks_off()
+        ax.legend()
 
 
 def draw_letters(path):
@@ -158,17 +156,17 @@ def draw_letters(path):
     pictures, texts = (SOURCES["letters"][0](cfg, modality, "") for modality in ("image", "text"))
     rng = np.random.default_rng(3)
     chosen, told = rng.permutation(len(pictures["items"]))[:40], rng.permutation(len(texts["items"]))[:12]
-    fig, (above, below) = figure(10, 3.3, nrows=2, height_ratios=(0.62, 1))
-    rows = [np.concatenate(pictures["items"][chosen[i:i + 20]], 1) for i in (0, 20)]
-    above.imshow(np.concatenate(rows, 0), cmap="gray", vmin=0, vmax=255)
-    above.set_title("pictures: scans of typefaces, each with a label", fontsize=10)
-    below.set_title("text: what the Unicode database says of some letters, each with a label", fontsize=10)
-    for i, document in enumerate(texts["items"][told]):
-        shown, row, column = textwrap.shorten(document, 62, placeholder=" ..."), i // 2, i % 2
-        below.text(0.02 + 0.5 * column, 0.92 - 0.17 * row, shown, fontsize=8, family="monospace", va="top")
-    for ax in (above, below):
-        ax.axis("off")
-    save_figure(fig, path)
+    with figure(path, 10, 3.3, nrows=2, height_ratios=(0.62, 1)) as (_, (above, below)):
+        rows = [np.concatenate(pictures["items"][chosen[i:i + 20]], 1) for i in (0, 20)]
+        above.imshow(np.concatenate(rows, 0), cmap="gray", vmin=0, vmax=255)
+        above.set_title("pictures: scans of typefaces, each with a label", fontsize=10)
+        below.set_title("text: what the Unicode database says of letters, each with a label", fontsize=10)
+        for i, document in enumerate(texts["items"][told]):
+            shown, row, column = textwrap.shorten(document, 62, placeholder=" ..."), i // 2, i % 2
+            below.text(0.02 + 0.5 * column, 0.92 - 0.17 * row, shown, fontsize=8, family="monospace",
+                       va="top")
+        for ax in (above, below):
+            ax.axis("off")
 
 
 def holm(tabled):
