@@ -17,6 +17,7 @@ import pathlib
 import pickle  # only to forge a hostile checkpoint
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -901,11 +902,15 @@ def test_the_readmes_commands_name_files_keys_and_sources_that_exist():
             cfg = T.read_run_config([arg for arg in args if arg not in ("compare", "exchange")], keys)
             assert T.shard_names(T.resolve(cfg, quiet)) and {*cfg.get("arms", "uml").split(",")} <= {*B.ARMS}
 
-def test_the_readmes_snippet_embeds_pictures(pair):
-    snippet, found = re.search(r"```python\n(import numpy.*?)```", README, re.S)[1], {}
+def test_the_pages_are_what_the_result_files_say():
+    done = subprocess.run([sys.executable, f"{HERE}/assets/results/make.py", "--check"], capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+def test_the_readmes_snippet_embeds_pictures(pair, tmp_path):
+    snippet = re.search(r"```python\n(import numpy.*?)```", README, re.S)[1]
     assert "out/letters_text/best.pt" in snippet
-    exec(snippet.replace("out/letters_text", pair.uml), found)
-    assert found["features"].shape[1] == 32
+    (tmp_path / "snippet.py").write_text(snippet.replace("out/letters_text", pair.uml))
+    assert runpy.run_path(f"{tmp_path}/snippet.py")["features"].shape[1] == 32
 
 @slow
 def test_the_readmes_new_modality_runs_as_written(tmp_path):
