@@ -927,6 +927,167 @@ def test_the_readmes_new_modality_runs_as_written(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["test_accuracy"] > 0.6
 
+# -- more of train, compare and exchange, most of it slow ---------------------------------------------------
+def test_slots_alternate_in_the_printed_order():
+    cfg = dict(target="image", text_updates=2, audio_updates=1, warm_start_steps=4, schedule="alternate")
+    slots = dict(image=0, text=0, audio=0)
+    assert [T.pattern(cfg, slots, s) for s in range(4)] == [[["text"]], [["text"]], [["audio"]], [["text"]]]
+    assert T.pattern(cfg, slots, 4) == [["image"], ["text"], ["text"], ["audio"]]
+    assert T.pattern(dict(cfg, schedule="joint"), slots, 4) == [["image", "text", "audio"]]
+
+def test_shift_and_flip_move_pixels_and_invent_none():
+    pictures = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), np.uint8)
+    moved = P.unpatchify(T.shift_and_flip(P.patchify(pictures, 4), 4, 2, True, np.random.default_rng(1)), 4)
+    for before, after in zip(pictures, moved):
+        padded = np.pad(before, ((2, 2), (2, 2), (0, 0)), mode="edge")
+        views = [padded[i:i + 8, j:j + 8] for i in range(5) for j in range(5)]
+        assert any(np.array_equal(after, v) or np.array_equal(after, v[:, ::-1]) for v in views)
+
+def test_moving_and_masking_recordings_keeps_their_length_true():
+    tokens = np.random.default_rng(0).integers(1, 255, (200, 16, 160)).astype(np.uint8)
+    change = lambda *how: T.move_and_mask(tokens, np.full(200, 9), 40, *how, np.random.default_rng(1))
+    kept, lengths = change(0, 0.0, 0)
+    assert np.array_equal(kept, tokens) and (lengths == 9).all()
+    moved, lengths = change(8, 0.0, 0)
+    i = int(np.flatnonzero(lengths == 11)[0])  # moved 8 frames, two tokens, or a little less, to the right
+    before, after = tokens[i].reshape(64, 40), moved[i].reshape(64, 40)
+    assert set(lengths) == {7, 8, 9, 10, 11}
+    assert any(np.array_equal(after[m:], before[:64 - m]) for m in range(5, 9))
+    assert 0.02 < (change(0, 0.0, 8)[0] != tokens).mean() < 0.3
+
+def test_joint_is_one_step_on_the_weighted_sum(data, tmp_path):
+    """One step of run() equals one step taken by hand on image loss + 0.5 * text loss."""
+    more = ["--text_weight=0.5", "--schedule=joint", "--warm_start_steps=0", "--steps=1", "--eval_interval=1"]
+    train(data, f"{tmp_path}/o", *more)
+    _, slots, model, optimizer = built(data, *more)
+    batches = {name: T.train_batch(slot, 0, 0, B.CPU) for name, slot in slots.items()}
+    (model("image", **batches["image"]) + 0.5 * model("text", **batches["text"])).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    taken = weights(f"{tmp_path}/o")
+    assert all(torch.allclose(value, taken[key], atol=1e-5) for key, value in model.state_dict().items())
+
+def test_init_from_takes_the_trunk_of_another_run(data, tmp_path, pair):
+    parts = T.set_up(T.resolve(config(data, "unused", "--seed=5", f"--init_from={pair.uml}"), quiet), quiet)
+    one, two = weights(pair.uml, "best.pt"), parts.model.state_dict()
+    assert all(torch.equal(one[key], two[key]) for key in one if key.startswith("trunk."))
+    assert not torch.equal(one["embed.text.weight"], two["embed.text.weight"])
+    refuses("another width", train, data, f"{tmp_path}/wide", "--width=64", f"--init_from={pair.uml}")
+
+def test_fsdd_is_checked_and_split_by_speaker(tmp_path, monkeypatch):
+    names, digest = [f"{d}_{s}_0.wav" for d in range(10) for s in ("george", "jackson", "lucas", "theo")], P.hashlib.sha256()
+    for name in names:
+        digest.update(name.encode() + open(write_sound(tmp_path / "raw/fsdd/recordings" / name), "rb").read())
+    argv = [tmp_path / "d", "--audio=fsdd", f"--raw_dir={tmp_path}/raw"]
+    refuses("holds 40 recordings", prepared, *argv)
+    monkeypatch.setattr(P, "FSDD_COUNT", 40), monkeypatch.setattr(P, "FSDD_SHA256", digest.hexdigest())
+    folder = prepared(*argv)
+    assert counts(folder) == [20, 10, 10] and P.read_meta(folder)["classes"][7] == "seven"
+
+@slow
+def test_a_run_goes_on_with_another_number_of_threads(data, tmp_path):
+    """Whoever finds the machine busy may resume with --threads=1; without the key the stored number is used."""
+    train(data, f"{tmp_path}/o", "--threads=2", "--stop_after=4")
+    torch.set_num_threads(1)
+    said = []
+    T.run(config(data, f"{tmp_path}/o", "--stop_after=5", "--resume"), said.append)
+    assert torch.get_num_threads() == 2
+    assert T.run(config(data, f"{tmp_path}/o", "--threads=1", "--resume"), said.append)["test_accuracy"] is not None
+    assert torch.get_num_threads() == 1 and any("changed since step 5: threads" in line for line in said)
+
+@slow
+def test_compare_searches_without_the_test_split_and_shares_warm_starts(tmp_path, monkeypatch):
+    """During the search the test files are gone; no warm start runs twice; every arm is there."""
+    (tmp_path / "t.txt").write_text("\n".join(f"line {i} of a text" for i in range(50)))
+    argv = [*TINY, f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/o", "--arms=" + ",".join(B.ARMS),
+            "--search=learning_rate=1e-3,weight_decay=0.5;learning_rate=2e-3,text_updates=2",
+            f"--unrelated=file:{tmp_path}/t.txt"]
+    ran, tests = [], glob(prepared(tmp_path, "--image=letters"), "test*")
+
+    def guarded(cfg):
+        ran.append(cfg)
+        for f in tests if not cfg["score_test"] else []:
+            os.rename(f, f + ".hidden")
+        try:
+            return T.run(cfg, say=quiet)
+        finally:
+            for f in tests if not cfg["score_test"] else []:
+                os.rename(f + ".hidden", f)
+
+    monkeypatch.setattr(B, "quiet_run", guarded)
+    out = B.compare(argv)
+    flops = {arm: entry["gflops"] for arm, entry in out["arms"].items()}
+    assert list(flops) == list(B.ARMS) and flops["longer"] >= 0.6 * flops["uml"] > flops["alone"]
+    warm = [cfg["out_dir"] for cfg in ran if "warm-" in cfg["out_dir"]]
+    assert len(warm) == len(set(warm)) < 5 * 4 and {cfg["weight_decay"] for cfg in ran} == {0.5, 0.05}
+    assert out["command"].count("'") == 2  # its ';' does not end the command in a shell
+    monkeypatch.undo()
+    jobs = B.compare([*argv, "--search=1", "--arms=uml", "--threads=1", "--jobs=2", f"--out_dir={tmp_path}/two"])
+    one = B.compare([*argv, "--search=1", "--arms=uml", "--threads=1", f"--out_dir={tmp_path}/one"])
+    assert jobs["arms"]["uml"]["scores"] == one["arms"]["uml"]["scores"]
+
+def test_exchange_refuses_what_is_no_grid_before_anything_is_trained(data, tmp_path):
+    argv = [*LETTERS, f"--data_dir={data}", f"--out_dir={tmp_path}/o"]
+    for words, x, y in (("exactly two lists", "[48,96]", "64"), ("no grid to fit", "[48,96]", "[0,64]"),
+                        ("no grid to fit", "[48,72,96]", "[0,-1]"), ("whole numbers", "[48,x]", "[0,64]"),
+                        ("image_examples=9999", "[48,72,9999]", "[0,64]")):
+        refuses(words, B.exchange, [*argv, f"--image_examples={x}", f"--text_examples={y}"])
+    assert not files_under(tmp_path)
+
+@slow
+def test_exchange_runs_a_grid(data, tmp_path, monkeypatch):
+    fit = dict(rho=0.1, gamma=1.0, b0=0.0, b1=0.1, residual=0.0)  # three steps teach nothing to fit
+    monkeypatch.setattr(B, "fit_exchange", lambda *cells: fit)
+    out = B.exchange([*LETTERS, f"--data_dir={data}", f"--out_dir={tmp_path}/o", "--seeds=2", "--steps=3",
+                      "--image_examples=[48,72,96]", "--text_examples=[0,64]"])
+    assert len(out["cells"]) == 6 and out["rate"] == pytest.approx(0.1) and 1 < out["words_per_item"] < 20
+    assert {"exchange.json", "exchange.png"} <= set(os.listdir(tmp_path / "o"))
+
+@slow
+def test_benchmark_says_where_the_time_goes(data, tmp_path):
+    found = T.benchmark(config(data, f"{tmp_path}/o"), quiet, repeats=2)
+    assert set(found["slots"]) == {"image", "text"} and found["slots"]["text"]["ms_per_step"] > 0
+    assert sum(found["slots"]["image"]["share"].values()) == pytest.approx(1, abs=0.01)
+
+@slow
+def test_a_reader_that_leaves_and_a_terminal_without_utf8_do_not_end_a_run(data, tmp_path):
+    """`| head`, stdout closed, a folder with blanks and Chinese letters, an ASCII locale."""
+    env = dict(os.environ, PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    argv = [sys.executable, os.path.join(HERE, "train.py"), *LETTERS, "--text=", f"--data_dir={data}", "--threads=1"]
+    pipe = dict(stderr=subprocess.PIPE, env=env)
+    opened(data)
+    left = subprocess.Popen([*argv, f"--out_dir={tmp_path}/ein Lauf 中文"], stdout=subprocess.PIPE, **pipe)
+    left.stdout.readline()
+    left.stdout.close()
+    closed = subprocess.Popen([*argv, f"--out_dir={tmp_path}/closed"], preexec_fn=lambda: os.close(1), **pipe)
+    for job, name in ((left, "ein Lauf 中文"), (closed, "closed")):
+        wrong = job.stderr.read()
+        assert job.wait(timeout=120) == 0 and not wrong, wrong
+        assert json.load(open(tmp_path / name / "result.json"))["steps"] == 6
+
+@slow
+def test_compare_gives_every_speaker_a_turn_and_chooses_within_each_fold(data, tmp_path):
+    """With audio_test_group='each' seed k is tested on the k-th speaker and chooses on its own validation one."""
+    root = speaker_folder(tmp_path / "r", speakers=("1", "2", "3"))
+    argv = [*TINY, f"--audio=folder:{root}", "--audio_groups=_([0-9])_", "--audio_test_group=each", "--target=audio",
+            "--image=", "--audio_batch=4", "--arms=uml", f"--data_dir={data}", f"--out_dir={tmp_path}/o"]
+    out = B.compare([*argv, "--seeds=3", "--search=1,2"])
+    made = [json.load(open(path)) for path in glob(tmp_path / "o/compare", "run-*/config.json")]
+    turns = {(c["seed"], c["audio_test_group"], c["audio_val_group"]) for c in made}
+    assert turns == {(k, f"#{k}", f"#{k + 1}") for k in range(3)} and out["folds"] == 3
+    assert np.shape(out["arms"]["uml"]["search_scores"]) == (3, 2)
+    out = B.compare([*argv, "--seeds=6", "--search=1"])  # two seeds a speaker are averaged before they are compared
+    means = np.reshape(out["arms"]["alone"]["scores"], (2, 3)).mean(0)
+    assert out["folds"] == 3 and out["arms"]["alone"]["half"] == pytest.approx(B.t_interval(means)[1])
+    assert "too few speakers" in out["verdict"]
+
+@cases("module, keys", [(P, P.PREPARE_KEYS), (T, T.KEYS), (B, B.COMPARE_KEYS)])
+def test_help_lists_the_keys(module, keys, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [module.__file__, "--help"])
+    module.main()
+    said = capsys.readouterr().out
+    assert all(f"  {key} = " in said for key in keys) and "Sections" in said
+
 # -- several processes --------------------------------------------------------------------------------------
 def test_parts_of_a_batch_add_up_to_the_gradient_of_the_whole(data, monkeypatch):
     _, slots, model, _ = built(data, "--image_loss=label+reconstruct", "--text_loss=next+label+reconstruct")
