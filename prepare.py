@@ -855,7 +855,11 @@ def draw_splits(cfg, slot, source, say):
                         f"--audio_groups: leave {', '.join(SPEAKER_KEYS)} empty to have it split at random")
     for part, seed in ("test", cfg["split_seed"] + 1), ("val", cfg["split_seed"]):
         if part not in split:
-            split[draw_share(labels, split == "train", cfg["val_fraction"], seed)] = part
+            free = split == "train"
+            drawn = draw_share(labels, free, cfg["val_fraction"], seed)
+            if not drawn.any():  # one or two of every class: enough for an auxiliary, which nobody scores
+                drawn = draw_share(None, free, cfg["val_fraction"], seed)
+            split[drawn] = part
     for part in PARTS:
         count = np.count_nonzero(split == part)
         if not count:

@@ -81,7 +81,7 @@ def paired(a, b):
     mean, half = t_interval(d)
     floor = 2.0 ** (1 - min(len(d), 16))
     if len(d) < 2 or np.ptp(d) == 0:  # no spread to hold the mean against
-        p = flip_p = 1.0 if len(d) < 2 or mean == 0 else 0.0
+        p, flip_p = (1.0, 1.0) if len(d) < 2 or mean == 0 else (0.0, floor)
     else:
         p = float(stats.ttest_1samp(d, 0).pvalue)
         flips = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=2**16,
@@ -620,7 +620,7 @@ def analyse(folder):
         layers.append(dict(linear=right, knn=knn_accuracy(*known, new, truth)))
     # from here on of the last layer
     margin = margins(new, truth, weight, bias)
-    chosen = dict(probe=(weight, bias), unseen_offset=None)
+    chosen = dict(probe=(weight, bias), unseen_offset=0.0)
     scored = evaluate(run_.model, target, run_.held, CPU, chosen)
     every, held = features_of(run_, target, target.train), features_of(run_, target, run_.held)
     labelled = [name for name in run_.slots if name != target.name and "labels" in run_.slots[name].train]
@@ -640,7 +640,7 @@ def analyse(folder):
 
 def robustness(run_, chosen, clean):
     """{corruption: accuracy at severities 0 (clean) .. 3} of a picture or sound target."""
-    meta, tokens = run_.target.meta, run_.held["tokens"][:]
+    meta, tokens = run_.target.meta, run_.held["tokens"][np.arange(len(run_.held["tokens"]))]
 
     def accuracy(kind, severity):
         if "patch" in meta:

@@ -487,7 +487,7 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
             ("is empty", f"--image=folder:{tmp_path}/empty"), ("no folder", "--image=folder:/nowhere"),
             ("6.png is not a readable", bad), ("offers 10", bad, "--skip_bad=True", "--image_examples=11"),
             ("1 classes", folder("one", ("cat",))), ("cow, dog", differ[0]),
-            ("too few items", folder("few", count=2, parts=("",))),
+            ("too few items", folder("few", count=1, parts=("",))),
             ("differ only in case", folder("odd", ("a cat", "A_Cat"))), ("of patch_size=7", "--patch_size=7"),
             ("not UTF-8", f"--text=file:{tmp_path}/t.txt"), ("not a slot with a source", "--target=text"),
             ("label loss needs at least two", f"--text=file:{tmp_path}/u.txt", "--text_loss=label"),

@@ -48,10 +48,9 @@ objectives = (f"one or more of {', '.join(OBJECTIVES)}, joined by '+'",
               lambda value: set(value.split("+")) <= set(OBJECTIVES))
 SLOT_KEYS = {}  # numbered slots (text2_loss, ...) take the defaults of their modality
 for name, (loss, _) in MODALITIES.items():
-    # a weight is for the joint schedule: AdamW does not see the scale of a loss that has its step to itself
     SLOT_KEYS.update({
         f"{name}_loss": (loss, f"objectives of the {name} slot", objectives),
-        f"{name}_weight": (1.0, f"factor on the {name} loss under schedule='joint'", inside(0, math.inf)),
+        f"{name}_weight": (1.0, f"factor on the {name} loss", inside(0, math.inf)),
         f"{name}_updates": (1, "steps per target step under schedule='alternate' (target: 1)", at_least(0)),
         f"{name}_batch": (64, f"{name} items in a step", at_least(1)),
         f"{name}_examples": (-1, "training items: nested, even over classes (-1: all, 0: off)", at_least(-1)),
@@ -170,7 +169,8 @@ def choose_examples(labels, n, count, seed, name, banned=()):
         order = order[np.argsort(turn, kind="stable")]  # first everyone's first, then everyone's second, ...
         order = order[~np.isin(labels[order], list(banned))]
     if count > len(order):
-        raise UserError(f"{name}_examples={count}, but its training split offers {len(order)}: lower it")
+        raise UserError(f"{name}_examples={count}, but its training split offers {len(order)}: lower it "
+                        "(-1: all)")
     return order if count < 0 else order[:count]
 
 
@@ -760,7 +760,7 @@ def score_run(parts, at):
                   losses={name: slot.loss for name, slot in slots.items()}, seed=cfg["seed"],
                   steps=cfg["steps"], warm_start_steps=cfg["warm_start_steps"],
                   examples={name: len(slot.rows) for name, slot in slots.items()},
-                  best_step=at.best["step"], chance=1 / classes if classes else None)
+                  best_step=at.best["step"], chance=1 / classes if classes > 1 else None)
     for key in REPORTED:
         if key in val:
             result.update({f"val_{key}": val[key], f"test_{key}": test.get(key)})
