@@ -1,4 +1,4 @@
-"""CIFAR-10, 1,000 labelled pictures, beside 97,840 sentences (CuPL) that describe the classes of 14 picture datasets.
+"""CIFAR-10, 1,000 labelled pictures, beside 97,840 sentences (CuPL) on the classes of 14 picture datasets.
 
 CIFAR-10 (170 MB) and CuPL (8 MB) are fetched once. Two CPU cores: about three minutes.
 Not measured since the picture stem changed: the first round's had 0.46 with these sentences and 0.45 without.

@@ -11,8 +11,8 @@ sentences about the same `classes`; no sentence belongs to a picture):
                 classes=numpy.array(["cat", "dog"]))   # optional: split=numpy.array(["train", "test", ...])
     python train.py sample_configs/features.py --image_examples=58
     python train.py sample_configs/features.py --image_examples=58 --text= --out_dir=out/features_alone
-With one labelled emoji of each of 58 classes, EfficientNet-Lite0 and MiniLM features, test accuracy over seeds 0 to 7:
-0.26 +- 0.02, without text 0.23 +- 0.02 (result emoji_frozen_1; emoji_frozen_again_1 for +1.6 with fresh seeds).
+With one labelled emoji of each of 58 classes, EfficientNet-Lite0 and MiniLM features, test accuracy over seeds
+0 to 7: 0.26 +- 0.02, without text 0.23 +- 0.02 (result emoji_frozen_1; emoji_frozen_again_1: +1.6, fresh seeds).
 """
 image = "npz:image.npz"
 text = "npz:text.npz"
