@@ -273,7 +273,8 @@ def test_a_shard_of_another_size_or_with_a_flipped_bit_is_named(tmp_path):
 
 # -- text ---------------------------------------------------------------------------------------------------
 def test_bpe_round_trips_and_has_no_special_tokens(tmp_path):
-    documents = [f"document {i} says <|endoftext|> naïve 日本 {'word ' * (i % 40)}".strip() for i in range(60)]
+    text = "document {} says <|endoftext|> naïve 日本 "
+    documents = [(text.format(i) + "word " * (i % 40)).strip() for i in range(60)]
     (tmp_path / "t.txt").write_text("\n".join(documents), encoding="utf-8-sig")
     folder = prepared(tmp_path, f"--text=file:{tmp_path}/t.txt", "--text_length=16", "--vocab_size=300")
     bpe, split = P.load_bpe(folder), P.load_split(folder, "train")
@@ -975,7 +976,8 @@ def test_init_from_takes_the_trunk_of_another_run(data, tmp_path, pair):
     refuses("another width", train, data, f"{tmp_path}/wide", "--width=64", f"--init_from={pair.uml}")
 
 def test_fsdd_is_checked_and_split_by_speaker(tmp_path, monkeypatch):
-    names, digest = [f"{d}_{s}_0.wav" for d in range(10) for s in ("george", "jackson", "lucas", "theo")], P.hashlib.sha256()
+    speakers, digest = ("george", "jackson", "lucas", "theo"), P.hashlib.sha256()
+    names = [f"{d}_{s}_0.wav" for d in range(10) for s in speakers]
     for name in names:
         digest.update(name.encode() + open(write_sound(tmp_path / "raw/fsdd/recordings" / name), "rb").read())
     argv = [tmp_path / "d", "--audio=fsdd", f"--raw_dir={tmp_path}/raw"]
@@ -986,13 +988,14 @@ def test_fsdd_is_checked_and_split_by_speaker(tmp_path, monkeypatch):
 
 @slow
 def test_a_run_goes_on_with_another_number_of_threads(data, tmp_path):
-    """Whoever finds the machine busy may resume with --threads=1; without the key the stored number is used."""
+    """On a busy machine one may resume with --threads=1; without the key the stored number is used."""
     train(data, f"{tmp_path}/o", "--threads=2", "--stop_after=4")
     torch.set_num_threads(1)
     said = []
     T.run(config(data, f"{tmp_path}/o", "--stop_after=5", "--resume"), said.append)
     assert torch.get_num_threads() == 2
-    assert T.run(config(data, f"{tmp_path}/o", "--threads=1", "--resume"), said.append)["test_accuracy"] is not None
+    result = T.run(config(data, f"{tmp_path}/o", "--threads=1", "--resume"), said.append)
+    assert result["test_accuracy"] is not None
     assert torch.get_num_threads() == 1 and any("changed since step 5: threads" in line for line in said)
 
 @slow
@@ -1022,8 +1025,9 @@ def test_compare_searches_without_the_test_split_and_shares_warm_starts(tmp_path
     assert len(warm) == len(set(warm)) < 5 * 4 and {cfg["weight_decay"] for cfg in ran} == {0.5, 0.05}
     assert out["command"].count("'") == 2  # its ';' does not end the command in a shell
     monkeypatch.undo()
-    jobs = B.compare([*argv, "--search=1", "--arms=uml", "--threads=1", "--jobs=2", f"--out_dir={tmp_path}/two"])
-    one = B.compare([*argv, "--search=1", "--arms=uml", "--threads=1", f"--out_dir={tmp_path}/one"])
+    argv = [*argv, "--search=1", "--arms=uml", "--threads=1"]
+    jobs = B.compare([*argv, "--jobs=2", f"--out_dir={tmp_path}/two"])
+    one = B.compare([*argv, f"--out_dir={tmp_path}/one"])
     assert jobs["arms"]["uml"]["scores"] == one["arms"]["uml"]["scores"]
 
 def test_exchange_refuses_what_is_no_grid_before_anything_is_trained(data, tmp_path):
@@ -1053,7 +1057,8 @@ def test_benchmark_says_where_the_time_goes(data, tmp_path):
 def test_a_reader_that_leaves_and_a_terminal_without_utf8_do_not_end_a_run(data, tmp_path):
     """`| head`, stdout closed, a folder with blanks and Chinese letters, an ASCII locale."""
     env = dict(os.environ, PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
-    argv = [sys.executable, os.path.join(HERE, "train.py"), *LETTERS, "--text=", f"--data_dir={data}", "--threads=1"]
+    script = os.path.join(HERE, "train.py")
+    argv = [sys.executable, script, *LETTERS, "--text=", f"--data_dir={data}", "--threads=1"]
     pipe = dict(stderr=subprocess.PIPE, env=env)
     opened(data)
     left = subprocess.Popen([*argv, f"--out_dir={tmp_path}/ein Lauf 中文"], stdout=subprocess.PIPE, **pipe)
@@ -1067,16 +1072,17 @@ def test_a_reader_that_leaves_and_a_terminal_without_utf8_do_not_end_a_run(data,
 
 @slow
 def test_compare_gives_every_speaker_a_turn_and_chooses_within_each_fold(data, tmp_path):
-    """With audio_test_group='each' seed k is tested on the k-th speaker and chooses on its own validation one."""
+    """With audio_test_group='each' seed k is tested on speaker k and chooses on its own validation one."""
     root = speaker_folder(tmp_path / "r", speakers=("1", "2", "3"))
-    argv = [*TINY, f"--audio=folder:{root}", "--audio_groups=_([0-9])_", "--audio_test_group=each", "--target=audio",
+    argv = [*TINY, f"--audio=folder:{root}", "--audio_groups=_([0-9])_", "--audio_test_group=each",
+            "--target=audio",
             "--image=", "--audio_batch=4", "--arms=uml", f"--data_dir={data}", f"--out_dir={tmp_path}/o"]
     out = B.compare([*argv, "--seeds=3", "--search=1,2"])
     made = [json.load(open(path)) for path in glob(tmp_path / "o/compare", "run-*/config.json")]
     turns = {(c["seed"], c["audio_test_group"], c["audio_val_group"]) for c in made}
     assert turns == {(k, f"#{k}", f"#{k + 1}") for k in range(3)} and out["folds"] == 3
     assert np.shape(out["arms"]["uml"]["search_scores"]) == (3, 2)
-    out = B.compare([*argv, "--seeds=6", "--search=1"])  # two seeds a speaker are averaged before they are compared
+    out = B.compare([*argv, "--seeds=6", "--search=1"])  # two seeds a speaker are averaged first
     means = np.reshape(out["arms"]["alone"]["scores"], (2, 3)).mean(0)
     assert out["folds"] == 3 and out["arms"]["alone"]["half"] == pytest.approx(B.t_interval(means)[1])
     assert "too few speakers" in out["verdict"]

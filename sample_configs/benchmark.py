@@ -1,4 +1,4 @@
-"""The reference shape for speed: batch 64, 64 continuous tokens, width 128, 4 layers, 4 heads, next-patch loss.
+"""The reference shape for speed: batch 64, 64 continuous tokens, width 128, 4 layers, 4 heads, next patch.
 
     python train.py sample_configs/benchmark.py --benchmark=True
 """

@@ -1,7 +1,7 @@
-"""The paper's frozen-encoder setting: one vector an item from any encoder, a projection per slot, one label head.
+"""The paper's frozen-encoder setting: a vector an item from any encoder, a projection a slot, one label head.
 
-Make two .npz files, then train; seconds a run. For pictures, with an encoder of yours (the text file likewise, from
-sentences about the same `classes`; no sentence belongs to a picture):
+Make two .npz files, then train; seconds a run. For pictures, with an encoder of yours (the text file likewise,
+from sentences about the same `classes`; no sentence belongs to a picture):
     features, labels = [], []
     with torch.inference_mode():
         for pictures, targets in loader:               # any DataLoader
@@ -11,8 +11,8 @@ sentences about the same `classes`; no sentence belongs to a picture):
                 classes=numpy.array(["cat", "dog"]))   # optional: split=numpy.array(["train", "test", ...])
     python train.py sample_configs/features.py --image_examples=58
     python train.py sample_configs/features.py --image_examples=58 --text= --out_dir=out/features_alone
-With one labelled emoji of each of 58 classes, EfficientNet-Lite0 and MiniLM features, test accuracy over seeds
-0 to 7: 0.26 +- 0.02, without text 0.23 +- 0.02 (result emoji_frozen_1; emoji_frozen_again_1: +1.6, fresh seeds).
+With one labelled emoji of each of 58 classes, EfficientNet-Lite0 and MiniLM features, seeds 0 to 7: test
+accuracy 0.26 +- 0.02, without text 0.23 +- 0.02 (emoji_frozen_1; emoji_frozen_again_1: +1.6, fresh seeds).
 """
 image = "npz:image.npz"
 text = "npz:text.npz"

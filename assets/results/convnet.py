@@ -1,11 +1,12 @@
-"""The reference column of the letters table: a plain ConvNet on the same pictures, augmentation, steps and batches.
+"""The reference column of the letters table: a plain ConvNet, same pictures, augmentation, steps, batches.
 
     python assets/results/convnet.py sample_configs/letters_text.py --out_dir=out/convnet_1
-    python assets/results/convnet.py sample_configs/letters_text.py --image_examples=1016 --out_dir=out/convnet_2
+    python assets/results/convnet.py sample_configs/letters_text.py --image_examples=1016 --seeds=3
 
-As `probe.py compare` does: the best candidate on validation with seed 1000, then eight seeds, test scored once each.
-The network is what people would write: three stages of two 3x3 convolutions, norm, ReLU, and 2x2 max-pooling, then one
-linear layer on all positions. Channels, steps and so the cost of a step are those of the stem in model.py.
+As `probe.py compare` does: the best candidate on validation with seed 1000, then the seeds, test scored once
+each. The network is what people would write: three stages of two 3x3 convolutions, norm, ReLU, and 2x2
+max-pooling, then one linear layer on all positions. Channels, steps and so the cost of a step are those of the
+stem in model.py.
 """
 import os
 import sys
@@ -24,7 +25,7 @@ CANDIDATES = [("group", 3e-3, 0.05), ("group", 3e-3, 0.5), ("batch", 3e-3, 0.05)
 
 
 def convnet(norm, channels=(16, 32, 64), classes=564):
-    layers, before = [nn.InstanceNorm2d(1)], 1  # every picture at the same brightness and contrast, as in the stem
+    layers, before = [nn.InstanceNorm2d(1)], 1  # every picture at the same contrast, as in the stem
     for after in channels:
         for inputs in (before, after):
             norm_layer = nn.GroupNorm(8, after) if norm == "group" else nn.BatchNorm2d(after)
@@ -44,8 +45,8 @@ def accuracy(model, slot, arrays):
     """Of the classes that have labelled pictures, among these: the others' rows were never trained."""
     model.eval()
     rows = np.flatnonzero(~np.isin(arrays["labels"], slot.banned))
-    scores = [model(pictures_of(slot, torch.from_numpy(arrays["tokens"][part]))) for part in np.array_split(rows, 8)]
-    scores = torch.cat(scores)
+    parts = [torch.from_numpy(arrays["tokens"][part]) for part in np.array_split(rows, 8)]
+    scores = torch.cat([model(pictures_of(slot, part)) for part in parts])
     scores[:, slot.banned] = -torch.inf
     model.train()
     return (scores.argmax(1).numpy() == arrays["labels"][rows]).mean().item()
@@ -53,12 +54,14 @@ def accuracy(model, slot, arrays):
 
 def train(cfg, seed, norm, rate, decay):
     """-> (best validation accuracy, the test accuracy of that moment)."""
-    cfg = resolve(dict(cfg, text="", seed=seed, learning_rate=rate, weight_decay=decay), say=lambda line: None)
+    cfg = dict(cfg, text="", seed=seed, learning_rate=rate, weight_decay=decay)
+    cfg = resolve(cfg, say=lambda line: None)
     (slot,) = open_slots(cfg, say=print)[0].values()
     torch.manual_seed(seed)
     model = convnet(norm, classes=len(slot.meta["classes"]))
     model(pictures_of(slot, torch.from_numpy(slot.train["tokens"][slot.rows[:2]])))  # shapes the lazy layer
-    optimizer, best, seen = make_optimizer(model, cfg, CPU), (0.0, 0.0), np.setdiff1d(np.arange(564), slot.banned)
+    optimizer, best = make_optimizer(model, cfg, CPU), (0.0, 0.0)
+    seen = np.setdiff1d(np.arange(564), slot.banned)
     place = torch.zeros(564, dtype=torch.long)
     place[seen] = torch.arange(len(seen))
     test = load_split(slot.folder, "test") if seed != 1000 else None
@@ -95,7 +98,8 @@ def main():
     os.makedirs(cfg["out_dir"], exist_ok=True)
     write_json(os.path.join(cfg["out_dir"], "convnet.json"),
                dict(kind="convnet", examples=cfg["image_examples"], steps=cfg["steps"], seeds=len(seeds),
-                    first_seed=cfg["first_seed"], candidates=CANDIDATES, search_scores=searched, setting=chosen,
+                    first_seed=cfg["first_seed"], candidates=CANDIDATES, search_scores=searched,
+                    setting=chosen,
                     scores=scores, mean=float(np.mean(scores)), command=command))
 
 
