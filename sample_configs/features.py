@@ -1,6 +1,6 @@
 """The paper's frozen-encoder setting: a vector an item from any encoder, a projection a slot, one label head.
 
-Make two .npz files, then train; seconds a run. For pictures, with an encoder of yours (the text file likewise,
+Make two .npz files, then train: seconds. For pictures, with an encoder of yours (the text file likewise,
 from sentences about the same `classes`; no sentence belongs to a picture):
     features, labels = [], []
     with torch.inference_mode():

@@ -5,8 +5,8 @@
 
 As `probe.py compare` does: the best candidate on validation with seed 1000, then the seeds, test scored once
 each. The network is what people would write: three stages of two 3x3 convolutions, norm, ReLU, and 2x2
-max-pooling, then one linear layer on all positions. Channels, steps and so the cost of a step are those of the
-stem in model.py.
+max-pooling, then one linear layer on all positions. Channels, steps and so the cost of a step are those of
+the stem in model.py.
 """
 import os
 import sys
