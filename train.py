@@ -1,6 +1,6 @@
 """train.py: the alternating loop. Each modality brings unpaired data of its own; one trunk learns from all.
 
-    python train.py sample_configs/letters_text.py            # offline, 1 to 3 minutes on two CPU cores
+    python train.py sample_configs/letters_text.py            # offline, a minute or two on two CPU cores
     python train.py sample_configs/cifar_text.py              # the same on a GPU runs bf16 and compiled
     python train.py sample_configs/letters_text.py --resume   # go on after an interruption, bit for bit
 

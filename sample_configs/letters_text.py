@@ -1,7 +1,7 @@
 """564 Latin letters, ONE labelled picture each of 508, none of 56 more; beside them what Unicode calls each.
 
 Pictures are scans of real typefaces, text is facts of the Unicode database, and nothing pairs them. Trained
-on sans faces, tested on serif faces it has never seen. Offline. Two CPU cores: about two minutes.
+on sans faces, tested on serif faces it has never seen. Offline. Two CPU cores: a minute or two.
 Test accuracy over seeds 0 to 7: 0.74 to 0.79; without text 0.36 to 0.43. The 56: 83% among themselves.
 With two pictures a letter (--image_examples=1016): 0.78 to 0.84; without text 0.43 to 0.68.
     python train.py sample_configs/letters_text.py
