@@ -24,7 +24,7 @@ import torch.nn.functional as F
 OBJECTIVES = ("next", "reconstruct", "label")
 
 # ------------------------------------------------------------------------------------------------------------
-# the conv stem: a picture's patches -> one vector
+# the conv stem: a picture's patches, or a recording's log-mel frames -> one vector
 
 
 class ConvStem(nn.Module):
@@ -32,26 +32,38 @@ class ConvStem(nn.Module):
 
     A stage is two 3x3 convolutions with norm and ReLU, then 2x2 pooling; as many stages as bring the picture
     down to one position a patch. Joining positions keeps where a stroke was, which their mean would forget.
+    A recording is the picture (frames, mels) of its log-mels, halved by the first convolution, then 3 stages.
     """
 
-    def __init__(self, patch, channels, positions, width):
+    def __init__(self, slot, width):
         super().__init__()
-        stages = int(math.log2(patch))
+        self.patch, self.mels = slot.get("patch"), slot.get("mels")
+        if self.patch:
+            stages, stride = int(math.log2(self.patch)), 1
+            channels = slot["dim"] // self.patch**2
+            rows = columns = math.isqrt(slot["length"]) * self.patch
+        else:
+            stages, stride, channels = 3, 2, 1
+            rows, columns = slot["length"] * slot["dim"] // self.mels, self.mels
         sizes = [channels] + [max(8, width // 2 ** (stages - i)) for i in range(stages)]  # of 128: 16, 32, 64
-        self.patch = patch
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         for before, after in zip(sizes, sizes[1:]):
             for inputs in (before, after):
-                self.convs.append(nn.Conv2d(inputs, after, 3, padding=1, bias=False))
+                first = not self.convs
+                self.convs.append(nn.Conv2d(inputs, after, 3, stride if first else 1, padding=1, bias=False))
                 # groups, not batches: no picture enters another's, and no running average is state
                 self.norms.append(nn.GroupNorm(math.gcd(8, after), after))
-        self.join = nn.Linear(positions * sizes[-1], width)
+        positions = [-(-side // stride) // 2**stages for side in (rows, columns)]
+        self.join = nn.Linear(math.prod(positions) * sizes[-1], width)
 
-    def forward(self, tokens):  # (B, T, p*p*c) patches in reading order
+    def forward(self, tokens):  # (B, T, D): patches in reading order, or frames
         B, T, D = tokens.shape
-        grid, p = math.isqrt(T), self.patch
-        picture = tokens.view(B, grid, grid, p, p, D // p**2).permute(0, 5, 1, 3, 2, 4)
-        picture = picture.reshape(B, -1, grid * p, grid * p)  # (B, c, S, S)
+        if self.patch:
+            grid, p = math.isqrt(T), self.patch
+            picture = tokens.view(B, grid, grid, p, p, D // p**2).permute(0, 5, 1, 3, 2, 4)
+            picture = picture.reshape(B, -1, grid * p, grid * p)  # (B, c, S, S)
+        else:
+            picture = tokens.reshape(B, 1, -1, self.mels)  # (B, 1, frames, mels)
         # every picture at the same brightness and contrast: ink and paper are not what a letter is
         mean = picture.mean((1, 2, 3), keepdim=True)
         picture = (picture - mean) / (picture.std((1, 2, 3), keepdim=True) + 1e-3)
@@ -118,21 +130,33 @@ def at_least_float32(scores):
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
+def check_conv(slot, objectives, loss):
+    """ValueError unless the conv stem can read a slot."""
+    if objectives != ["label"]:
+        raise ValueError(f"embed 'conv' joins an item into one token, so {loss} can only be 'label': choose "
+                         "image_embed='linear' (audio_embed for recordings)")
+    patch = slot.get("patch")
+    if patch and (patch < 2 or patch & (patch - 1)):
+        raise ValueError(f"image_embed='conv' needs a patch_size that is a power of two, found {patch}")
+    if not patch and min(slot["mels"], slot["length"] * slot["dim"] // slot["mels"]) < 16:
+        raise ValueError("audio_embed='conv' needs audio_mels and audio_frames of at least 16")
+
+
 class UML(nn.Module):
     """The unpaired multimodal learner.
 
     slots: {name: dict}, any number of them. Every slot has kind ("discrete" or "continuous"), length (in
         tokens) and loss (its objectives, joined by "+"). A discrete slot has vocab; a continuous one dim,
-        mean and std (lists, repeated up to dim), a picture slot patch besides. A slot with "label" has rows:
-        those of the label head that it has examples of.
-    classes: rows of the label head (0: none). image_embed: "linear" or "conv", for slots with a patch.
+        mean and std (lists, repeated up to dim), a picture slot patch, a recording mels, and perhaps
+        embed="conv". A slot with "label" has rows: those of the label head that it has examples of.
+    classes: rows of the label head (0: none).
     temperature: learn one per slot with "label". label_smoothing: share of the target spread over a slot's
     classes. apart: every slot but the first has a trunk of its own; then only the label head is common.
     Raises ValueError, in one sentence, for a combination that cannot work.
     """
 
-    def __init__(self, slots, classes=0, width=128, layers=4, heads=4, image_embed="linear",
-                 temperature=False, label_smoothing=0.0, apart=False, seed=0):
+    def __init__(self, slots, classes=0, width=128, layers=4, heads=4, temperature=False,
+                 label_smoothing=0.0, apart=False, seed=0):
         super().__init__()
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}")
@@ -144,21 +168,21 @@ class UML(nn.Module):
         self.own_trunk = nn.ModuleDict()
         self.label_head = nn.Linear(width, classes) if classes else None
         for number, (name, slot) in enumerate(slots.items()):
-            self.add_slot(name, slot, width, image_embed)
+            self.add_slot(name, slot, width)
             if temperature and "label" in slot["loss"]:
                 self.temperature[name] = nn.Parameter(torch.empty(1))  # its logarithm
             if apart and number > 0:
                 self.own_trunk[name] = Trunk(width, layers, heads)
         self.init_parameters(seed)
 
-    def add_slot(self, name, slot, width, image_embed):
+    def add_slot(self, name, slot, width):
         """Embed, head, positions and buffers of one slot."""
         loss, objectives = f"{name}_loss='{slot['loss']}'", slot["loss"].split("+")
         if unknown := set(objectives) - set(OBJECTIVES):
             raise ValueError(f"{loss}: '{unknown.pop()}' is none of {', '.join(OBJECTIVES)}")
         if "next" in objectives and slot["length"] < 2:
             raise ValueError(f"{loss}: 'next' needs more than one token a sequence")
-        conv = image_embed == "conv" and "patch" in slot
+        conv = slot.get("embed") == "conv"
         if slot["kind"] == "discrete":  # one table in and out: the head is the embed, transposed
             self.embed[name] = nn.Embedding(slot["vocab"], width)
         else:
@@ -166,14 +190,8 @@ class UML(nn.Module):
                 value = torch.tensor(slot[key]).repeat(slot["dim"] // len(slot[key]))
                 self.register_buffer(f"{name}_{key}", value)
             if conv:
-                if objectives != ["label"]:
-                    raise ValueError(f"image_embed='conv' joins a picture into one token, so {loss} can only "
-                                     "be 'label': set image_embed='linear'")
-                if slot["patch"] < 2 or slot["patch"] & (slot["patch"] - 1):
-                    raise ValueError(f"image_embed='conv' needs a patch_size that is a power of two, "
-                                     f"found {slot['patch']}")
-                channels = slot["dim"] // slot["patch"] ** 2
-                self.embed[name] = ConvStem(slot["patch"], channels, slot["length"], width)
+                check_conv(slot, objectives, loss)
+                self.embed[name] = ConvStem(slot, width)
             else:
                 self.embed[name] = nn.Linear(slot["dim"], width)
             if objectives != ["label"]:

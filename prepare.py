@@ -98,9 +98,9 @@ def one_of(*choices):
 
 # modality: (its objective unless the config says otherwise, its sources for --help); a new one is a line here
 MODALITIES = dict(
-    image=("label", "letters, cifar10, folder:PATH; any slot also takes npz:PATH; image2 is a further slot"),
-    text=("next", "letters, cupl, file:PATH"),
-    audio=("label", "fsdd, folder:PATH"),
+    image=("label", "letters, numbers, cifar10, folder:PATH; any slot also takes npz:PATH"),
+    text=("next", "letters, numbers, cupl, file:PATH"),
+    audio=("label", "numbers, folder:PATH"),
 )
 
 # key: (default, one line of help, check if there is one). train.py adds its own keys to these.
@@ -289,25 +289,29 @@ def common_letters(paths):
 
 def letters_source(cfg, modality, _):
     """Latin letters with all their marks: drawn in real typefaces, or named by the Unicode database."""
-    paths = typefaces()
-    letters = common_letters(paths)
+    letters = common_letters(typefaces())
     if modality == "text":
         return described_documents({name: letter_documents(char) for char, name in letters.items()})
+    return printed("letters", cfg, list(letters), list(letters.values()))
+
+
+def printed(source, cfg, words, classes):
+    """Scans of every word in every face: a source's dict."""
     scans = []
     for part, names in FACES.items():
-        scans += itertools.product([part], names, range(len(letters)), range(SCANS[part]))
+        scans += itertools.product([part], names, range(len(words)), range(SCANS[part]))
     parts, faces, labels, _ = zip(*scans)
-    chars, fonts = list(letters), {}
+    paths, fonts = typefaces(), {}
 
     def make(i):
-        rng = np.random.default_rng([zlib.crc32(f"letters image {parts[i]}".encode()), i])
-        # drawn four times larger; the size is that of the face, not of the letter, so that 'o' and 'O' differ
+        rng = np.random.default_rng([zlib.crc32(f"{source} image {parts[i]}".encode()), i])
+        # drawn four times larger; the size is that of the face, not of the word, so that 'o' and 'O' differ
         size = int(rng.integers(72, 83)) * cfg["image_size"] // 32
         if (faces[i], size) not in fonts:
             fonts[faces[i], size] = open_font(paths[faces[i]], size)
-        return scan_of(chars[labels[i]], fonts[faces[i], size], cfg["image_size"], rng)
+        return scan_of(words[labels[i]], fonts[faces[i], size], cfg["image_size"], rng)
 
-    return dict(items=Items(len(scans), make), labels=np.array(labels), classes=list(letters.values()),
+    return dict(items=Items(len(scans), make), labels=np.array(labels), classes=classes,
                 split=np.array(parts), about=dict(faces=FACES, scans=SCANS))
 
 
@@ -506,13 +510,53 @@ def speakers(pattern, files):
 
 FSDD_URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz"
 FSDD_SHA256 = "45a9b976ba3397a2fd5c70a9f2e43c34f442a3a6be47392ecfc41174b678f37e"  # of names and recordings
-FSDD_COUNT = 3000
+FSDD_SPEAKERS = "george jackson lucas nicolas theo yweweler".split()
 DIGITS = "zero one two three four five six seven eight nine".split()
+TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+PAIRS = list(itertools.product(range(10), repeat=2))  # the hundred numbers, digit by digit: 00 to 99
+TAKES = 4  # recordings of each number by each speaker
 
 
-def fsdd_source(cfg, modality, _):
-    """Free Spoken Digit Dataset: 3,000 recordings of ten digits by six speakers, two of them test and val."""
+def numbers_source(cfg, modality, _):
+    """The numbers 00 to 99, class 'three seven': printed in typefaces, in words, or in two spoken digits."""
+    classes = [f"{DIGITS[a]} {DIGITS[b]}" for a, b in PAIRS]
+    if modality == "image":
+        return printed("numbers", cfg, [f"{a}{b}" for a, b in PAIRS], classes)
+    if modality == "text":
+        return described_documents(dict(zip(classes, itertools.starmap(number_documents, PAIRS))))
+    recordings = spoken_digits(cfg)
+    takes = list(itertools.product(FSDD_SPEAKERS, range(len(PAIRS)), range(TAKES)))
+    speakers_of, labels, _ = zip(*takes)
+
+    def make(i):
+        """Two recordings of ONE speaker, drawn from his fifty of either digit, with a short pause between."""
+        rng = np.random.default_rng([zlib.crc32(b"numbers audio"), i])
+        names = [f"{digit}_{speakers_of[i]}_{rng.integers(50)}.wav" for digit in PAIRS[labels[i]]]
+        first, second = (read_recording(cfg, io.BytesIO(recordings[name]), name) for name in names)
+        pause = np.zeros(int(rng.uniform(0, 0.1) * cfg["audio_rate"]), np.float32)
+        return np.concatenate([first, pause, second])
+
+    return dict(items=Items(len(takes), make), labels=np.array(labels), classes=classes,
+                groups=np.array(speakers_of), default_groups=("theo", "lucas"), about=dict(takes=TAKES))
+
+
+def number_documents(a, b):
+    """How the number of digits a and b is said and written."""
+    first, second, value = DIGITS[a], DIGITS[b], 10 * a + b
+    if value < 20:
+        word = (DIGITS + TEENS)[value]
+    else:
+        word = TENS[a - 2] + (f"-{second}" if b else "")
+    return [f"{first} {second}", f"{a}{b}", word, f"{first} then {second}", f"first {first}, last {second}",
+            f"the code {a} {b}", f"{second} after {first}"]
+
+
+def spoken_digits(cfg):
+    """The Free Spoken Digit Dataset, {"DIGIT_SPEAKER_NUMBER.wav": bytes}: 50 of each of ten digits by each
+    of six speakers, fetched, or from RAW_DIR/fsdd/recordings."""
     folder = where = os.path.join(cfg["raw_dir"], "fsdd", "recordings")
+    wanted = {f"{d}_{who}_{i}.wav" for d in range(10) for who in FSDD_SPEAKERS for i in range(50)}
     found = {}
     if os.path.isdir(folder):
         for path in list_folder(folder, os.DirEntry.is_file):
@@ -521,17 +565,17 @@ def fsdd_source(cfg, modality, _):
     else:
         where = raw_file(cfg, "fsdd", "v1.0.10.tar.gz", FSDD_URL, None)
         found = read_archive(where, lambda name: "/recordings/" in name)
-    files = {os.path.basename(path): data for path, data in sorted(found.items()) if path.endswith(".wav")}
-    names, digest = sorted(files), hashlib.sha256()
-    for name in names:
+    files = {os.path.basename(path): data for path, data in found.items() if path.endswith(".wav")}
+    cure = f"remove it, and put the recordings/ folder of {FSDD_URL} at {folder}"
+    if odd := sorted(wanted ^ files.keys()):
+        what = "lacks" if odd[0] in wanted else "also holds"
+        raise UserError(f"{where} {what} {odd[0]} ({len(odd)} such files): {cure}")
+    digest = hashlib.sha256()
+    for name in sorted(files):
         digest.update(name.encode() + files[name])
-    if len(names) != FSDD_COUNT or digest.hexdigest() != FSDD_SHA256:
-        raise UserError(f"{where} holds {len(names)} recordings, not the {FSDD_COUNT} of v1.0.10: remove it, "
-                        f"and put the recordings/ folder of {FSDD_URL} at {folder}")
-    items = Items(len(names), lambda i: read_recording(cfg, io.BytesIO(files[names[i]]), names[i]))
-    groups = speakers(cfg["audio_groups"] or r"_([a-z]+)_", names)
-    return dict(items=items, labels=np.array([int(name[0]) for name in names]), classes=DIGITS, groups=groups,
-                default_groups=("theo", "lucas"))
+    if digest.hexdigest() != FSDD_SHA256:
+        raise UserError(f"{where} holds other recordings than v1.0.10 (wrong checksum): {cure}")
+    return files
 
 
 def npz_source(cfg, modality, path):
@@ -573,8 +617,8 @@ def npz_source(cfg, modality, path):
 with open(__file__, encoding="utf-8") as own_file:  # as it is now: an edit must not disturb what runs
     OWN_LINES = own_file.readlines()
 SOURCES = {  # source: (function, modalities it can fill)
-    "letters": (letters_source, ("image", "text")), "cifar10": (cifar10_source, ("image",)),
-    "cupl": (cupl_source, ("text",)), "fsdd": (fsdd_source, ("audio",)),
+    "letters": (letters_source, ("image", "text")), "numbers": (numbers_source, ("image", "text", "audio")),
+    "cifar10": (cifar10_source, ("image",)), "cupl": (cupl_source, ("text",)),
     "folder": (folder_source, ("image", "audio")), "file": (file_source, ("text",)),
     "npz": (npz_source, tuple(MODALITIES)),
 }
@@ -788,11 +832,11 @@ def shard_folder(cfg, slot):
 
 def source_version(name):
     """What decides a source's bytes and is not ours."""
-    if name == "letters":
+    if name in ("letters", "numbers"):
         import matplotlib
-        return (f"matplotlib {matplotlib.__version__}, FreeType {features.version('freetype2')}, Unicode "
-                f"{unicodedata.unidata_version}")
-    return dict(cifar10=CIFAR10_SHA256, cupl=CUPL_URL, fsdd=FSDD_URL).get(name, "")
+        faces = f"matplotlib {matplotlib.__version__}, FreeType {features.version('freetype2')}"
+        return f"{faces}, Unicode {unicodedata.unidata_version}, {FSDD_URL}"
+    return dict(cifar10=CIFAR10_SHA256, cupl=CUPL_URL).get(name, "")
 
 
 def check_source(cfg, slot):

@@ -520,8 +520,8 @@ def test_scripts_refuse_with_one_sentence_and_exit_code_2(tmp_path):
 def tiny(loss="label", embed="linear", seed=0, **more):
     image = dict(kind="continuous", dim=12, length=16, patch=2, mean=[9.0], std=[5.0], loss=loss)
     text = dict(kind="discrete", vocab=50, length=9, loss=loss, rows=[1, 2, 3])
-    slots = dict(image=dict(image, rows=[0, 1, 2]), text=text)
-    return M.UML(slots, 4, 16, layers=2, heads=2, image_embed=embed, seed=seed, **more)
+    slots = dict(image=dict(image, rows=[0, 1, 2], embed=embed), text=text)
+    return M.UML(slots, 4, 16, layers=2, heads=2, seed=seed, **more)
 
 def text_batch(length=9, n=5):
     tokens = torch.randint(0, 50, (n, length), generator=torch.Generator().manual_seed(1))

@@ -75,6 +75,7 @@ KEYS = dict(
     layers=(4, "blocks of the trunk (0: none, for features of a frozen encoder)", at_least(0)),
     heads=(4, "attention heads", at_least(1)),
     image_embed=("linear", "a matrix a patch; conv: a ConvNet, for label losses", one_of("linear", "conv")),
+    audio_embed=("linear", "a matrix a token; conv: likewise, on log-mels", one_of("linear", "conv")),
     temperature=(False, "learn a temperature of the label logits per slot"),
     label_smoothing=(0.0, "share of every label that is spread over the slot's classes", inside(-1e-9, 1)),
     head_from=("", "slot whose class means start the label head at the first target step ('zero-shot init')"),
@@ -255,6 +256,12 @@ def destroy_structure(slot, seed):
         slot.train["tokens"] = all_tokens
 
 
+def is_joined(slot):
+    """Does the conv stem join an item of this slot into one token?"""
+    embed = slot.cfg.get(f"{modality_of(slot.name)}_embed")
+    return embed == "conv" and ("patch" in slot.meta or "mels" in slot.meta)  # features have neither
+
+
 def model_slots(slots):
     """What model.py must know of each slot, plain enough to be stored in a checkpoint."""
     out = {}
@@ -264,6 +271,8 @@ def model_slots(slots):
         out[name] = dict(known, loss=slot.loss, length=shape[0])
         if slot.meta["kind"] == "continuous":
             out[name]["dim"] = shape[1]
+        if is_joined(slot):
+            out[name]["embed"] = "conv"
         if "label" in slot.objectives:
             out[name]["rows"] = np.unique(slot.head_rows[slot.train["labels"][slot.rows]]).tolist()
     return out
@@ -304,7 +313,7 @@ def collate(slot, arrays, rows, device, rng=None, augment=False):
     if augment and "mels" in meta:
         tokens, lengths = move_and_mask(tokens, lengths, meta["mels"], cfg["audio_shift"], cfg["audio_gain"],
                                         cfg["audio_mask"], rng)
-    if lengths is not None:
+    if lengths is not None and not is_joined(slot):  # the stem reads a whole recording, padding as silence
         if device.type == "cpu":  # short batches are cheap; compiled GPU code wants one shape
             tokens = tokens[:, :max(2, lengths.max())]  # "next" needs one token to read and one to predict
         batch["real"] = np.arange(tokens.shape[1]) < lengths[:, None]  # (B, T)
@@ -522,7 +531,7 @@ def pick_device(cfg):
 
 def build_model(cfg, slots, classes):
     """A fresh UML from a config and model_slots(); UserError for a combination that cannot work."""
-    keys = ("width", "layers", "heads", "image_embed", "temperature", "label_smoothing", "apart", "seed")
+    keys = ("width", "layers", "heads", "temperature", "label_smoothing", "apart", "seed")
     try:
         return UML(slots, len(classes), **{key: cfg[key] for key in keys if key in cfg})
     except ValueError as problem:
