@@ -83,13 +83,17 @@ def tell(line):
 # config: `key = literal` lines, read with ast and never executed; any key can be overridden as --key=value
 
 
-def at_least(low):
+def at_least(low, most=math.inf):
     """The checks of a key's value are pairs: what it must be, in words; the test."""
-    return f"at least {low}", lambda value: value >= low
+    return f"at least {low}" if most == math.inf else f"{low} to {most}", lambda value: low <= value <= most
 
 
-def inside(low, high):
-    return f"between {low} and {high}", lambda value: low < value < high
+def above(low):
+    return f"above {low}", lambda value: low < value < math.inf
+
+
+def below(high):
+    return f"below {high}", lambda value: value < high
 
 
 def one_of(*choices):
@@ -113,15 +117,15 @@ PREPARE_KEYS.update(
     patch_size=(8, "side of the square patches that are an image's tokens", at_least(1)),
     text_length=(32, "longest text item in tokens; longer documents are cut into windows", at_least(2)),
     # vocab_size: from the 256 bytes to what uint16 holds
-    vocab_size=(4096, "largest BPE vocabulary, trained on the source's training text", inside(255, 65537)),
-    audio_rate=(8000, "recordings are resampled to this many samples a second", inside(999, 48001)),
+    vocab_size=(4096, "largest BPE vocabulary, trained on the source's training text", at_least(256, 65536)),
+    audio_rate=(8000, "recordings are resampled to this many samples a second", at_least(1000, 48000)),
     audio_mels=(40, "mel bands of a log-mel frame; there is a frame every 10 ms", at_least(1)),
     audio_frames=(64, "recordings are cut or padded to this many frames", at_least(1)),
     audio_group=(4, "frames in a token", at_least(1)),
     audio_groups=("", "regular expression: its first group, in a file's name, is the speaker to split by"),
     audio_test_group=("", "the speaker of the test split: a name, #N for the N-th by name, or each: #SEED"),
     audio_val_group=("", "the speaker of the validation split, likewise"),
-    val_fraction=(0.1, "share of the items for validation (and test, if a source has none)", inside(0, 1)),
+    val_fraction=(0.1, "share of the items for val (and for test, if a source has none)", above(0), below(1)),
     split_seed=(0, "seed of the draw of these splits", at_least(0)),
     verify=(False, "compare every shard with its checksum before use (sizes are always checked)"),
     skip_bad=(False, "skip (and count) unreadable files instead of stopping at the first"),
@@ -228,8 +232,8 @@ def print_help(doc, keys, title="Every key, for a config file or as --key=value:
     print(doc)
     print(title)
     for key, (default, text, *checks) in keys.items():
-        ranges = "".join(f" ({words})" for words, _ in checks)
-        print(f"  {key + ' = ' + repr(default):34} {text}{ranges}")
+        ranges = " and ".join(words for words, _ in checks)
+        print(f"  {key + ' = ' + repr(default):34} {text}" + (f" ({ranges})" if ranges else ""))
 
 
 # ------------------------------------------------------------------------------------------------------------

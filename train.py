@@ -36,10 +36,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import OBJECTIVES, UML, linear_probe
-from prepare import (FORMAT, LOG_MEL_RANGE, MODALITIES, PREPARE_KEYS, SLOT_NAME, UserError, active_slots,
-                     at_least, exit_on_user_error, inside, load_split, locked, modality_of, one_of, patchify,
-                     peak_memory, plain_name, prepare, print_help, read_config, read_json, read_meta,
-                     shard_folder, tell, unpatchify, write_file, write_json, writing)
+from prepare import (FORMAT, LOG_MEL_RANGE, MODALITIES, PREPARE_KEYS, SLOT_NAME, UserError, above,
+                     active_slots, at_least, below, exit_on_user_error, load_split, locked, modality_of,
+                     one_of, patchify, peak_memory, plain_name, prepare, print_help, read_config, read_json,
+                     read_meta, shard_folder, tell, unpatchify, write_file, write_json, writing)
 
 # ------------------------------------------------------------------------------------------------------------
 # config: these keys and prepare.py's make a run; sample_configs/*.py set some, --key=value overrides any
@@ -50,7 +50,7 @@ SLOT_KEYS = {}  # numbered slots (text2_loss, ...) take the defaults of their mo
 for name, (loss, _) in MODALITIES.items():
     SLOT_KEYS.update({
         f"{name}_loss": (loss, f"objectives of the {name} slot", objectives),
-        f"{name}_weight": (1.0, f"factor on the {name} loss", inside(0, math.inf)),
+        f"{name}_weight": (1.0, f"factor on the {name} loss", above(0)),
         f"{name}_updates": (1, "steps per target step under schedule='alternate' (target: 1)", at_least(0)),
         f"{name}_batch": (64, f"{name} items in a step", at_least(1)),
         f"{name}_examples": (-1, "training items: nested, even over classes (-1: all, 0: off)", at_least(-1)),
@@ -66,7 +66,7 @@ KEYS = dict(
     # augmentation
     image_shift=(4, "pictures are shifted by up to this many pixels", at_least(0)),
     image_flip=(False, "pictures are mirrored at random (wrong for letters, and for left against right)"),
-    image_affine=(0.0, "standard deviation of a random affine map of each picture", inside(-1e-9, 1)),
+    image_affine=(0.0, "standard deviation of a random affine map of each picture", at_least(0), below(1)),
     audio_shift=(6, "recordings are moved by up to this many frames", at_least(0)),
     audio_gain=(6.0, "loudness changes by up to this many decibels", at_least(0)),
     audio_mask=(8, "a band of up to this many mels and a span of as many frames are blanked", at_least(0)),
@@ -76,15 +76,15 @@ KEYS = dict(
     heads=(4, "attention heads", at_least(1)),
     image_embed=("linear", "a matrix a patch; conv: a ConvNet, for label losses", one_of("linear", "conv")),
     temperature=(False, "learn a temperature of the label logits per slot"),
-    label_smoothing=(0.0, "share of every label that is spread over the slot's classes", inside(-1e-9, 1)),
+    label_smoothing=(0.0, "share of a label that is spread over the slot's classes", at_least(0), below(1)),
     head_from=("", "slot whose class means start the label head at the first target step ('zero-shot init')"),
-    mask_ratio=(0.5, "share of tokens hidden in 'reconstruct'", inside(0, 1)),
+    mask_ratio=(0.5, "share of tokens hidden in 'reconstruct'", above(0), below(1)),
     # training
     seed=(0, "of parameters, examples, batches and augmentation", at_least(0)),
     steps=(1000, "target updates; the log counts the warm start too", at_least(1)),
     warm_start_steps=(0, "updates on the auxiliaries alone, before the first target update", at_least(0)),
     schedule=("alternate", "or joint: one step on the weighted sum of losses", one_of("alternate", "joint")),
-    learning_rate=(1e-3, "peak of each phase's cosine, after a linear warm-up of 5%", inside(0, math.inf)),
+    learning_rate=(1e-3, "peak of each phase's cosine, after a linear warm-up of 5%", above(0)),
     weight_decay=(0.05, "AdamW, on matrices only", at_least(0)),
     init_from=("", "out_dir of a finished run whose trunk this one starts from"),
     # running
