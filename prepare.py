@@ -132,7 +132,6 @@ PREPARE_KEYS.update(
     shard_mb=(256, "largest shard file in MiB", at_least(1)),
 )
 SLOT_NAME = re.compile(rf"({'|'.join(MODALITIES)})\d?")
-SLOT_SUFFIXES = ("", "_loss", "_weight", "_updates", "_batch", "_examples")  # what every slot has
 
 
 def modality_of(slot):
@@ -205,11 +204,13 @@ def read_config(argv, keys, strict=True):
             lines.append((key, text if equals else "True", "command line", True))  # --resume means =True
 
     keys = dict(keys)
-    for key, *_ in lines:  # text2_loss brings text2 with all its keys
+    for key, *_ in lines:  # text2_loss brings text2, with the keys that every modality has
         slot = key.split("_")[0]
         if slot not in keys and SLOT_NAME.fullmatch(slot):
             modality = modality_of(slot)
-            keys.update({slot + end: keys[modality + end] for end in SLOT_SUFFIXES if modality + end in keys})
+            ends = [known.removeprefix(modality) for known in keys if known.startswith(modality)]
+            ends = [end for end in ends if all(other + end in keys for other in MODALITIES)]
+            keys.update({slot + end: keys[modality + end] for end in ends})
     cfg = {key: default for key, (default, *_) in keys.items()}
 
     for key, value, where, must_be_known in lines:

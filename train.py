@@ -46,15 +46,13 @@ from prepare import (FORMAT, LOG_MEL_RANGE, MODALITIES, PREPARE_KEYS, SLOT_NAME,
 
 objectives = (f"one or more of {', '.join(OBJECTIVES)}, joined by '+'",
               lambda value: set(value.split("+")) <= set(OBJECTIVES))
-SLOT_KEYS = {}  # numbered slots (text2_loss, ...) take the defaults of their modality
-for name, (loss, _) in MODALITIES.items():
-    SLOT_KEYS.update({
-        f"{name}_loss": (loss, f"objectives of the {name} slot", objectives),
-        f"{name}_weight": (1.0, f"factor on the {name} loss", above(0)),
-        f"{name}_updates": (1, "steps per target step under schedule='alternate' (target: 1)", at_least(0)),
-        f"{name}_batch": (64, f"{name} items in a step", at_least(1)),
-        f"{name}_examples": (-1, "training items: nested, even over classes (-1: all, 0: off)", at_least(-1)),
-    })
+SLOT_KEYS = {f"{slot}_{end}": key for slot, (loss, _) in MODALITIES.items() for end, key in dict(
+    loss=(loss, f"objectives of the {slot} slot", objectives),
+    weight=(1.0, f"factor on the {slot} loss", above(0)),
+    updates=(1, "steps per target step under schedule='alternate' (target: 1)", at_least(0)),
+    batch=(64, f"{slot} items in a step", at_least(1)),
+    examples=(-1, "training items: nested, even over classes (-1: all, 0: off)", at_least(-1)),
+).items()}
 KEYS = dict(
     **PREPARE_KEYS,
     # slots
