@@ -36,10 +36,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import OBJECTIVES, UML, linear_probe
-from prepare import (FORMAT, LOG_MEL_RANGE, MODALITIES, PREPARE_KEYS, SLOT_NAME, UserError, above,
-                     active_slots, at_least, below, exit_on_user_error, load_split, locked, modality_of,
+from prepare import (LOG_MEL_RANGE, MODALITIES, PREPARE_KEYS, SLOT_NAME, UserError, above, active_slots,
+                     at_least, below, exit_on_user_error, load_split, locked, modality_of,
                      one_of, patchify, peak_memory, plain_name, prepare, print_help, read_config, read_json,
                      read_meta, shard_folder, tell, unpatchify, write_file, write_json, writing)
+
+CHECKPOINT_FORMAT = 4  # raise it when what a checkpoint holds, or what its weights mean, changes
 
 # ------------------------------------------------------------------------------------------------------------
 # config: these keys and prepare.py's make a run; sample_configs/*.py set some, --key=value overrides any
@@ -786,7 +788,7 @@ def save_checkpoint(path, keep=None, **state):
         raise UserError(f"{broken[0]} is no longer finite after step {state['step']}: lower --learning_rate "
                         f"(now {state['config']['learning_rate']}); {path} keeps the checkpoint before it")
     data = io.BytesIO()
-    torch.save(dict(state, format=FORMAT), data)
+    torch.save(dict(state, format=CHECKPOINT_FORMAT), data)
     write_file(path, data.getvalue(), keep)
 
 
@@ -794,8 +796,8 @@ def load_checkpoint(path):
     """What save() in train() put into a checkpoint, a dict. Only tensors and plain values are unpickled."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["format"] != FORMAT:
-            raise ValueError(f"format {saved['format']!r} where this code writes {FORMAT}")
+        if saved["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"format {saved['format']!r} where this code writes {CHECKPOINT_FORMAT}")
         for key in ("optimizer", "step", "config", "slots", "classes", "target_classes", "best", "updates",
                     "seconds", "items", "threads"):
             saved[key]  # KeyError if it is missing
