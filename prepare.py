@@ -919,15 +919,18 @@ def write_splits(cfg, folder, source, split, say):
     with tqdm(total=len(split), desc=f"encoding {encode}", disable=None, leave=False) as bar:
         for part in PARTS:
             rows, writers = np.flatnonzero(split == part), {}
+            class_counts = np.zeros(len(source["classes"]), np.int64)
             for items, arrays in encoded_chunks(cfg, source, rows, bpe, bar):
                 read += items
                 append(writers, os.path.join(folder, part), arrays, cfg["shard_mb"] * 2**20)
+                if "labels" in arrays:
+                    class_counts += np.bincount(arrays["labels"], minlength=len(class_counts))
                 if part == "train" and bpe is None:
                     sums.append(token_sums(cfg, encode, arrays))
             if not writers:
                 raise UserError(f"none of the {len(rows)} files for the {part} split is readable")
             info["arrays"] = {name: writer.array for name, writer in writers.items()}
-            info["splits"][part] = close(writers, len(source["classes"]))
+            info["splits"][part] = close(writers, class_counts)
     if read < len(split):
         say(f"skipped {len(split) - read} of {len(split)} files: not readable")
     if bpe is None:
@@ -989,12 +992,12 @@ def append(writers, stem, arrays, shard_bytes):
         writers[name].add(array)
 
 
-def close(writers, classes):
+def close(writers, class_counts):
     """Finish a split's files; returns what meta.json says of them."""
     files = {name: writer.close() for name, writer in writers.items()}
     split = dict(count=sum(file["count"] for file in files["tokens"]), files=files)
     if "labels" in writers:
-        split["class_counts"] = np.bincount(writers["labels"].seen, minlength=classes).tolist()
+        split["class_counts"] = class_counts.tolist()
     return split
 
 
@@ -1017,13 +1020,11 @@ class ShardWriter:
     """Appends rows to STEM_000.bin, STEM_001.bin ... of at most `rows` rows, with count and checksum each."""
 
     def __init__(self, stem, rows, array):
-        self.stem, self.rows, self.files, self.seen = stem, rows, [], []
+        self.stem, self.rows, self.files = stem, rows, []
         self.array = dict(dtype=array.dtype.name, shape=list(array.shape[1:]))
         self.file, self.digest = None, None
 
     def add(self, array):
-        if array.ndim == 1:
-            self.seen.extend(array.tolist())  # labels, to be counted
         while len(array):
             if self.file is None or self.files[-1]["count"] == self.rows:
                 self.close()
