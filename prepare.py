@@ -825,10 +825,10 @@ def make_shards(cfg, slot, folder, made_from, say):
         whole, part = MULTIPLES[modality]
         if cfg[whole] % cfg[part]:
             raise UserError(f"{whole}={cfg[whole]} is not a multiple of {part}={cfg[part]}")
-    say(f"preparing {slot}={cfg[slot]} in {folder}")
     start = time.perf_counter()
     name, _, path = cfg[slot].partition(":")
-    source = SOURCES[name][0](cfg, modality, path)
+    source = SOURCES[name][0](cfg, modality, path)  # refuses a wrong path
+    say(f"preparing {slot}={cfg[slot]} in {folder}")
     source.setdefault("encode", modality)
     split = draw_splits(cfg, slot, source, say)
     meta = dict(format=FORMAT, modality=modality, classes=source["classes"], made_from=made_from,
@@ -1282,6 +1282,7 @@ def raw_file(cfg, source, name, url, sha256):
     with locked(f"{path}.lock", f"another process is fetching {path}", wait=True):
         try:
             known = f"sha256:{sha256}" if sha256 else None
+            tell(f"fetching {url}")
             downloader = pooch.HTTPDownloader(progressbar=True, timeout=30)  # seconds without a byte
             return pooch.retrieve(url, known, name, folder, downloader=downloader)
         except (OSError, ValueError) as problem:  # requests' errors are OSErrors; ValueError: the checksum
