@@ -128,7 +128,7 @@ PREPARE_KEYS.update(
     val_fraction=(0.1, "share of the items for val (and for test, if a source has none)", above(0), below(1)),
     split_seed=(0, "seed of the draw of these splits", at_least(0)),
     verify=(False, "compare every shard with its checksum before use (sizes are always checked)"),
-    skip_bad=(False, "skip (and count) unreadable files instead of stopping at the first"),
+    skip_bad=(False, "skip unreadable files, name the first and count them, instead of stopping there"),
     shard_mb=(256, "largest shard file in MiB", at_least(1)),
 )
 SLOT_NAME = re.compile(rf"({'|'.join(MODALITIES)})\d?")
@@ -460,8 +460,10 @@ def folder_source(cfg, modality, path):
         except (UserError, OSError) as problem:
             if not cfg["skip_bad"]:
                 raise UserError(f"{problem}: remove this {what}, or pass --skip_bad=True") from None
+            source["skipped"].append(str(problem))
 
-    source = dict(items=Items(len(files), make), labels=labels, classes=classes, split=np.array(split))
+    source = dict(items=Items(len(files), make), labels=labels, classes=classes, split=np.array(split),
+                  skipped=[])
     if modality == "audio" and cfg["audio_groups"] and classes and "test" not in split:
         source["groups"] = speakers(cfg["audio_groups"], files)
     return source
@@ -915,13 +917,12 @@ def write_splits(cfg, folder, source, split, say):
         bpe = load_bpe(folder)
         info = dict(kind="discrete", vocab=bpe.n_vocab, bpe_sha256=file_sha256(path))
     info.update(arrays={}, splits={})
-    sums, read = [], 0
+    sums = []
     with tqdm(total=len(split), desc=f"encoding {encode}", disable=None, leave=False) as bar:
         for part in PARTS:
             rows, writers = np.flatnonzero(split == part), {}
             class_counts = np.zeros(len(source["classes"]), np.int64)
-            for items, arrays in encoded_chunks(cfg, source, rows, bpe, bar):
-                read += items
+            for arrays in encoded_chunks(cfg, source, rows, bpe, bar):
                 append(writers, os.path.join(folder, part), arrays, cfg["shard_mb"] * 2**20)
                 if "labels" in arrays:
                     class_counts += np.bincount(arrays["labels"], minlength=len(class_counts))
@@ -931,8 +932,8 @@ def write_splits(cfg, folder, source, split, say):
                 raise UserError(f"none of the {len(rows)} files for the {part} split is readable")
             info["arrays"] = {name: writer.array for name, writer in writers.items()}
             info["splits"][part] = close(writers, class_counts)
-    if read < len(split):
-        say(f"skipped {len(split) - read} of {len(split)} files: not readable")
+    if skipped := source.get("skipped"):
+        say(f"skipped {len(skipped)} of {len(split)} files, the first: {skipped[0]}")
     if bpe is None:
         info.update(mean_and_std(sums, info["arrays"]["tokens"]["dtype"]))
     if encode == "image":
@@ -943,7 +944,7 @@ def write_splits(cfg, folder, source, split, say):
 
 
 def encoded_chunks(cfg, source, rows, bpe, bar):
-    """Encode the items of rows, CHUNK at a time: yields how many were read, their arrays {name: (k, ...)}."""
+    """Encode the items of rows, CHUNK at a time: yields their arrays {name: (k, ...)}."""
     for start in range(0, len(rows), CHUNK):
         chosen = rows[start:start + CHUNK]
         items = source["items"][chosen]
@@ -957,7 +958,7 @@ def encoded_chunks(cfg, source, rows, bpe, bar):
         of_item = chosen[arrays.pop("item", slice(None))]  # a text may have become several rows
         if source["labels"] is not None:
             arrays["labels"] = source["labels"][of_item].astype(np.int32)
-        yield len(chosen), arrays
+        yield arrays
 
 
 def token_sums(cfg, encode, arrays):

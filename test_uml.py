@@ -419,7 +419,9 @@ def test_bad_recordings_are_named(tmp_path):
     for body in (b"", b"hello" * 99, whole[0][:44], *(body[:len(body) // 2] for body in whole)):
         open(f"{root}/one/bad.wav", "wb").write(body)
         refuses("bad.wav.*remove this recording, or pass --skip_bad", prepared, d, f"--audio=folder:{root}")
-    assert sum(counts(prepared(d, f"--audio=folder:{root}", "--skip_bad=True"))) == 24
+    argv, said = [f"--audio=folder:{root}", "--skip_bad=True", f"--data_dir={d}"], []
+    assert sum(counts(P.prepare(P.read_config(argv, P.PREPARE_KEYS), "audio", said.append))) == 24
+    assert any(re.match("skipped 1 of 25 files, the first: .*bad.wav is ", line) for line in said)
     for samples, words in ((np.zeros(2400), "only silence"), (np.full(2400, np.nan), "not numbers")):
         write_sound(f"{root}/one/bad.wav", samples, subtype="FLOAT")
         refuses(f"bad.wav .*{words}", prepared, d, f"--audio=folder:{root}")
