@@ -720,7 +720,7 @@ def read_recording(cfg, file, name=None):
 
 
 def encode_recordings(cfg, recordings, _):
-    """Sounds (k,) float32 -> {"tokens" (n, T, group*mels) uint8, "lengths" (n,) in tokens}."""
+    """Sounds (k,) float32 -> {"tokens" (n, T, group*mels) uint8, "lengths" (n,) in tokens, "cut" how many were longer}."""
     import torch
     from torchaudio.transforms import MelSpectrogram
     rate, mels, frames, group = (cfg[f"audio_{key}"] for key in ("rate", "mels", "frames", "group"))
@@ -736,7 +736,8 @@ def encode_recordings(cfg, recordings, _):
     real = np.array([min(frames, math.ceil(len(recording) / hop)) for recording in recordings])
     levels[np.arange(frames) >= real[:, None]] = 0
     tokens = levels.reshape(len(levels), frames // group, group * mels)
-    return dict(tokens=tokens, lengths=np.ceil(real / group).astype(np.int32))
+    cut = sum(len(recording) > frames * hop for recording in recordings)
+    return dict(tokens=tokens, lengths=np.ceil(real / group).astype(np.int32), cut=cut)
 
 
 def encode_features(cfg, numbers, _):
@@ -917,12 +918,13 @@ def write_splits(cfg, folder, source, split, say):
         bpe = load_bpe(folder)
         info = dict(kind="discrete", vocab=bpe.n_vocab, bpe_sha256=file_sha256(path))
     info.update(arrays={}, splits={})
-    sums = []
+    sums, cut = [], 0
     with tqdm(total=len(split), desc=f"encoding {encode}", disable=None, leave=False) as bar:
         for part in PARTS:
             rows, writers = np.flatnonzero(split == part), {}
             class_counts = np.zeros(len(source["classes"]), np.int64)
             for arrays in encoded_chunks(cfg, source, rows, bpe, bar):
+                cut += arrays.pop("cut", 0)
                 append(writers, os.path.join(folder, part), arrays, cfg["shard_mb"] * 2**20)
                 if "labels" in arrays:
                     class_counts += np.bincount(arrays["labels"], minlength=len(class_counts))
@@ -934,6 +936,8 @@ def write_splits(cfg, folder, source, split, say):
             info["splits"][part] = close(writers, class_counts)
     if skipped := source.get("skipped"):
         say(f"skipped {len(skipped)} of {len(split)} files, the first: {skipped[0]}")
+    if cut:
+        say(f"cut {cut} of {len(split)} recordings at audio_frames={cfg['audio_frames']}")
     if bpe is None:
         info.update(mean_and_std(sums, info["arrays"]["tokens"]["dtype"]))
     if encode == "image":

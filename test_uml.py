@@ -384,6 +384,7 @@ def test_recordings_become_log_mel_tokens_with_their_true_length():
     arrays, (low, high) = P.encode_recordings(AUDIO, sounds, None), P.LOG_MEL_RANGE
     tokens = arrays["tokens"]
     assert tokens.shape == (3, 16, 160) and tokens.dtype == "uint8" and list(arrays["lengths"]) == [8, 8, 16]
+    assert arrays["cut"] == 0 and P.encode_recordings(dict(AUDIO, audio_frames=60), sounds, None)["cut"] == 1
     bands = tokens[:2, :7].reshape(2, 28, 40).astype(int).mean(1).argmax(1)
     assert bands[0] < bands[1] and not tokens[0, 8:].any()
     exact = MelSpectrogram(8000, 512, win_length=200, hop_length=80, n_mels=40)(torch.from_numpy(sounds[2]))
