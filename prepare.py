@@ -720,7 +720,7 @@ def read_recording(cfg, file, name=None):
 
 
 def encode_recordings(cfg, recordings, _):
-    """Sounds (k,) float32 -> {"tokens" (n, T, group*mels) uint8, "lengths" (n,) in tokens, "cut" how many were longer}."""
+    """Sounds (k,) float32 -> {"tokens" (n, T, group*mels) uint8, "lengths" (n,) in tokens, "cut"}."""
     import torch
     from torchaudio.transforms import MelSpectrogram
     rate, mels, frames, group = (cfg[f"audio_{key}"] for key in ("rate", "mels", "frames", "group"))
@@ -736,7 +736,7 @@ def encode_recordings(cfg, recordings, _):
     real = np.array([min(frames, math.ceil(len(recording) / hop)) for recording in recordings])
     levels[np.arange(frames) >= real[:, None]] = 0
     tokens = levels.reshape(len(levels), frames // group, group * mels)
-    cut = sum(len(recording) > frames * hop for recording in recordings)
+    cut = sum(len(recording) > frames * hop for recording in recordings)  # how many were longer
     return dict(tokens=tokens, lengths=np.ceil(real / group).astype(np.int32), cut=cut)
 
 

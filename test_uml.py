@@ -605,6 +605,14 @@ def test_examples_are_nested_even_over_classes_and_epochs_are_permutations_of_th
     stream = np.concatenate([T.batch_rows(slot, 0, u) for u in range(15)]).reshape(4, 30)
     assert all(sorted(epoch) == list(range(100, 130)) for epoch in stream) and (stream[0] != stream[1]).any()
 
+@cases("names, words", [("A b", "classes of text that are"), ("x y", "share no class name, so no label teaches")])
+def test_classes_that_only_one_slot_knows_are_told_in_one_line(names, words):
+    slots = {name: SimpleNamespace(name=name, objectives=["label"], meta=dict(classes=classes))
+             for name, classes in (("image", ["a"]), ("text", names.split()))}
+    said = []
+    T.match_classes(slots, "image", said.append)
+    assert len(said) == 1 and words in said[0]
+
 def test_adding_a_modality_changes_no_other_modalitys_batches(data):
     more = ["--image_affine=0.1", "--image_shift=0"]
     alone, both = opened(data, *more, "--text=")[1]["image"], opened(data, *more)[1]["image"]

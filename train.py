@@ -226,10 +226,14 @@ def match_classes(slots, target, say):
             continue
         own = [plain_name(c) for c in slot.meta["classes"]]
         new = [c for c in slot.meta["classes"] if plain_name(c) not in rows]
-        lacking = [c for c in slots[target].meta["classes"] if plain_name(c) not in own]
+        theirs = slots[target].meta["classes"]
+        lacking = [c for c in theirs if plain_name(c) not in own]
+        if lacking and lacking == theirs:
+            say(f"warning: {slot.name} and the target share no class name, so no label teaches both (such as "
+                f"{slot.meta['classes'][0]}, and the target's {theirs[0]})")
         for missing, where in ((new, f"{slot.name} that are not the target's"),
                                (lacking, f"the target that are not {slot.name}'s")):
-            if classes and missing:
+            if classes and missing and lacking != theirs:
                 say(f"warning: classes of {where}: {len(missing)} ({', '.join(missing[:5])})")
         rows.update({plain_name(c): len(classes) + i for i, c in enumerate(new)})
         classes += new
