@@ -45,7 +45,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
-from scipy import stats
 
 from model import linear_probe
 from prepare import (LOG_MEL_RANGE, UserError, active_slots, at_least, encode_recordings, exit_on_user_error,
@@ -72,6 +71,7 @@ def t_interval(values):
     n = len(values)
     if n < 2:
         return float(np.mean(values)), None
+    from scipy import stats  # a second, which --help and workers need not wait for
     half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
     return float(np.mean(values)), float(half)
 
@@ -84,6 +84,7 @@ def paired(a, b):
     if len(d) < 2 or np.ptp(d) == 0:  # no spread to hold the mean against
         p, flip_p = (1.0, 1.0) if len(d) < 2 or mean == 0 else (0.0, floor)
     else:
+        from scipy import stats
         p = float(stats.ttest_1samp(d, 0).pvalue)
         flips = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=2**16,
                                        rng=np.random.default_rng(0))
