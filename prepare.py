@@ -83,13 +83,17 @@ def tell(line):
 # config: `key = literal` lines, read with ast and never executed; any key can be overridden as --key=value
 
 
-def at_least(low):
+def at_least(low, most=math.inf):
     """The checks of a key's value are pairs: what it must be, in words; the test."""
-    return f"at least {low}", lambda value: value >= low
+    return f"at least {low}" if most == math.inf else f"{low} to {most}", lambda value: low <= value <= most
 
 
-def inside(low, high):
-    return f"between {low} and {high}", lambda value: low < value < high
+def above(low):
+    return f"above {low}", lambda value: low < value < math.inf
+
+
+def below(high):
+    return f"below {high}", lambda value: value < high
 
 
 def one_of(*choices):
@@ -113,22 +117,21 @@ PREPARE_KEYS.update(
     patch_size=(8, "side of the square patches that are an image's tokens", at_least(1)),
     text_length=(32, "longest text item in tokens; longer documents are cut into windows", at_least(2)),
     # vocab_size: from the 256 bytes to what uint16 holds
-    vocab_size=(4096, "largest BPE vocabulary, trained on the source's training text", inside(255, 65537)),
-    audio_rate=(8000, "recordings are resampled to this many samples a second", inside(999, 48001)),
+    vocab_size=(4096, "largest BPE vocabulary, trained on the source's training text", at_least(256, 65536)),
+    audio_rate=(8000, "recordings are resampled to this many samples a second", at_least(1000, 48000)),
     audio_mels=(40, "mel bands of a log-mel frame; there is a frame every 10 ms", at_least(1)),
     audio_frames=(64, "recordings are cut or padded to this many frames", at_least(1)),
     audio_group=(4, "frames in a token", at_least(1)),
     audio_groups=("", "regular expression: its first group, in a file's name, is the speaker to split by"),
     audio_test_group=("", "the speaker of the test split: a name, #N for the N-th by name, or each: #SEED"),
     audio_val_group=("", "the speaker of the validation split, likewise"),
-    val_fraction=(0.1, "share of the items for validation (and test, if a source has none)", inside(0, 1)),
+    val_fraction=(0.1, "share of the items for val (and for test, if a source has none)", above(0), below(1)),
     split_seed=(0, "seed of the draw of these splits", at_least(0)),
     verify=(False, "compare every shard with its checksum before use (sizes are always checked)"),
-    skip_bad=(False, "skip (and count) unreadable files instead of stopping at the first"),
+    skip_bad=(False, "skip unreadable files, name the first and count them, instead of stopping there"),
     shard_mb=(256, "largest shard file in MiB", at_least(1)),
 )
 SLOT_NAME = re.compile(rf"({'|'.join(MODALITIES)})\d?")
-SLOT_SUFFIXES = ("", "_loss", "_weight", "_updates", "_batch", "_examples")  # what every slot has
 
 
 def modality_of(slot):
@@ -201,11 +204,13 @@ def read_config(argv, keys, strict=True):
             lines.append((key, text if equals else "True", "command line", True))  # --resume means =True
 
     keys = dict(keys)
-    for key, *_ in lines:  # text2_loss brings text2 with all its keys
+    for key, *_ in lines:  # text2_loss brings text2, with the keys that every modality has
         slot = key.split("_")[0]
         if slot not in keys and SLOT_NAME.fullmatch(slot):
             modality = modality_of(slot)
-            keys.update({slot + end: keys[modality + end] for end in SLOT_SUFFIXES if modality + end in keys})
+            ends = [known.removeprefix(modality) for known in keys if known.startswith(modality)]
+            ends = [end for end in ends if all(other + end in keys for other in MODALITIES)]
+            keys.update({slot + end: keys[modality + end] for end in ends})
     cfg = {key: default for key, (default, *_) in keys.items()}
 
     for key, value, where, must_be_known in lines:
@@ -228,8 +233,8 @@ def print_help(doc, keys, title="Every key, for a config file or as --key=value:
     print(doc)
     print(title)
     for key, (default, text, *checks) in keys.items():
-        ranges = "".join(f" ({words})" for words, _ in checks)
-        print(f"  {key + ' = ' + repr(default):34} {text}{ranges}")
+        ranges = " and ".join(words for words, _ in checks)
+        print(f"  {key + ' = ' + repr(default):34} {text}" + (f" ({ranges})" if ranges else ""))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -459,8 +464,10 @@ def folder_source(cfg, modality, path):
         except (UserError, OSError) as problem:
             if not cfg["skip_bad"]:
                 raise UserError(f"{problem}: remove this {what}, or pass --skip_bad=True") from None
+            source["skipped"].append(str(problem))
 
-    source = dict(items=Items(len(files), make), labels=labels, classes=classes, split=np.array(split))
+    source = dict(items=Items(len(files), make), labels=labels, classes=classes, split=np.array(split),
+                  skipped=[])
     if modality == "audio" and cfg["audio_groups"] and classes and "test" not in split:
         source["groups"] = speakers(cfg["audio_groups"], files)
     return source
@@ -757,7 +764,7 @@ def read_recording(cfg, file, name=None):
 
 
 def encode_recordings(cfg, recordings, _):
-    """Sounds (k,) float32 -> {"tokens" (n, T, group*mels) uint8, "lengths" (n,) in tokens}."""
+    """Sounds (k,) float32 -> {"tokens" (n, T, group*mels) uint8, "lengths" (n,) in tokens, "cut"}."""
     import torch
     from torchaudio.transforms import MelSpectrogram
     rate, mels, frames, group = (cfg[f"audio_{key}"] for key in ("rate", "mels", "frames", "group"))
@@ -773,7 +780,8 @@ def encode_recordings(cfg, recordings, _):
     real = np.array([min(frames, math.ceil(len(recording) / hop)) for recording in recordings])
     levels[np.arange(frames) >= real[:, None]] = 0
     tokens = levels.reshape(len(levels), frames // group, group * mels)
-    return dict(tokens=tokens, lengths=np.ceil(real / group).astype(np.int32))
+    cut = sum(len(recording) > frames * hop for recording in recordings)  # how many were longer
+    return dict(tokens=tokens, lengths=np.ceil(real / group).astype(np.int32), cut=cut)
 
 
 def encode_features(cfg, numbers, _):
@@ -864,10 +872,10 @@ def make_shards(cfg, slot, folder, made_from, say):
         whole, part = MULTIPLES[modality]
         if cfg[whole] % cfg[part]:
             raise UserError(f"{whole}={cfg[whole]} is not a multiple of {part}={cfg[part]}")
-    say(f"preparing {slot}={cfg[slot]} in {folder}")
     start = time.perf_counter()
     name, _, path = cfg[slot].partition(":")
-    source = SOURCES[name][0](cfg, modality, path)
+    source = SOURCES[name][0](cfg, modality, path)  # refuses a wrong path
+    say(f"preparing {slot}={cfg[slot]} in {folder}")
     source.setdefault("encode", modality)
     split = draw_splits(cfg, slot, source, say)
     meta = dict(format=FORMAT, modality=modality, classes=source["classes"], made_from=made_from,
@@ -954,21 +962,26 @@ def write_splits(cfg, folder, source, split, say):
         bpe = load_bpe(folder)
         info = dict(kind="discrete", vocab=bpe.n_vocab, bpe_sha256=file_sha256(path))
     info.update(arrays={}, splits={})
-    sums, read = [], 0
+    sums, cut = [], 0
     with tqdm(total=len(split), desc=f"encoding {encode}", disable=None, leave=False) as bar:
         for part in PARTS:
             rows, writers = np.flatnonzero(split == part), {}
-            for items, arrays in encoded_chunks(cfg, source, rows, bpe, bar):
-                read += items
+            class_counts = np.zeros(len(source["classes"]), np.int64)
+            for arrays in encoded_chunks(cfg, source, rows, bpe, bar):
+                cut += arrays.pop("cut", 0)
                 append(writers, os.path.join(folder, part), arrays, cfg["shard_mb"] * 2**20)
+                if "labels" in arrays:
+                    class_counts += np.bincount(arrays["labels"], minlength=len(class_counts))
                 if part == "train" and bpe is None:
                     sums.append(token_sums(cfg, encode, arrays))
             if not writers:
                 raise UserError(f"none of the {len(rows)} files for the {part} split is readable")
             info["arrays"] = {name: writer.array for name, writer in writers.items()}
-            info["splits"][part] = close(writers, len(source["classes"]))
-    if read < len(split):
-        say(f"skipped {len(split) - read} of {len(split)} files: not readable")
+            info["splits"][part] = close(writers, class_counts)
+    if skipped := source.get("skipped"):
+        say(f"skipped {len(skipped)} of {len(split)} files, the first: {skipped[0]}")
+    if cut:
+        say(f"cut {cut} of {len(split)} recordings at audio_frames={cfg['audio_frames']}")
     if bpe is None:
         info.update(mean_and_std(sums, info["arrays"]["tokens"]["dtype"]))
     if encode == "image":
@@ -979,7 +992,7 @@ def write_splits(cfg, folder, source, split, say):
 
 
 def encoded_chunks(cfg, source, rows, bpe, bar):
-    """Encode the items of rows, CHUNK at a time: yields how many were read, their arrays {name: (k, ...)}."""
+    """Encode the items of rows, CHUNK at a time: yields their arrays {name: (k, ...)}."""
     for start in range(0, len(rows), CHUNK):
         chosen = rows[start:start + CHUNK]
         items = source["items"][chosen]
@@ -993,7 +1006,7 @@ def encoded_chunks(cfg, source, rows, bpe, bar):
         of_item = chosen[arrays.pop("item", slice(None))]  # a text may have become several rows
         if source["labels"] is not None:
             arrays["labels"] = source["labels"][of_item].astype(np.int32)
-        yield len(chosen), arrays
+        yield arrays
 
 
 def token_sums(cfg, encode, arrays):
@@ -1028,12 +1041,12 @@ def append(writers, stem, arrays, shard_bytes):
         writers[name].add(array)
 
 
-def close(writers, classes):
+def close(writers, class_counts):
     """Finish a split's files; returns what meta.json says of them."""
     files = {name: writer.close() for name, writer in writers.items()}
     split = dict(count=sum(file["count"] for file in files["tokens"]), files=files)
     if "labels" in writers:
-        split["class_counts"] = np.bincount(writers["labels"].seen, minlength=classes).tolist()
+        split["class_counts"] = class_counts.tolist()
     return split
 
 
@@ -1056,13 +1069,11 @@ class ShardWriter:
     """Appends rows to STEM_000.bin, STEM_001.bin ... of at most `rows` rows, with count and checksum each."""
 
     def __init__(self, stem, rows, array):
-        self.stem, self.rows, self.files, self.seen = stem, rows, [], []
+        self.stem, self.rows, self.files = stem, rows, []
         self.array = dict(dtype=array.dtype.name, shape=list(array.shape[1:]))
         self.file, self.digest = None, None
 
     def add(self, array):
-        if array.ndim == 1:
-            self.seen.extend(array.tolist())  # labels, to be counted
         while len(array):
             if self.file is None or self.files[-1]["count"] == self.rows:
                 self.close()
@@ -1320,6 +1331,7 @@ def raw_file(cfg, source, name, url, sha256):
     with locked(f"{path}.lock", f"another process is fetching {path}", wait=True):
         try:
             known = f"sha256:{sha256}" if sha256 else None
+            tell(f"fetching {url}")
             downloader = pooch.HTTPDownloader(progressbar=True, timeout=30)  # seconds without a byte
             return pooch.retrieve(url, known, name, folder, downloader=downloader)
         except (OSError, ValueError) as problem:  # requests' errors are OSErrors; ValueError: the checksum

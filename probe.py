@@ -33,7 +33,8 @@ import shutil
 import signal
 import sys
 import textwrap
-from concurrent.futures import ProcessPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
@@ -44,8 +45,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
-from scipy import stats
-from tqdm import tqdm
 
 from model import linear_probe
 from prepare import (LOG_MEL_RANGE, UserError, active_slots, at_least, encode_recordings, exit_on_user_error,
@@ -53,7 +52,8 @@ from prepare import (LOG_MEL_RANGE, UserError, active_slots, at_least, encode_re
                      print_help, read_config, read_meta, read_picture, read_recording, read_text, tell,
                      unpatchify, write_file, write_json)
 from train import (FREE_KEYS, KEYS, SIGNALS, choose_examples, evaluate, extract, fit_probe, load_checkpoint,
-                   load_model, open_slots, read_run_config, resolve, run, save_checkpoint, shard_names)
+                   load_model, open_slots, pick_device, read_run_config, resolve, run, save_checkpoint,
+                   shard_names)
 
 CPU = torch.device("cpu")
 
@@ -71,6 +71,7 @@ def t_interval(values):
     n = len(values)
     if n < 2:
         return float(np.mean(values)), None
+    from scipy import stats  # a second, which --help and workers need not wait for
     half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
     return float(np.mean(values)), float(half)
 
@@ -83,6 +84,7 @@ def paired(a, b):
     if len(d) < 2 or np.ptp(d) == 0:  # no spread to hold the mean against
         p, flip_p = (1.0, 1.0) if len(d) < 2 or mean == 0 else (0.0, floor)
     else:
+        from scipy import stats
         p = float(stats.ttest_1samp(d, 0).pvalue)
         flips = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=2**16,
                                        rng=np.random.default_rng(0))
@@ -101,7 +103,7 @@ COMPARE_KEYS = dict(
     search=("0.5,1,2", "compare: candidates of each arm, chosen on validation with a seed that is not "
                        "reported: factors on learning_rate, or settings "
                        "'learning_rate=1e-3,weight_decay=0.5;learning_rate=...'"),
-    jobs=(1, "runs at a time, each with `threads` threads", at_least(1)),
+    jobs=(0, "runs at a time (0: on a GPU one, else one a core, of one thread each)", at_least(0)),
 )
 ARMS = dict(
     alone="the target only", uml="the config as it stands", control="auxiliary with its structure destroyed",
@@ -158,6 +160,10 @@ def own_keys(cfg):
         raise UserError(f"seed={cfg['seed']} is set run by run here: did you mean --seeds={cfg['seed']} or "
                         f"--first_seed={cfg['seed']}?")
     cfg.update(stop_after=0, benchmark=False)  # keys of single runs
+    if not own["jobs"]:
+        on_cpu = pick_device(cfg)[0].type == "cpu"
+        cfg["threads"] = cfg["threads"] or int(on_cpu)
+        own["jobs"] = max(1, torch.get_num_threads() // cfg["threads"]) if on_cpu else 1  # torch counts cores
     own["seeds"] = range(own["first_seed"], own["first_seed"] + own["seeds"])
     return own
 
@@ -206,7 +212,6 @@ def run_arms(cfg, own, arms, seeds, settings, per_seed):
     """
     folder = os.path.join(cfg["out_dir"], "compare")
     os.makedirs(folder, exist_ok=True)
-    bar = tqdm(total=0, desc="runs", disable=None)
     results, chosen, searched = {}, {}, {}
 
     def configs(arm, pairs, **change):
@@ -216,19 +221,19 @@ def run_arms(cfg, own, arms, seeds, settings, per_seed):
 
     search_seeds = seeds if per_seed else [SEARCH_SEED]
     tries = list(itertools.product(search_seeds, settings)) if len(settings) > 1 else []
+    progress = SimpleNamespace(jobs=own["jobs"], total=len(arms) * (len(tries) + len(seeds)), spent=[])
     later = [arm for arm in arms if arm not in ("alone", "uml")]  # `longer` needs the others' FLOPs
     for wave in (["alone", "uml"], later):
         searches = [c for arm in wave for c in configs(arm, tries, score_test=False)]
-        found = iter(run_all(searches, folder, own["jobs"], bar))
+        found = iter(run_all(searches, folder, progress))
         for arm in wave:
             scores = [score_of(next(found), "val") for _ in tries]
             searched[arm] = np.array(scores).reshape(-1, len(settings))
             best = searched[arm].argmax(1).tolist() or [0]  # one for each search; without, the only setting
             chosen[arm] = [settings[i] for i in best] * (len(seeds) // len(best))
         runs = [c for arm in wave for c in configs(arm, zip(seeds, chosen[arm]))]
-        found = iter(run_all(runs, folder, own["jobs"], bar))
+        found = iter(run_all(runs, folder, progress))
         results.update({arm: [next(found) for _ in seeds] for arm in wave})
-    bar.close()
     return results, chosen, searched
 
 
@@ -339,11 +344,11 @@ def show_compare(out):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# many runs: at most `jobs` at a time, finished ones read back, begun ones resumed, equal warm starts shared
+# many runs: some at a time, finished ones read back, begun ones resumed, equal warm starts shared
 
 
-def run_all(configs, folder, jobs, bar):
-    """Run every config to its result; the results in their order.
+def run_all(configs, folder, progress):
+    """Run every config to its result; the results in their order. progress: jobs at a time, total, spent.
 
     A run's folder is named by what decides its result: the config (without paths), this code, the shards and
     init_from. A warm start that arms share runs once; they begin with copies of its checkpoint.
@@ -372,14 +377,15 @@ def run_all(configs, folder, jobs, bar):
                 if cfg["out_dir"] in warm_of and not os.path.exists(os.path.join(cfg["out_dir"], "last.pt"))]
     shared = [warm_of[cfg["out_dir"]] for cfg in starting]
     once = {warm["out_dir"]: warm for warm in shared if not is_warm(warm)}
-    run_pool(list(once.values()), jobs, bar)
+    progress.total += len(once)
+    run_pool(list(once.values()), progress)
     for cfg, warm in zip(starting, shared):
         os.makedirs(cfg["out_dir"], exist_ok=True)
         shutil.copyfile(os.path.join(warm["out_dir"], "log.jsonl"), os.path.join(cfg["out_dir"], "log.jsonl"))
         begun = load_checkpoint(os.path.join(warm["out_dir"], "last.pt"))
         begun.update(config=dict(cfg, shards=shard_names(cfg)))
         save_checkpoint(os.path.join(cfg["out_dir"], "last.pt"), **begun)
-    return run_pool(tasks, jobs, bar)
+    return run_pool(tasks, progress)
 
 
 def digest(*values):
@@ -392,35 +398,41 @@ def is_warm(cfg):
     return os.path.exists(path) and load_checkpoint(path)["step"] == cfg["warm_start_steps"]
 
 
-def run_pool(configs, jobs, bar):
-    """The results of configs in their order. Where no bar is drawn (a log file) each makes a line."""
-    bar.total += len(configs)
-    bar.refresh()
+def run_pool(configs, progress):
+    """The results of configs in their order; each new one makes a line. progress.spent: seconds of those."""
+    new = {cfg["out_dir"]: cfg for cfg in configs
+           if not os.path.exists(os.path.join(cfg["out_dir"], "result.json"))}
+    found = {cfg["out_dir"]: quiet_run(cfg) for cfg in configs if cfg["out_dir"] not in new}  # read back
+    progress.total -= len(configs) - len(new)
 
-    def count(*_):
-        bar.update()
-        if bar.disable:  # then update() counts nothing
-            bar.n += 1
-            tell(f"{bar.n} of the {bar.total} runs planned so far are finished")
+    def count(result, seconds):
+        progress.spent.append(seconds)
+        done = len(progress.spent)
+        left = sum(progress.spent) / done * (progress.total - done) / progress.jobs
+        tell(f"{done} of {progress.total} runs finished, about {left / 60:.0f} minutes to go")
+        return result
 
-    if jobs == 1 or len(configs) < 2:
-        results = []
-        for cfg in configs:
-            results.append(quiet_run(cfg))
-            count()
-        return results
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(quiet_run, cfg) for cfg in configs]
-        for future in futures:
-            future.add_done_callback(count)
+    if progress.jobs == 1 or len(new) < 2:
+        found.update({path: count(*timed_run(cfg)) for path, cfg in new.items()})
+        return [found[cfg["out_dir"]] for cfg in configs]
+    with ProcessPoolExecutor(progress.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(timed_run, cfg): path for path, cfg in new.items()}
         try:
-            return [future.result() for future in futures]
+            for future in as_completed(futures):
+                found[futures[future]] = count(*future.result())
+            return [found[cfg["out_dir"]] for cfg in configs]
         except BrokenProcessPool:
-            raise UserError(f"a run was killed, perhaps for lack of memory: lower jobs={jobs}; the same "
-                            "command goes on") from None
+            raise UserError(f"a run was killed, perhaps for lack of memory: lower jobs={progress.jobs}; the "
+                            "same command goes on") from None
         except BaseException:  # a refusal or Ctrl-C: those at work finish a step and save, no other begins
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def timed_run(cfg):
+    """(the result of a run, its seconds)"""
+    start = time.perf_counter()
+    return quiet_run(cfg), time.perf_counter() - start
 
 
 def quiet_run(cfg):
@@ -1007,8 +1019,7 @@ def exchange(argv):
     open_slots(resolve(runs[-1]), say=quiet)  # too many examples show now, not hours later
     folder = os.path.join(cfg["out_dir"], "compare")
     os.makedirs(folder, exist_ok=True)
-    with tqdm(total=0, desc="runs", disable=None) as bar:
-        results = run_all(runs, folder, own["jobs"], bar)
+    results = run_all(runs, folder, SimpleNamespace(jobs=own["jobs"], total=len(runs), spent=[]))
     split = "test" if cfg["score_test"] else "val"
     scores = np.array([score_of(r, split) for r in results]).reshape(len(cells), -1)
     out = dict(kind="exchange", cells=cells, scores=scores.tolist(),

@@ -158,11 +158,11 @@ def write_archive(path, bodies, kind=tarfile.REGTYPE):
 @cases("argument, words", [
     ("--learning_rat=0.1", "did you mean 'learning_rate'"), ("--steps=1.5", "a whole number"),
     ("--steps=True", "a whole number"), ("--image_flip=1", "True or"), ("--learning_rate=fast", "a number"),
-    ("--compile=maybe", "True, False or None"), ("--image_affine=-0.1", "image_affine must be between"),
+    ("--compile=maybe", "True, False or None"), ("--image_affine=-0.1", "image_affine must be at least 0"),
     ("--image_affine=1.0", "image_affine must be"), ("--label_smoothing=1.5", "label_smoothing must be"),
     ("--label_smoothing=-0.5", "label_smoothing must be"), ("--label_smoothing=nan", "a number"),
-    ("--steps=0", "at least 1"), ("--vocab_size=255", "255 and 65537"), ("--val_fraction=1", "0 and 1"),
-    ("--learning_rate=1e999", "between"), ("--schedule=joined", "one of alternate, joint"),
+    ("--steps=0", "at least 1"), ("--vocab_size=255", "256 to 65536"), ("--val_fraction=1", "below 1"),
+    ("--learning_rate=1e999", "above 0"), ("--schedule=joined", "one of alternate, joint"),
     ("--text2_loss=next+labels", "next, reconstruct, label"), ("--text2_examples=-2", "at least -1"),
     ("--learning_rate=1" + "0" * 400, "learning_rate"), ("--steps=" + "-" * 100_000 + "1", "steps")])
 def test_config_refuses_unknown_keys_wrong_types_and_values_out_of_range(argument, words):
@@ -384,6 +384,7 @@ def test_recordings_become_log_mel_tokens_with_their_true_length():
     arrays, (low, high) = P.encode_recordings(AUDIO, sounds, None), P.LOG_MEL_RANGE
     tokens = arrays["tokens"]
     assert tokens.shape == (3, 16, 160) and tokens.dtype == "uint8" and list(arrays["lengths"]) == [8, 8, 16]
+    assert arrays["cut"] == 0 and P.encode_recordings(dict(AUDIO, audio_frames=60), sounds, None)["cut"] == 1
     bands = tokens[:2, :7].reshape(2, 28, 40).astype(int).mean(1).argmax(1)
     assert bands[0] < bands[1] and not tokens[0, 8:].any()
     exact = MelSpectrogram(8000, 512, win_length=200, hop_length=80, n_mels=40)(torch.from_numpy(sounds[2]))
@@ -419,7 +420,9 @@ def test_bad_recordings_are_named(tmp_path):
     for body in (b"", b"hello" * 99, whole[0][:44], *(body[:len(body) // 2] for body in whole)):
         open(f"{root}/one/bad.wav", "wb").write(body)
         refuses("bad.wav.*remove this recording, or pass --skip_bad", prepared, d, f"--audio=folder:{root}")
-    assert sum(counts(prepared(d, f"--audio=folder:{root}", "--skip_bad=True"))) == 24
+    argv, said = [f"--audio=folder:{root}", "--skip_bad=True", f"--data_dir={d}"], []
+    assert sum(counts(P.prepare(P.read_config(argv, P.PREPARE_KEYS), "audio", said.append))) == 24
+    assert any(re.match("skipped 1 of 25 files, the first: .*bad.wav is ", line) for line in said)
     for samples, words in ((np.zeros(2400), "only silence"), (np.full(2400, np.nan), "not numbers")):
         write_sound(f"{root}/one/bad.wav", samples, subtype="FLOAT")
         refuses(f"bad.wav .*{words}", prepared, d, f"--audio=folder:{root}")
@@ -601,6 +604,14 @@ def test_examples_are_nested_even_over_classes_and_epochs_are_permutations_of_th
     slot = SimpleNamespace(name="image", batch=8, rows=np.arange(100, 130))
     stream = np.concatenate([T.batch_rows(slot, 0, u) for u in range(15)]).reshape(4, 30)
     assert all(sorted(epoch) == list(range(100, 130)) for epoch in stream) and (stream[0] != stream[1]).any()
+
+@cases("names, words", [("A b", "classes of text that are"), ("x y", "share no class name")])
+def test_classes_that_only_one_slot_knows_are_told_in_one_line(names, words):
+    slots = {name: SimpleNamespace(name=name, objectives=["label"], meta=dict(classes=classes))
+             for name, classes in (("image", ["a"]), ("text", names.split()))}
+    said = []
+    T.match_classes(slots, "image", said.append)
+    assert len(said) == 1 and words in said[0]
 
 def test_adding_a_modality_changes_no_other_modalitys_batches(data):
     more = ["--image_affine=0.1", "--image_shift=0"]
@@ -854,6 +865,8 @@ def test_compare_runs_its_arms_says_a_verdict_and_is_cached(data, tmp_path, monk
     assert B.compare(argv) == out == json.load(open(tmp_path / "o/compare.json"))
     said = capsys.readouterr().out
     assert os.path.exists(tmp_path / "o/compare.png") and "verdict" in said and "harmonic_mean" in said
+    made += glob(tmp_path / "o/compare", "warm-*")  # each is counted once, whoever shares or repeats it
+    assert f"{len(made)} of {len(made)} runs finished, about 0 minutes to go" in said
     for words, more in (("unknown arm 'frozen'", "--arms=frozen"), ("needs --unrelated", "--arms=unrelated"),
                         ("must be numbers", "--search=fast"), ("a target and an auxiliary", "--text=")):
         refuses(words, B.compare, [*argv, more])

@@ -36,25 +36,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import OBJECTIVES, UML, linear_probe
-from prepare import (FORMAT, LOG_MEL_RANGE, MODALITIES, PREPARE_KEYS, SLOT_NAME, UserError, active_slots,
-                     at_least, exit_on_user_error, inside, load_split, locked, modality_of, one_of, patchify,
-                     peak_memory, plain_name, prepare, print_help, read_config, read_json, read_meta,
-                     shard_folder, tell, unpatchify, write_file, write_json, writing)
+from prepare import (LOG_MEL_RANGE, MODALITIES, PREPARE_KEYS, SLOT_NAME, UserError, above, active_slots,
+                     at_least, below, exit_on_user_error, load_split, locked, modality_of,
+                     one_of, patchify, peak_memory, plain_name, prepare, print_help, read_config, read_json,
+                     read_meta, shard_folder, tell, unpatchify, write_file, write_json, writing)
+
+CHECKPOINT_FORMAT = 4  # raise it when what a checkpoint holds, or what its weights mean, changes
 
 # ------------------------------------------------------------------------------------------------------------
 # config: these keys and prepare.py's make a run; sample_configs/*.py set some, --key=value overrides any
 
 objectives = (f"one or more of {', '.join(OBJECTIVES)}, joined by '+'",
               lambda value: set(value.split("+")) <= set(OBJECTIVES))
-SLOT_KEYS = {}  # numbered slots (text2_loss, ...) take the defaults of their modality
-for name, (loss, _) in MODALITIES.items():
-    SLOT_KEYS.update({
-        f"{name}_loss": (loss, f"objectives of the {name} slot", objectives),
-        f"{name}_weight": (1.0, f"factor on the {name} loss", inside(0, math.inf)),
-        f"{name}_updates": (1, "steps per target step under schedule='alternate' (target: 1)", at_least(0)),
-        f"{name}_batch": (64, f"{name} items in a step", at_least(1)),
-        f"{name}_examples": (-1, "training items: nested, even over classes (-1: all, 0: off)", at_least(-1)),
-    })
+SLOT_KEYS = {f"{slot}_{end}": key for slot, (loss, _) in MODALITIES.items() for end, key in dict(
+    loss=(loss, f"objectives of the {slot} slot", objectives),
+    weight=(1.0, f"factor on the {slot} loss", above(0)),
+    updates=(1, "steps per target step under schedule='alternate' (target: 1)", at_least(0)),
+    batch=(64, f"{slot} items in a step", at_least(1)),
+    examples=(-1, "training items: nested, even over classes (-1: all, 0: off)", at_least(-1)),
+).items()}
 KEYS = dict(
     **PREPARE_KEYS,
     # slots
@@ -66,7 +66,7 @@ KEYS = dict(
     # augmentation
     image_shift=(4, "pictures are shifted by up to this many pixels", at_least(0)),
     image_flip=(False, "pictures are mirrored at random (wrong for letters, and for left against right)"),
-    image_affine=(0.0, "standard deviation of a random affine map of each picture", inside(-1e-9, 1)),
+    image_affine=(0.0, "standard deviation of a random affine map of each picture", at_least(0), below(1)),
     audio_shift=(6, "recordings are moved by up to this many frames", at_least(0)),
     audio_gain=(6.0, "loudness changes by up to this many decibels", at_least(0)),
     audio_mask=(8, "a band of up to this many mels and a span of as many frames are blanked", at_least(0)),
@@ -77,15 +77,15 @@ KEYS = dict(
     image_embed=("linear", "a matrix a patch; conv: a ConvNet, for label losses", one_of("linear", "conv")),
     audio_embed=("linear", "a matrix a token; conv: likewise, on log-mels", one_of("linear", "conv")),
     temperature=(False, "learn a temperature of the label logits per slot"),
-    label_smoothing=(0.0, "share of every label that is spread over the slot's classes", inside(-1e-9, 1)),
+    label_smoothing=(0.0, "share of a label that is spread over the slot's classes", at_least(0), below(1)),
     head_from=("", "slot whose class means start the label head at the first target step ('zero-shot init')"),
-    mask_ratio=(0.5, "share of tokens hidden in 'reconstruct'", inside(0, 1)),
+    mask_ratio=(0.5, "share of tokens hidden in 'reconstruct'", above(0), below(1)),
     # training
     seed=(0, "of parameters, examples, batches and augmentation", at_least(0)),
     steps=(1000, "target updates; the log counts the warm start too", at_least(1)),
     warm_start_steps=(0, "updates on the auxiliaries alone, before the first target update", at_least(0)),
     schedule=("alternate", "or joint: one step on the weighted sum of losses", one_of("alternate", "joint")),
-    learning_rate=(1e-3, "peak of each phase's cosine, after a linear warm-up of 5%", inside(0, math.inf)),
+    learning_rate=(1e-3, "peak of each phase's cosine, after a linear warm-up of 5%", above(0)),
     weight_decay=(0.05, "AdamW, on matrices only", at_least(0)),
     init_from=("", "out_dir of a finished run whose trunk this one starts from"),
     # running
@@ -227,10 +227,14 @@ def match_classes(slots, target, say):
             continue
         own = [plain_name(c) for c in slot.meta["classes"]]
         new = [c for c in slot.meta["classes"] if plain_name(c) not in rows]
-        lacking = [c for c in slots[target].meta["classes"] if plain_name(c) not in own]
+        theirs = slots[target].meta["classes"]
+        lacking = [c for c in theirs if plain_name(c) not in own]
+        if lacking and lacking == theirs:
+            say(f"warning: {slot.name} and the target share no class name, so no label teaches both (such as "
+                f"{slot.meta['classes'][0]}, and the target's {theirs[0]})")
         for missing, where in ((new, f"{slot.name} that are not the target's"),
                                (lacking, f"the target that are not {slot.name}'s")):
-            if classes and missing:
+            if classes and missing and lacking != theirs:
                 say(f"warning: classes of {where}: {len(missing)} ({', '.join(missing[:5])})")
         rows.update({plain_name(c): len(classes) + i for i, c in enumerate(new)})
         classes += new
@@ -797,7 +801,7 @@ def save_checkpoint(path, keep=None, **state):
         raise UserError(f"{broken[0]} is no longer finite after step {state['step']}: lower --learning_rate "
                         f"(now {state['config']['learning_rate']}); {path} keeps the checkpoint before it")
     data = io.BytesIO()
-    torch.save(dict(state, format=FORMAT), data)
+    torch.save(dict(state, format=CHECKPOINT_FORMAT), data)
     write_file(path, data.getvalue(), keep)
 
 
@@ -805,8 +809,8 @@ def load_checkpoint(path):
     """What save() in train() put into a checkpoint, a dict. Only tensors and plain values are unpickled."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["format"] != FORMAT:
-            raise ValueError(f"format {saved['format']!r} where this code writes {FORMAT}")
+        if saved["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"format {saved['format']!r} where this code writes {CHECKPOINT_FORMAT}")
         for key in ("optimizer", "step", "config", "slots", "classes", "target_classes", "best", "updates",
                     "seconds", "items", "threads"):
             saved[key]  # KeyError if it is missing

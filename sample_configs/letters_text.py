@@ -6,7 +6,7 @@ Test accuracy over seeds 0 to 7: 0.74 to 0.79; without text 0.36 to 0.43. The 56
 With two pictures a letter (--image_examples=1016): 0.78 to 0.84; without text 0.43 to 0.68.
     python train.py sample_configs/letters_text.py
     python train.py sample_configs/letters_text.py --text= --out_dir=out/letters_alone
-    python probe.py compare sample_configs/letters_text.py --jobs=2 --threads=1
+    python probe.py compare sample_configs/letters_text.py
 """
 image = "letters"
 text = "letters"
