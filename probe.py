@@ -1347,7 +1347,8 @@ def draw_sharing(path, reports):
     bars = [(run_, f"{pair}\nblock {block + 1}", ends) for run_, report in enumerate(reports)
             for pair, pull in report["gradients"].items()
             for block, ends in enumerate(zip(pull["fresh"], pull["best"]))]
-    names, how = list(dict.fromkeys(name for _, name, _ in bars)), [*zip("os^Dv*", map("C{}".format, range(6)))]
+    names = list(dict.fromkeys(name for _, name, _ in bars))
+    how = [(mark, f"C{i}") for i, mark in enumerate("os^Dv*")]  # not by colour alone
     wide, groups = max(2, len(names)), ("none", "some", "most")
     with figure(path, 6.5 + 0.9 * wide, 3.6, ncols=2, width_ratios=[wide, 4]) as (_, (left, right)):
         for i, name, ends in bars:
@@ -1361,7 +1362,8 @@ def draw_sharing(path, reports):
                 right.plot(heights, mark + "-", color=color, label=label)
                 right.legend(fontsize=7)
         left.set_xticks(range(len(names)), names, fontsize=7)
-        left.set(ylabel="cosine of gradients", title="hollow: fresh weights, full: best", ylim=(-1.05, 1.05))
+        left.set(ylabel="cosine of gradients", xlim=(-0.5, wide - 0.5), ylim=(-1.05, 1.05))
+        left.set_title("hollow: fresh weights, full: best", fontsize=9)
         right.set_xticks(range(3), [HEAD_ROWS[key] for key in groups], fontsize=8)
         right.set(xlabel="words that two class names share", ylabel="mean cosine of label head rows")
         left.axhline(0, ls=":", color="grey", lw=1)
