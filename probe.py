@@ -51,9 +51,9 @@ from prepare import (LOG_MEL_RANGE, UserError, active_slots, at_least, encode_re
                      file_sha256, load_bpe, load_split, modality_of, patchify, plain_name, prepare,
                      print_help, read_config, read_meta, read_picture, read_recording, read_text, tell,
                      unpatchify, write_file, write_json)
-from train import (FREE_KEYS, KEYS, SIGNALS, choose_examples, evaluate, extract, fit_probe, load_checkpoint,
-                   load_model, open_slots, pick_device, read_run_config, resolve, run, save_checkpoint,
-                   shard_names)
+from train import (FREE_KEYS, KEYS, SIGNALS, build_model, choose_examples, evaluate, extract, fit_probe,
+                   load_checkpoint, load_model, open_slots, pick_device, read_run_config, resolve, run,
+                   save_checkpoint, shard_names, train_batch)
 
 CPU = torch.device("cpu")
 
@@ -530,6 +530,55 @@ def unit_agreement(a, b):
     return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)
 
 
+def gradient_agreement(model, batches_of_one, batches_of_other):
+    """Cosine of two mean gradients on each trunk block: a list of floats, below 0 where they conflict.
+
+    Batches are keyword arguments of UML.forward, `slot` among them. Yu et al. 2020 (arXiv 2001.06782). Means
+    first, one cosine then: the noise of single batches would draw the cosine of each pair towards 0.
+    """
+    def flat(batches):
+        model.zero_grad()
+        for batch in batches:
+            model(**batch).backward()  # adds up; a cosine is blind to the scale
+        blocks = [torch.cat([p.grad.flatten() for p in block.parameters()]) for block in model.trunk.blocks]
+        model.zero_grad()
+        return blocks
+    pairs = zip(flat(batches_of_one), flat(batches_of_other))
+    return [F.cosine_similarity(one, other, dim=0).item() for one, other in pairs]
+
+
+def class_words(classes):
+    """The words of each class name, without those that all names share: a list of lists."""
+    words = [name.replace("_", " ").split() for name in classes]
+    common = set.intersection(*map(set, words)) if len(words) > 2 else set()
+    return [[word for word in own if word not in common] for own in words]
+
+
+def head_geometry(weight, classes):
+    """Do classes whose names share words have like rows in the label head? weight (k, C), classes: k names.
+
+    Cosines of two rows, less the mean row, against the overlap of their words: shared ones over all of both
+    (Jaccard). -> dict: the mean cosine of pairs with "none" in common, "some" (less than half), "most"; the
+    correlation over pairs, its p from shuffled classes (Mantel 1967). None if all pairs overlap alike.
+    """
+    words = class_words(classes)
+    every, pairs = set(itertools.chain(*words)), tuple(torch.triu_indices(len(words), len(words), 1))
+    has = torch.tensor([[float(word in own) for word in every] for own in words])  # (k, words)
+    rows = F.normalize(weight - weight.mean(0), dim=1)
+
+    def overlap(m):  # (k, words) -> (pairs,)
+        both, count = m @ m.T, m.sum(1)
+        return (both / (count[:, None] + count - both).clamp_min(1))[pairs]
+
+    shared, cosine = overlap(has), (rows @ rows.T)[pairs]
+    if len(shared.unique()) < 2:
+        return None
+    groups = dict(none=shared == 0, some=(shared > 0) & (shared < 0.5), most=shared >= 0.5)
+    found = {name: cosine[group].mean().item() if group.any() else None for name, group in groups.items()}
+    r, p = permutation_p(lambda c, m: torch.corrcoef(torch.stack([c, overlap(m)]))[0, 1].item(), cosine, has)
+    return dict(found, correlation=r, p=p)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # corruptions of pictures (n, S, S, c) and recordings (n, T, group*mels) uint8, three severities each
 
@@ -598,7 +647,7 @@ def open_run(folder):
     model, checkpoint = load_model(os.path.join(folder, "best.pt"))
     cfg = checkpoint["config"]
     check_shards(folder, cfg)
-    slots, _ = open_slots(cfg, say=quiet)
+    slots, classes = open_slots(cfg, say=quiet)
     split, target = "test" if cfg["score_test"] else "val", slots[cfg["target"]]
     if len(target.meta["classes"]) < 2:
         raise UserError(f"{folder}: the target {target.name}={cfg[target.name]} has no classes to probe for")
@@ -606,7 +655,8 @@ def open_run(folder):
     # rows of items whose class had labelled examples
     seen, seen_val = (np.flatnonzero(~np.isin(part["labels"], target.banned)) for part in (held, target.val))
     return SimpleNamespace(folder=folder, name=os.path.basename(os.path.normpath(folder)), slots=slots,
-                           model=model, target=target, split=split, held=held, seen=seen, seen_val=seen_val)
+                           model=model, target=target, split=split, held=held, seen=seen, seen_val=seen_val,
+                           cfg=cfg, classes=classes)
 
 
 def features_of(run_, slot, arrays, rows=None, layer=-1):
@@ -620,7 +670,7 @@ def analyse(folder):
     """All analyses of one run -> its report, margins, and answers (n,) on held-out items; draws two."""
     run_ = open_run(folder)
     target, classes = run_.target, run_.target.meta["classes"]
-    tell(f"{folder}: probing every layer, few examples, corruptions, alignment ...")
+    tell(f"{folder}: probing every layer, few examples, corruptions, alignment, gradients ...")
     layers = []
     for layer in [*range(len(run_.model.trunk.blocks)), -1]:
         known = features_of(run_, target, target.train, target.rows, layer)
@@ -636,13 +686,16 @@ def analyse(folder):
     scored = evaluate(run_.model, target, run_.held, CPU, chosen)
     every, held = features_of(run_, target, target.train), features_of(run_, target, run_.held)
     labelled = [name for name in run_.slots if name != target.name and "labels" in run_.slots[name].train]
+    with_head = any("label" in slot.objectives for slot in run_.slots.values())
+    head = head_geometry(run_.model.label_head.weight.detach(), run_.classes) if with_head else None
     report = dict(name=run_.name, split=run_.split, accuracy=scored["accuracy"],
                   unseen_accuracy=scored.get("unseen_accuracy"), layers=layers,
                   few_shot=few_shot(*every, *held),
                   margin=[margin.quantile(q).item() for q in (0.1, 0.5, 0.9)],
                   class_spread=class_spread(new, truth),
                   robustness=robustness(run_, chosen, scored["accuracy"]),
-                  alignment={name: alignment(run_, run_.slots[name]) for name in labelled})
+                  alignment={name: alignment(run_, run_.slots[name]) for name in labelled},
+                  gradients=slots_agreement(run_), head=head)
     draw_confusion(os.path.join(folder, "confusion.png"), truth, guess, classes)
     draw_pca(os.path.join(folder, "pca.png"), new, truth, classes)
     weight, bias = scored["probe"]  # the label head where there is one
@@ -689,6 +742,28 @@ def alignment(run_, other):
                 unit_agreement=agree, unit_p=unit_p, units=top)
 
 
+def slots_agreement(run_):
+    """{pair of slots: {"fresh": [cosine of their gradients on each trunk block], "best": [...]}}.
+
+    fresh: at this config's initial weights, best: at best.pt. The target's training batches against those of
+    each auxiliary; the yardstick is every slot against itself, which noise alone keeps from 1. Each gradient
+    is the mean of eight batches, so noise damps all alike. Where the sum of the losses has its minimum
+    gradients cancel, so training by itself brings slots towards -1. {} without a common trunk.
+    """
+    if len(run_.slots) < 2 or len(run_.model.own_trunk) or not len(run_.model.trunk.blocks):
+        return {}
+    target, seed = run_.target.name, run_.cfg["seed"]
+    # Two draws under different seeds: two halves of one epoch share no item, and near an optimum, where they
+    # sum to nothing, their gradients would point away from each other.
+    halves = {name: [[dict(train_batch(slot, draw, i, CPU), slot=name) for i in range(8)]
+                     for draw in (seed, seed + 1)] for name, slot in run_.slots.items()}
+    pairs = {f"{target}-{name}": list(zip(halves[target], halves[name])) for name in halves}
+    pairs.update({f"{name}-{name}": [halves[name]] for name in halves})
+    models = dict(fresh=build_model(run_.cfg, run_.model.slots, run_.classes), best=run_.model)
+    return {pair: {state: np.mean([gradient_agreement(model, *sides) for sides in both], 0).tolist()
+                   for state, model in models.items()} for pair, both in pairs.items()}
+
+
 def class_centroids(run_, slot, names):
     """(k, C) mean features of the held-out items of each named class in one slot; classes by plain name."""
     arrays = run_.held if slot is run_.target else load_split(slot.folder, run_.split)
@@ -698,11 +773,15 @@ def class_centroids(run_, slot, names):
     return torch.stack([features[labels == number[name]].mean(0) for name in names])
 
 
+HEAD_ROWS = dict(none="no word in common", some="less than half", most="half or more",
+                 correlation="cosine with overlap", p="p, classes shuffled")
+
+
 def show_side_by_side(reports):
     """Print the analyses of one or more runs: a table with one column a run, then the alignments."""
     def row(label, values):
         shown = ["-" if v is None else v if isinstance(v, str) else f"{v:.4f}" for v in values]
-        print(f"{label:28}" + "".join(f"{value:>18}" for value in shown))
+        print(f"{label:30}" + "".join(f"{value:>18}" for value in shown))
 
     row("run", [r["name"][-17:] for r in reports])
     for key in ("split", "accuracy", "unseen_accuracy"):
@@ -719,6 +798,12 @@ def show_side_by_side(reports):
     for kind in dict.fromkeys(kind for r in reports for kind in r["robustness"]):
         for severity in (1, 2, 3):
             row(f"{kind} {severity}", [r["robustness"].get(kind, [None] * 4)[severity] for r in reports])
+    for pair in dict.fromkeys(pair for r in reports for pair in r["gradients"]):
+        pulls = [r["gradients"].get(pair, dict(fresh=[], best=[])) for r in reports]
+        for i, state in itertools.product(range(max(len(pull["best"]) for pull in pulls)), ("fresh", "best")):
+            row(f"gradient {pair} {i + 1} {state}", [dict(enumerate(pull[state])).get(i) for pull in pulls])
+    for key, label in HEAD_ROWS.items() if any(r["head"] for r in reports) else ():
+        row(f"head: {label}", [r["head"] and r["head"][key] for r in reports])
     for report in reports:
         for name, found in report["alignment"].items():
             if found is None:
@@ -747,8 +832,10 @@ def analyse_all(folders):
         items = (first.target.folder, first.split)
         same = [one for one in found if (one.run.target.folder, one.run.split) == items]
         draw_predictions(os.path.join(first.folder, "predictions.png"), same)
-    print("wrote confusion.png and pca.png of each run; side_by_side.png, curves.png and, for pictures and "
-          f"sounds, predictions.png in {first.folder}")
+    if any(report["gradients"] or report["head"] for report in reports):
+        draw_sharing(os.path.join(first.folder, "sharing.png"), reports)
+    print("wrote confusion.png and pca.png of each run; side_by_side.png, curves.png and, where they apply, "
+          f"predictions.png and sharing.png in {first.folder}")
     print(json.dumps(reports[0] if len(reports) == 1 else reports))
 
 
@@ -1224,14 +1311,9 @@ def draw_side_by_side(path, found):
 def draw_predictions(path, found, rows=4, columns=6):
     """A sheet of held-out items, drawn by lot: each run has a tick, or a cross and what it says instead."""
     meta, held = found[0].run.target.meta, found[0].run.held
-    classes, labels = meta["classes"], held["labels"]
+    classes, labels, words = meta["classes"], held["labels"], class_words(meta["classes"])
     chosen = np.random.default_rng(0).permutation(len(labels))[:rows * columns]
-    common = set.intersection(*(set(name.split()) for name in classes)) if len(classes) > 2 else set()
-
-    def short(number):  # without the words that all classes share, folded
-        words = [word for word in classes[number].replace("_", " ").split() if word not in common]
-        return textwrap.fill(" ".join(words) or classes[number], 24)
-
+    short = lambda number: textwrap.fill(" ".join(words[number]) or classes[number], 24)
     height = rows * (1.35 + 0.32 * len(found))
     with figure(path, 1.9 * columns, height, nrows=rows, ncols=columns) as (_, axes):
         for ax, i in zip(axes.flat, chosen):
@@ -1268,6 +1350,34 @@ def draw_curves(path, found):
         right.set(xlabel="step", ylabel="validation accuracy", ylim=(0, None))
         left.legend(fontsize=7)
         right.legend(fontsize=7)
+
+
+def draw_sharing(path, reports):
+    """Left: how gradients of slots agree, hollow before and full after training; right: the label head."""
+    bars = [(run_, f"{pair}\nblock {block + 1}", ends) for run_, report in enumerate(reports)
+            for pair, pull in report["gradients"].items()
+            for block, ends in enumerate(zip(pull["fresh"], pull["best"]))]
+    names = list(dict.fromkeys(name for _, name, _ in bars))
+    how = [(mark, f"C{i}") for i, mark in enumerate("os^Dv*")]  # not by colour alone
+    wide, groups = max(2, len(names)), ("none", "some", "most")
+    with figure(path, 6.5 + 0.9 * wide, 3.6, ncols=2, width_ratios=[wide, 4]) as (_, (left, right)):
+        for i, name, ends in bars:
+            (mark, color), x = how[i % 6], names.index(name) + 0.6 * ((i + 1) / (len(reports) + 1) - 0.5)
+            left.plot([x, x], ends, mark + "-", color=color, lw=1)
+            left.plot(x, ends[0], mark, color=color, mfc="white")
+        for (mark, color), report in zip(itertools.cycle(how), reports):
+            if head := report["head"]:
+                heights = [math.nan if head[key] is None else head[key] for key in groups]
+                label = f"{report['name']}, correlation {head['correlation']:.2f}"
+                right.plot(heights, mark + "-", color=color, label=label)
+                right.legend(fontsize=7)
+        left.set_xticks(range(len(names)), names, fontsize=7)
+        left.set(ylabel="cosine of gradients", xlim=(-0.5, wide - 0.5), ylim=(-1.05, 1.05))
+        left.set_title("hollow: fresh weights, full: best", fontsize=9)
+        right.set_xticks(range(3), [HEAD_ROWS[key] for key in groups], fontsize=8)
+        right.set(xlabel="words that two class names share", ylabel="mean cosine of label head rows")
+        left.axhline(0, ls=":", color="grey", lw=1)
+        right.axhline(0, ls=":", color="grey", lw=1)
 
 
 def draw_theory(path, out):

@@ -800,6 +800,38 @@ def test_measures_know_their_answers():
     margin = B.margins(x, truth, torch.tensor([[0.0], [2.0]]), torch.zeros(2))
     assert (margin * x.std()).tolist() == pytest.approx([1, 1, 3, 3], abs=1e-5)
 
+def test_gradients_agree_block_by_block_as_their_inputs_do():
+    class Sums(torch.nn.Module):
+        """Two blocks that sum what they read: the gradient of each is its own input."""
+        def __init__(self):
+            super().__init__()
+            self.trunk = torch.nn.Module()
+            self.trunk.blocks = torch.nn.ModuleList(torch.nn.Linear(2, 1, bias=False) for _ in range(2))
+
+        def forward(self, slot, tokens):
+            return sum(block(row).sum() for block, row in zip(self.trunk.blocks, tokens))
+
+    batch = lambda *rows: dict(slot="any", tokens=torch.tensor(rows, dtype=torch.float))
+    one, other, third = batch([1, 0], [2, 0]), batch([0, 3], [-1, 0]), batch([1, 1], [3, 3])
+    for agreement, *sides in (([1, 1], [one], [one]), ([0, -1], [one], [other]),
+                              ([0.5**0.5] * 2, [one], [third]),
+                              ([0.5**0.5, 1], [one, batch([0, 1], [1, 0])], [one])):  # the mean of two
+        assert B.gradient_agreement(Sums(), *sides) == pytest.approx(agreement, abs=1e-6)
+    model = tiny()
+    batches = [dict(text_batch(), slot="text")]
+    assert B.gradient_agreement(model, batches, batches) == pytest.approx([1, 1], abs=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+
+def test_a_head_whose_rows_are_sums_of_words_follows_the_words():
+    names = [(i, 3 + j) for i in range(3) for j in range(3)]  # nine pairs of words; a row is the sum of both
+    classes = [f"sign {'abcdef'[i]}_{'abcdef'[j]}" for i, j in names]
+    rows = torch.stack([torch.eye(6)[i] + torch.eye(6)[j] for i, j in names])
+    assert B.class_words(classes)[1] == ["a", "e"]  # all say 'sign'
+    found = B.head_geometry(7 * rows + 5, classes)
+    assert found["none"] == pytest.approx(-0.5, abs=1e-5) and found["some"] == pytest.approx(0.25, abs=1e-5)
+    assert found["most"] is None and found["correlation"] == pytest.approx(1, abs=1e-5) and found["p"] < 0.02
+    assert B.head_geometry(rows, [f"class{i}" for i in range(9)]) is None  # no two names share a word
+
 def test_statistics_agree_with_tables():
     mean, half = B.t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3 and half == pytest.approx(1.963, rel=1e-3) and B.t_interval([0.5]) == (0.5, None)
@@ -878,7 +910,10 @@ def test_probe_reads_runs_side_by_side(pair, monkeypatch, capsys):
     uml, alone = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
     assert len(uml["layers"]) == 3 and len(alone["layers"]) == 2 and not alone["alignment"]
     assert uml["alignment"]["text"]["classes"] == 12 and set(uml["robustness"]) == set(B.PICTURE_CORRUPTIONS)
-    figures = {"confusion.png", "pca.png", "side_by_side.png", "predictions.png", "curves.png"}
+    assert set(uml["gradients"]) == {"image-image", "text-text", "image-text"} and not alone["gradients"]
+    assert [len(uml["gradients"]["image-text"][state]) for state in ("fresh", "best")] == [2, 2]
+    assert uml["head"]["most"] is not None and alone["head"]
+    figures = {"confusion.png", "pca.png", "side_by_side.png", "predictions.png", "curves.png", "sharing.png"}
     assert figures <= set(os.listdir(pair.uml)) and os.path.exists(f"{pair.alone}/pca.png")
     assert all(np.std(Image.open(f"{pair.uml}/{name}").convert("L")) > 5 for name in figures)  # not blank
 
