@@ -1023,16 +1023,58 @@ def test_init_from_takes_the_trunk_of_another_run(data, tmp_path, pair):
     assert not torch.equal(one["embed.text.weight"], two["embed.text.weight"])
     refuses("another width", train, data, f"{tmp_path}/wide", "--width=64", f"--init_from={pair.uml}")
 
-def test_fsdd_is_checked_and_split_by_speaker(tmp_path, monkeypatch):
-    speakers, digest = ("george", "jackson", "lucas", "theo"), P.hashlib.sha256()
-    names = [f"{d}_{s}_0.wav" for d in range(10) for s in speakers]
-    for name in names:
-        digest.update(name.encode() + open(write_sound(tmp_path / "raw/fsdd/recordings" / name), "rb").read())
-    argv = [tmp_path / "d", "--audio=fsdd", f"--raw_dir={tmp_path}/raw"]
-    refuses("holds 40 recordings", prepared, *argv)
-    monkeypatch.setattr(P, "FSDD_COUNT", 40), monkeypatch.setattr(P, "FSDD_SHA256", digest.hexdigest())
-    folder = prepared(*argv)
-    assert counts(folder) == [20, 10, 10] and P.read_meta(folder)["classes"][7] == "seven"
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """3,000 recordings named as those of the Free Spoken Digit Dataset; every digit has its own pitch."""
+    folder = tmp_path_factory.mktemp("raw")
+    for digit in range(10):
+        once = write_sound(folder / f"{digit}.wav", tone(200 + 100 * digit))
+        for who, take in itertools.product(P.FSDD_SPEAKERS, range(50)):
+            os.makedirs(folder / "fsdd/recordings", exist_ok=True)
+            shutil.copy(once, folder / f"fsdd/recordings/{digit}_{who}_{take}.wav")
+    return str(folder)
+
+@pytest.fixture
+def numbers(digits, tmp_path, monkeypatch):
+    """Arguments that prepare the hundred numbers from these recordings."""
+    digest = P.hashlib.sha256()
+    for path in glob(f"{digits}/fsdd/recordings", "*.wav"):
+        digest.update(os.path.basename(path).encode() + pathlib.Path(path).read_bytes())
+    monkeypatch.setattr(P, "FSDD_SHA256", digest.hexdigest()), monkeypatch.setattr(P, "TAKES", 1)
+    return [f"--raw_dir={digits}", "--audio_frames=64"]
+
+def test_a_spoken_number_is_two_digits_of_one_speaker_who_is_in_one_split(numbers, tmp_path):
+    folder = prepared(tmp_path, "--audio=numbers", *numbers)
+    meta, train_part = P.read_meta(folder), P.load_split(folder, "train")
+    assert counts(folder) == [400, 100, 100] and meta["classes"][37] == "three seven"
+    assert len(set(P.load_split(folder, "test")["labels"])) == 100
+    row = int(np.flatnonzero(train_part["labels"] == 29)[0])  # low two, high nine: the band of energy rises
+    mels = train_part["tokens"][row].reshape(-1, meta["mels"]).astype(int)
+    assert mels[5:25].mean(0).argmax() < mels[40:55].mean(0).argmax()
+
+def test_what_the_spoken_digits_lack_is_said(digits, tmp_path):
+    argv = [tmp_path / "d", "--audio=numbers"]
+    away = f"{tmp_path}/raw/fsdd/recordings"
+    shutil.copytree(f"{digits}/fsdd/recordings", away)
+    refuses("other recordings than v1.0.10", prepared, *argv, f"--raw_dir={tmp_path}/raw")
+    os.remove(f"{away}/3_theo_7.wav")
+    refuses(r"recordings lacks 3_theo_7.wav \(1 such", prepared, *argv, f"--raw_dir={tmp_path}/raw")
+    for path in glob(away, "*_george_*"):
+        os.remove(path)
+    refuses(r"lacks 0_george_0.wav \(501 such", prepared, *argv, f"--raw_dir={tmp_path}/raw")
+
+def test_numbers_are_heard_seen_and_read_under_the_same_names(numbers, tmp_path):
+    """Any of the three may be the target, and all pass the same lines: here one trunk learns from all."""
+    argv = ["--image=numbers", "--text=numbers", "--audio=numbers", "--text_loss=label", "--image_loss=label",
+            "--audio_loss=label", "--audio_embed=conv", "--image_embed=conv", "--audio_examples=100", *RUN]
+    for target in ("image", "audio", "text"):
+        where = ["--steps=1", "--warm_start_steps=1", f"--target={target}", f"--data_dir={tmp_path}/d"]
+        cfg = T.read_run_config([*argv, *numbers, *where, f"--out_dir={tmp_path}/{target}"])
+        said = []
+        assert T.run(cfg, said.append)["target"] == target
+        assert not any("share no class name" in line for line in said)
+    documents = P.number_documents(3, 7), P.number_documents(1, 4), P.number_documents(0, 5)
+    assert ["thirty-seven" in documents[0], "fourteen" in documents[1], "five" in documents[2]] == [True] * 3
 
 @slow
 def test_a_run_goes_on_with_another_number_of_threads(data, tmp_path):

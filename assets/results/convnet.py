@@ -1,12 +1,13 @@
-"""The reference column of the letters table: a plain ConvNet, same pictures, augmentation, steps, batches.
+"""The reference column: a plain ConvNet on the same labelled items, augmentation, steps and batches.
 
     python assets/results/convnet.py sample_configs/letters_text.py --out_dir=out/convnet_1
     python assets/results/convnet.py sample_configs/letters_text.py --image_examples=1016 --seeds=3
+    python assets/results/convnet.py sample_configs/numbers_audio_text.py --seeds=6
 
-As `probe.py compare` does: the best candidate on validation with seed 1000, then the seeds, test scored once
-each. The network is what people would write: three stages of two 3x3 convolutions, norm, ReLU, and 2x2
-max-pooling, then one linear layer on all positions. Channels, steps and so the cost of a step are those of
-the stem in model.py.
+As `probe.py compare` does: the best candidate on validation with seed 1000 (where every speaker is tested in
+turn, on each fold's own), then the seeds, test scored once each. The network is what people would write: three
+stages of two 3x3 convolutions, norm, ReLU, and 2x2 max-pooling, then one linear layer on all positions.
+Channels, strides, steps and so the cost of a step are those of the stem in model.py.
 """
 import os
 import sys
@@ -24,20 +25,24 @@ CPU = torch.device("cpu")
 CANDIDATES = [("group", 3e-3, 0.05), ("group", 3e-3, 0.5), ("batch", 3e-3, 0.05), ("batch", 1e-3, 0.5)]
 
 
-def convnet(norm, channels=(16, 32, 64), classes=564):
+def convnet(norm, stride, classes, channels=(16, 32, 64)):
     layers, before = [nn.InstanceNorm2d(1)], 1  # every picture at the same contrast, as in the stem
     for after in channels:
         for inputs in (before, after):
             norm_layer = nn.GroupNorm(8, after) if norm == "group" else nn.BatchNorm2d(after)
-            layers += [nn.Conv2d(inputs, after, 3, padding=1, bias=False), norm_layer, nn.ReLU()]
+            layers += [nn.Conv2d(inputs, after, 3, stride, padding=1, bias=False), norm_layer, nn.ReLU()]
+            stride = 1
         layers.append(nn.MaxPool2d(2))
         before = after
     return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(classes))
 
 
-def pictures_of(slot, tokens):
+def planes_of(slot, tokens):
+    """Pictures (B, 1, S, S), or log-mels (B, 1, frames, mels)."""
     tokens = (tokens.float() - slot.meta["mean"][0]) / slot.meta["std"][0]
-    return unpatchify(tokens, slot.meta["patch"]).permute(0, 3, 1, 2)
+    if "patch" in slot.meta:
+        return unpatchify(tokens, slot.meta["patch"]).permute(0, 3, 1, 2)
+    return tokens.reshape(len(tokens), 1, -1, slot.meta["mels"])
 
 
 @torch.no_grad()
@@ -46,30 +51,31 @@ def accuracy(model, slot, arrays):
     model.eval()
     rows = np.flatnonzero(~np.isin(arrays["labels"], slot.banned))
     parts = [torch.from_numpy(arrays["tokens"][part]) for part in np.array_split(rows, 8)]
-    scores = torch.cat([model(pictures_of(slot, part)) for part in parts])
+    scores = torch.cat([model(planes_of(slot, part)) for part in parts])
     scores[:, slot.banned] = -torch.inf
     model.train()
     return (scores.argmax(1).numpy() == arrays["labels"][rows]).mean().item()
 
 
-def train(cfg, seed, norm, rate, decay):
-    """-> (best validation accuracy, the test accuracy of that moment)."""
-    cfg = dict(cfg, text="", seed=seed, learning_rate=rate, weight_decay=decay)
+def train(cfg, seed, norm, rate, decay, score_test=False):
+    """-> the best validation accuracy, or the test accuracy of that moment."""
+    alone = {name: "" for name in ("image", "text", "audio") if name != cfg["target"]}
+    cfg = dict(cfg, **alone, seed=seed, learning_rate=rate, weight_decay=decay)
     cfg = resolve(cfg, say=lambda line: None)
     (slot,) = open_slots(cfg, say=print)[0].values()
     torch.manual_seed(seed)
-    model = convnet(norm, classes=len(slot.meta["classes"]))
-    model(pictures_of(slot, torch.from_numpy(slot.train["tokens"][slot.rows[:2]])))  # shapes the lazy layer
-    optimizer, best = make_optimizer(model, cfg, CPU), (0.0, 0.0)
-    seen = np.setdiff1d(np.arange(564), slot.banned)
-    place = torch.zeros(564, dtype=torch.long)
+    classes = len(slot.meta["classes"])
+    model = convnet(norm, 1 if "patch" in slot.meta else 2, classes)
+    model(planes_of(slot, torch.from_numpy(slot.train["tokens"][slot.rows[:2]])))  # shapes the lazy layer
+    optimizer, best, score = make_optimizer(model, cfg, CPU), 0.0, 0.0
+    seen = np.setdiff1d(np.arange(classes), slot.banned)
+    place = torch.zeros(classes, dtype=torch.long)
     place[seen] = torch.arange(len(seen))
-    test = load_split(slot.folder, "test") if seed != 1000 else None
     for step in range(cfg["steps"]):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
         batch = train_batch(slot, seed, step, CPU)
-        scores = model(pictures_of(slot, batch["tokens"]))[:, seen]
+        scores = model(planes_of(slot, batch["tokens"]))[:, seen]
         loss = F.cross_entropy(scores, place[batch["labels"]], label_smoothing=cfg["label_smoothing"])
         optimizer.zero_grad()
         loss.backward()
@@ -77,30 +83,32 @@ def train(cfg, seed, norm, rate, decay):
         optimizer.step()
         if (step + 1) % cfg["eval_interval"] == 0:
             val = accuracy(model, slot, slot.val)
-            if val > best[0]:
-                best = val, None if test is None else accuracy(model, slot, test)
-    return best
+            if val > best:
+                best = val
+                score = accuracy(model, slot, load_split(slot.folder, "test")) if score_test else val
+    return score
 
 
 def main():
     keys = dict(KEYS, seeds=(8, "runs"), first_seed=(0, "seed of the first"))
     cfg = read_run_config(sys.argv[1:], keys)
-    seeds = range(cfg["first_seed"], cfg["first_seed"] + cfg["seeds"])
     torch.set_num_threads(1)
-    searched = [train(cfg, 1000, *candidate)[0] for candidate in CANDIDATES]
-    chosen = CANDIDATES[int(np.argmax(searched))]
-    print(dict(zip(CANDIDATES, searched)), "chosen:", chosen, flush=True)
-    scores = []
-    for seed in seeds:
-        scores.append(train(cfg, seed, *chosen)[1])
-        print(seed, scores[-1], flush=True)
+    per_fold = cfg["audio_test_group"] == "each" and cfg["target"] == "audio"
+    searched, settings, scores = [], [], []
+    for seed in range(cfg["first_seed"], cfg["first_seed"] + cfg["seeds"]):
+        if per_fold or not searched:  # no seed is free of test data where every speaker is tested in turn
+            searched.append([train(cfg, seed if per_fold else 1000, *candidate) for candidate in CANDIDATES])
+            print(dict(zip(CANDIDATES, searched[-1])), flush=True)
+        settings.append(CANDIDATES[int(np.argmax(searched[-1]))])
+        scores.append(train(cfg, seed, *settings[-1], score_test=True))
+        print(seed, settings[-1], scores[-1], flush=True)
     command = "python assets/results/convnet.py " + " ".join(sys.argv[1:])
     os.makedirs(cfg["out_dir"], exist_ok=True)
     write_json(os.path.join(cfg["out_dir"], "convnet.json"),
-               dict(kind="convnet", examples=cfg["image_examples"], steps=cfg["steps"], seeds=len(seeds),
-                    first_seed=cfg["first_seed"], candidates=CANDIDATES, search_scores=searched,
-                    setting=chosen,
-                    scores=scores, mean=float(np.mean(scores)), command=command))
+               dict(kind="convnet", examples=cfg[f"{cfg['target']}_examples"], steps=cfg["steps"],
+                    seeds=len(scores), first_seed=cfg["first_seed"], candidates=CANDIDATES,
+                    search_scores=searched, settings=settings, scores=scores, mean=float(np.mean(scores)),
+                    command=command))
 
 
 if __name__ == "__main__":

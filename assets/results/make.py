@@ -50,13 +50,10 @@ def difference(d):
     return f"**{100 * d['mean']:+.1f}**{half} ({d['p']:.1g})"
 
 
-def convnet_of(name, result):
-    """The reference column: a plain ConvNet on the same pictures, where it was trained."""
-    path = os.path.join(HERE, name.replace("letters", "convnet") + ".json")
-    if "letters" not in name or not os.path.exists(path):
-        return "-"
-    scores = read_json(path)["scores"]
-    return f"{100 * np.mean(scores):.1f}"
+def convnet_of(name):
+    """The reference column of TARGET_EXAMPLES_...: a plain ConvNet on the same items, where it was trained."""
+    path = os.path.join(HERE, f"convnet_{'_'.join(name.split('_')[:2])}.json")
+    return f"{100 * np.mean(read_json(path)['scores']):.1f}" if os.path.exists(path) else "-"
 
 
 def results_table(rows):
@@ -68,7 +65,7 @@ def results_table(rows):
         arms = r["arms"]
         shown = [percent(arms[arm]) if arm in arms else "-" for arm in ("alone", "control", "uml")]
         above = difference(arms["control"]["uml_minus"]) if "control" in arms else "-"
-        shown.insert(1, convnet_of(name, r))
+        shown.insert(1, convnet_of(name))
         gain = difference(arms["uml"]["minus_alone"])
         lines.append(row_of([title, show_auxiliaries(r), *shown, gain, above, r["seeds"]]))
     return lines
