@@ -67,7 +67,6 @@ KEYS = dict(
     image_shift=(4, "pictures are shifted by up to this many pixels", at_least(0)),
     image_flip=(False, "pictures are mirrored at random (wrong for letters, and for left against right)"),
     image_affine=(0.0, "standard deviation of a random affine map of each picture", at_least(0), below(1)),
-    audio_affine=(0.0, "likewise of each recording's log-mels: pace and voice", at_least(0), below(1)),
     audio_shift=(6, "recordings are moved by up to this many frames", at_least(0)),
     audio_gain=(6.0, "loudness changes by up to this many decibels", at_least(0)),
     audio_mask=(8, "a band of up to this many mels and a span of as many frames are blanked", at_least(0)),
@@ -333,10 +332,9 @@ def collate(slot, arrays, rows, device, rng=None, augment=False):
                             f"{meta['vocab'] - 1}: delete it")
     batch["tokens"] = tokens
     batch = {key: to_device(value, device) for key, value in batch.items()}
-    spread = cfg["image_affine"] if "patch" in meta else cfg["audio_affine"] if "mels" in meta else 0.0
-    if augment and spread > 0:  # where it is fast: on the device
-        jitter = rng.normal(0, spread, (len(rows), 2, 3)).astype(np.float32)
-        batch["tokens"] = affine(batch["tokens"], meta, to_device(jitter, device))
+    if augment and "patch" in meta and cfg["image_affine"] > 0:  # where it is fast: on the device
+        jitter = rng.normal(0, cfg["image_affine"], (len(rows), 2, 3)).astype(np.float32)
+        batch["tokens"] = affine(batch["tokens"], meta["patch"], to_device(jitter, device))
     return batch
 
 
@@ -358,16 +356,12 @@ def shift_and_flip(tokens, patch, shift, flip, rng):
     return patchify(padded[np.arange(B)[:, None, None], rows[:, :, None], columns[:, None, :]], patch)
 
 
-def affine(tokens, meta, jitter):
-    """Map pictures, or planes of frames and mels, (B, T, D) by identity + jitter (B, 2, 3), in units of half
-    a side each -> float32. Mels moved or stretched are another's voice, frames another's pace."""
-    if "patch" in meta:
-        planes = unpatchify(tokens, meta["patch"]).permute(0, 3, 1, 2).float()  # (B, c, S, S)
-    else:
-        planes = tokens.view(len(tokens), 1, -1, meta["mels"]).float()  # (B, 1, frames, mels)
-    grid = F.affine_grid(torch.eye(2, 3, device=jitter.device) + jitter, planes.shape, align_corners=False)
-    moved = F.grid_sample(planes, grid, padding_mode="border", align_corners=False)
-    return patchify(moved.permute(0, 2, 3, 1), meta["patch"]) if "patch" in meta else moved.view(tokens.shape)
+def affine(tokens, patch, jitter):
+    """Map pictures (B, T, D) by identity + jitter (B, 2, 3), in units of half a picture each -> float32."""
+    pictures = unpatchify(tokens, patch).permute(0, 3, 1, 2).float()  # (B, c, S, S)
+    grid = F.affine_grid(torch.eye(2, 3, device=jitter.device) + jitter, pictures.shape, align_corners=False)
+    moved = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    return patchify(moved.permute(0, 2, 3, 1), patch)
 
 
 def move_and_mask(tokens, lengths, mels, shift, gain, mask, rng):

@@ -1,0 +1,28 @@
+"""As numbers_audio_text.py, with the same numbers in print beside the clips instead of in words.
+
+The pictures are scans of '00' to '99' in eight typefaces, all labelled; none belongs to a clip.
+    python train.py sample_configs/numbers_audio_image.py
+    python probe.py compare sample_configs/numbers_audio_image.py --seeds=6
+"""
+target = "audio"
+audio = "numbers"
+image = "numbers"
+audio_loss = "label"
+image_loss = "label"      # through the same label head
+audio_examples = 200
+audio_test_group = "each"
+audio_frames = 112
+audio_embed = "conv"
+image_embed = "conv"
+image_batch = 32          # a picture costs what a clip does: so a run stays under two minutes
+image_shift = 2
+image_affine = 0.06
+label_smoothing = 0.1
+
+width = 128
+layers = 1
+learning_rate = 3e-3
+weight_decay = 4.0
+warm_start_steps = 300    # pictures alone
+steps = 800
+eval_interval = 400

@@ -1,0 +1,27 @@
+"""The numbers in print, ONE labelled picture each, in typefaces never seen; beside them the spoken ones.
+
+    python train.py sample_configs/numbers_image_audio.py
+    python train.py sample_configs/numbers_image_audio.py --audio= --out_dir=out/printed_alone
+    python train.py sample_configs/numbers_image_audio.py --audio= --text=numbers --out_dir=out/printed_text
+"""
+image = "numbers"
+audio = "numbers"
+image_loss = "label"
+audio_loss = "label"
+text_loss = "label"       # where text is on, see above
+image_examples = 100      # one for each of 100 numbers
+audio_frames = 112
+image_embed = "conv"
+audio_embed = "conv"
+audio_batch = 32          # a clip costs what a picture does: so a run stays under two minutes
+image_shift = 2
+image_affine = 0.06
+label_smoothing = 0.1
+
+width = 128
+layers = 1
+learning_rate = 3e-3
+weight_decay = 4.0
+warm_start_steps = 300    # clips alone
+steps = 800
+eval_interval = 400
