@@ -64,8 +64,8 @@ class ConvStem(nn.Module):
             picture = picture.reshape(B, -1, grid * p, grid * p)  # (B, c, S, S)
         else:
             picture = tokens.reshape(B, 1, -1, self.mels)  # (B, 1, frames, mels)
-        # every picture at the same brightness and contrast: ink and paper are not what a letter is; every mel of
-        # a recording at the same mean: what voice and microphone add all along is not what is said
+        # every picture at the same brightness and contrast: ink and paper are not what a letter is; every mel
+        # of a recording at the same mean: what voice and microphone add all along is not what is said
         mean = picture.mean((1, 2, 3) if self.patch else 2, keepdim=True)
         picture = (picture - mean) / (picture.std((1, 2, 3), keepdim=True) + 1e-3)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):

@@ -555,28 +555,31 @@ def class_words(classes):
 
 
 def head_geometry(weight, classes):
-    """Do classes whose names share words have like rows in the label head? weight (k, C), classes: k names.
+    """Do classes that share a word have like rows in the label head? weight (k, C), classes: k names.
 
-    Cosines of two rows, less the mean row, against the overlap of their words: shared ones over all of both
-    (Jaccard). -> dict: the mean cosine of pairs with "none" in common, "some" (less than half), "most"; the
-    correlation over pairs, its p from shuffled classes (Mantel 1967). None if all pairs overlap alike.
+    Cosines of two rows, less the mean row -> dict: their mean over pairs of classes with only the "first"
+    word in common, only the "last", and "neither"; p that sharing one is worth nothing, from shuffled
+    classes (Mantel 1967). None where no pair shares just one.
     """
-    words = class_words(classes)
-    every, pairs = set(itertools.chain(*words)), tuple(torch.triu_indices(len(words), len(words), 1))
-    has = torch.tensor([[float(word in own) for word in every] for own in words])  # (k, words)
+    ends = [(own[0], own[-1]) if own else ("", "") for own in class_words(classes)]
+    codes = np.stack([np.unique(words, return_inverse=True)[1] for words in zip(*ends)], 1)  # (k, 2) numbers
+    i, j = np.triu_indices(len(codes), 1)
     rows = F.normalize(weight - weight.mean(0), dim=1)
+    cosine = (rows @ rows.T).numpy()[i, j]  # (pairs,)
 
-    def overlap(m):  # (k, words) -> (pairs,)
-        both, count = m @ m.T, m.sum(1)
-        return (both / (count[:, None] + count - both).clamp_min(1))[pairs]
+    def groups(codes):
+        first, last = (codes[i] == codes[j]).T
+        return dict(first=first & ~last, last=last & ~first, neither=~first & ~last)
 
-    shared, cosine = overlap(has), (rows @ rows.T)[pairs]
-    if len(shared.unique()) < 2:
+    def gap(cosine, codes):
+        group = groups(codes)
+        return cosine[group["first"] | group["last"]].mean() - cosine[group["neither"]].mean()
+
+    chosen = groups(codes)
+    if not (chosen["neither"].any() and (chosen["first"] | chosen["last"]).any()):
         return None
-    groups = dict(none=shared == 0, some=(shared > 0) & (shared < 0.5), most=shared >= 0.5)
-    found = {name: cosine[group].mean().item() if group.any() else None for name, group in groups.items()}
-    r, p = permutation_p(lambda c, m: torch.corrcoef(torch.stack([c, overlap(m)]))[0, 1].item(), cosine, has)
-    return dict(found, correlation=r, p=p)
+    found = {name: float(cosine[group].mean()) if group.any() else None for name, group in chosen.items()}
+    return dict(found, p=permutation_p(gap, cosine, codes)[1])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -773,8 +776,7 @@ def class_centroids(run_, slot, names):
     return torch.stack([features[labels == number[name]].mean(0) for name in names])
 
 
-HEAD_ROWS = dict(none="no word in common", some="less than half", most="half or more",
-                 correlation="cosine with overlap", p="p, classes shuffled")
+HEAD_ROWS = dict(first="same first word", last="same last word", neither="neither", p="p, classes shuffled")
 
 
 def show_side_by_side(reports):
@@ -1359,7 +1361,7 @@ def draw_sharing(path, reports):
             for block, ends in enumerate(zip(pull["fresh"], pull["best"]))]
     names = list(dict.fromkeys(name for _, name, _ in bars))
     how = [(mark, f"C{i}") for i, mark in enumerate("os^Dv*")]  # not by colour alone
-    wide, groups = max(2, len(names)), ("none", "some", "most")
+    wide, groups = max(2, len(names)), ("first", "last", "neither")
     with figure(path, 6.5 + 0.9 * wide, 3.6, ncols=2, width_ratios=[wide, 4]) as (_, (left, right)):
         for i, name, ends in bars:
             (mark, color), x = how[i % 6], names.index(name) + 0.6 * ((i + 1) / (len(reports) + 1) - 0.5)
@@ -1368,14 +1370,14 @@ def draw_sharing(path, reports):
         for (mark, color), report in zip(itertools.cycle(how), reports):
             if head := report["head"]:
                 heights = [math.nan if head[key] is None else head[key] for key in groups]
-                label = f"{report['name']}, correlation {head['correlation']:.2f}"
-                right.plot(heights, mark + "-", color=color, label=label)
+                right.plot(heights, mark, color=color, label=report["name"])
                 right.legend(fontsize=7)
         left.set_xticks(range(len(names)), names, fontsize=7)
         left.set(ylabel="cosine of gradients", xlim=(-0.5, wide - 0.5), ylim=(-1.05, 1.05))
         left.set_title("hollow: fresh weights, full: best", fontsize=9)
         right.set_xticks(range(3), [HEAD_ROWS[key] for key in groups], fontsize=8)
-        right.set(xlabel="words that two class names share", ylabel="mean cosine of label head rows")
+        right.set(xlabel="two classes, by their names", xlim=(-0.5, 2.5),
+                  ylabel="mean cosine of label head rows")
         left.axhline(0, ls=":", color="grey", lw=1)
         right.axhline(0, ls=":", color="grey", lw=1)
 

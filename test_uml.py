@@ -828,8 +828,8 @@ def test_a_head_whose_rows_are_sums_of_words_follows_the_words():
     rows = torch.stack([torch.eye(6)[i] + torch.eye(6)[j] for i, j in names])
     assert B.class_words(classes)[1] == ["a", "e"]  # all say 'sign'
     found = B.head_geometry(7 * rows + 5, classes)
-    assert found["none"] == pytest.approx(-0.5, abs=1e-5) and found["some"] == pytest.approx(0.25, abs=1e-5)
-    assert found["most"] is None and found["correlation"] == pytest.approx(1, abs=1e-5) and found["p"] < 0.02
+    assert found["neither"] == pytest.approx(-0.5, abs=1e-5) and found["p"] < 0.02
+    assert found["first"] == found["last"] == pytest.approx(0.25, abs=1e-5)
     assert B.head_geometry(rows, [f"class{i}" for i in range(9)]) is None  # no two names share a word
 
 def test_statistics_agree_with_tables():
