@@ -1,0 +1,91 @@
+"""Which classes, and which confusions? From the runs that a comparison left behind; nothing is trained.
+
+    python probe.py compare sample_configs/letters_text.py --arms=alone,uml,control --out_dir=out/letters_1
+    python assets/results/confusions.py out/letters_1
+    python assets/results/confusions.py out/numbers_2
+
+The name of a class falls into parts: a letter's case, base and marks, a number's two digits. For each arm this
+prints the accuracy by number of marks, or by digit, and what is wrong in the answers: one part, or more of them.
+Means over seeds, test split; the same as JSON in confusions.json beside compare.json.
+"""
+import collections
+import os
+import re
+import sys
+
+import numpy as np
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+from prepare import UserError, exit_on_user_error, read_json, write_json
+from probe import features_of, open_run
+
+
+def parts_of(name):
+    """'latin small letter a with acute' -> {case, base, marks}; 'three seven' -> {first, second}."""
+    if found := re.fullmatch(r"latin (\w+) letter (\w)(?: with (.*))?", name):
+        return dict(case=found[1], base=found[2], marks=found[3] or "")
+    first, second = name.split()
+    return dict(first=first, second=second)
+
+
+def group_of(parts):
+    """What accuracies are given by: the number of a letter's marks, or a number's first digit."""
+    if "marks" in parts:
+        count = len(parts["marks"].split(" and ")) if parts["marks"] else 0
+        return f"{count} marks" if count < 2 else "2 marks or more"
+    return parts["first"]
+
+
+def arm_of(cfg, steps):
+    """The arm a run belongs to, None if it is of the search or of an arm not asked about."""
+    if not cfg["score_test"] or cfg["steps"] != steps or cfg.get("apart"):
+        return None
+    if not any(cfg.get(slot) for slot in ("image", "text", "audio") if slot != cfg["target"]):
+        return "alone"
+    if not any(cfg.get(f"{slot}_updates") for slot in ("image", "text", "audio") if slot != cfg["target"]):
+        return None  # the arm init
+    return "control" if cfg.get("control") else "uml"
+
+
+def confusions(folder):
+    """-> ({group: share right}, {what is wrong: share of all test items}) of one run, over seen classes."""
+    run_ = open_run(folder)
+    features, truth = features_of(run_, run_.target, run_.held, run_.seen)
+    head = run_.model.label_head
+    names = [parts_of(name) for name in run_.target.meta["classes"]]
+    scores = features @ head.weight[:len(names)].T + head.bias[:len(names)]
+    right, wrong = collections.defaultdict(list), collections.Counter()
+    for answer, label in zip(scores.argmax(1).tolist(), truth.tolist()):
+        right[group_of(names[label])].append(answer == label)
+        differs = [key for key in names[label] if names[label][key] != names[answer][key]]
+        if differs:
+            wrong["only the " + differs[0] if len(differs) == 1 else "more"] += 1 / len(truth)
+    return {group: np.mean(hits) for group, hits in right.items()}, wrong
+
+
+@torch.inference_mode()
+def main():
+    if len(sys.argv) != 2 or not os.path.isdir(os.path.join(sys.argv[1], "compare")):
+        raise UserError("name the out_dir of a finished `python probe.py compare`")
+    folder = sys.argv[1]
+    steps, found = read_json(os.path.join(folder, "compare.json"))["steps"], collections.defaultdict(list)
+    for name in sorted(os.listdir(os.path.join(folder, "compare"))):
+        path = os.path.join(folder, "compare", name)
+        if name.startswith("run-") and os.path.exists(os.path.join(path, "result.json")):
+            arm = arm_of(read_json(os.path.join(path, "config.json")), steps)
+            if arm:
+                found[arm].append(confusions(path))
+    out = {}
+    for arm, runs in sorted(found.items()):
+        rights, wrongs = zip(*runs)
+        out[arm] = dict(runs=len(runs))
+        for title, dicts in (("right", rights), ("wrong", wrongs)):
+            keys = sorted({key for one in dicts for key in one})
+            out[arm][title] = {key: float(np.mean([one.get(key, 0.0) for one in dicts])) for key in keys}
+            print(arm, title, {key: round(100 * value, 1) for key, value in out[arm][title].items()})
+    write_json(os.path.join(folder, "confusions.json"), dict(kind="confusions", steps=steps, arms=out))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
