@@ -832,6 +832,12 @@ def test_a_head_whose_rows_are_sums_of_words_follows_the_words():
     assert found["first"] == found["last"] == pytest.approx(0.25, abs=1e-5)
     assert B.head_geometry(rows, [f"class{i}" for i in range(9)]) is None  # no two names share a word
 
+def test_confusions_are_told_apart_by_the_parts_of_a_name():
+    page = runpy.run_path(os.path.join(HERE, "assets/results/confusions.py"))
+    parts = page["parts_of"]("latin capital letter u with diaeresis and caron")
+    assert parts == dict(case="capital", base="u", marks="diaeresis and caron")
+    assert page["group_of"](parts) == "2 marks or more" and page["parts_of"]("three seven")["second"] == "seven"
+
 def test_statistics_agree_with_tables():
     mean, half = B.t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3 and half == pytest.approx(1.963, rel=1e-3) and B.t_interval([0.5]) == (0.5, None)
