@@ -15,6 +15,7 @@ What keeps them whole comes last: files.
 """
 import ast
 import base64
+import concurrent.futures
 import contextlib
 import difflib
 import hashlib
@@ -29,6 +30,7 @@ import re
 import shutil
 import sys
 import tarfile
+import threading
 import time
 import unicodedata
 import warnings
@@ -130,6 +132,7 @@ PREPARE_KEYS.update(
     verify=(False, "compare every shard with its checksum before use (sizes are always checked)"),
     skip_bad=(False, "skip unreadable files, name the first and count them, instead of stopping there"),
     shard_mb=(256, "largest shard file in MiB", at_least(1)),
+    workers=(0, "threads that read and encode (0: one a core); the shards are the same", at_least(0)),
 )
 SLOT_NAME = re.compile(rf"({'|'.join(MODALITIES)})\d?")
 
@@ -245,7 +248,7 @@ def print_help(doc, keys, title="Every key, for a config file or as --key=value:
 
 
 class Items:
-    """n items, each made by make(i) when it is asked for; None stands for one that was skipped."""
+    """n items, each made by make(i) when a thread asks for it; None stands for one that was skipped."""
 
     def __init__(self, n, make):
         self.n, self.make = n, make
@@ -306,12 +309,13 @@ def printed(source, cfg, words, classes):
     for part, names in FACES.items():
         scans += itertools.product([part], names, range(len(words)), range(SCANS[part]))
     parts, faces, labels, _ = zip(*scans)
-    paths, fonts = typefaces(), {}
+    paths, of_thread = typefaces(), threading.local()  # FreeType's fonts are not for two threads at a time
 
     def make(i):
         rng = np.random.default_rng([zlib.crc32(f"{source} image {parts[i]}".encode()), i])
         # drawn four times larger; the size is that of the face, not of the word, so that 'o' and 'O' differ
         size = int(rng.integers(72, 83)) * cfg["image_size"] // 32
+        fonts = vars(of_thread)
         if (faces[i], size) not in fonts:
             fonts[faces[i], size] = open_font(paths[faces[i]], size)
         return scan_of(words[labels[i]], fonts[faces[i], size], cfg["image_size"], rng)
@@ -464,10 +468,10 @@ def folder_source(cfg, modality, path):
         except (UserError, OSError) as problem:
             if not cfg["skip_bad"]:
                 raise UserError(f"{problem}: remove this {what}, or pass --skip_bad=True") from None
-            source["skipped"].append(str(problem))
+            source["skipped"][i] = str(problem)
 
     source = dict(items=Items(len(files), make), labels=labels, classes=classes, split=np.array(split),
-                  skipped=[])
+                  skipped={})
     if modality == "audio" and cfg["audio_groups"] and classes and "test" not in split:
         source["groups"] = speakers(cfg["audio_groups"], files)
     return source
@@ -600,8 +604,8 @@ def npz_source(cfg, modality, path):
     if numbers is None or numbers.ndim not in (2, 3) or numbers.dtype.kind not in "fiu" or not numbers.size:
         shape = "none" if numbers is None else f"{numbers.dtype} {numbers.shape}"
         raise UserError(f"{path} needs an array `features` of numbers, (n, D) or (n, T, D), found {shape}")
-    usable = np.abs(numbers.astype(np.float64)) < 1e30  # what float32 holds with room to spare
-    if not usable.all():
+    if not -1e30 < numbers.min() <= numbers.max() < 1e30:  # what float32 holds with room to spare, no NaN
+        usable = np.abs(numbers.astype(np.float64)) < 1e30
         row = np.argwhere(~usable)[0][0]
         raise UserError(f"{path}: `features` has NaN, infinite or huge values, first in row {row}")
     source = dict(items=numbers, labels=labels, classes=[], encode="features")
@@ -651,24 +655,26 @@ def unpatchify(tokens, patch):
     return cut.reshape(n, grid * patch, grid * patch, channels)
 
 
+# Of a picture of absurd size Pillow only warns. Said once and for all, as catch_warnings is not for threads.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
 def read_picture(cfg, path, channels=3):
     """Any image file -> (S, S, channels) uint8: upright, on white, resized and centre-cropped."""
     size = cfg["image_size"]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                picture.draft("RGB", (size, size))  # lets the JPEG decoder skip resolution nobody will see
-                picture = ImageOps.exif_transpose(picture)
-                if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit greys: 65535 becomes 255
-                    grey = (np.asarray(picture).astype(np.float64) / 257).clip(0, 255)
-                    picture = Image.fromarray(grey.astype(np.uint8))
-                if "A" in picture.getbands() or "transparency" in picture.info:
-                    picture = picture.convert("RGBA")
-                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-                picture = picture.convert("RGB" if channels == 3 else "L")
-                picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-                return np.asarray(picture).reshape(size, size, channels)
+        with Image.open(path) as picture:
+            picture.draft("RGB", (size, size))  # lets the JPEG decoder skip resolution nobody will see
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit greys: 65535 becomes 255
+                grey = (np.asarray(picture).astype(np.float64) / 257).clip(0, 255)
+                picture = Image.fromarray(grey.astype(np.uint8))
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            picture = picture.convert("RGB" if channels == 3 else "L")
+            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+            return np.asarray(picture).reshape(size, size, channels)
     except Exception as problem:  # Pillow's decoders raise nearly every kind; all mean the same to the user
         raise UserError(f"{path} is not a readable image ({problem})") from None
 
@@ -794,7 +800,7 @@ def encode_features(cfg, numbers, _):
 # prepare: one slot's source -> its shard folder
 
 ENCODERS = dict(image=encode_pictures, text=encode_text, audio=encode_recordings, features=encode_features)
-CHUNK = 1024  # items in memory at a time
+CHUNK = 64  # items that a thread makes and encodes at a time
 MADE_BY = dict(image=("image_size", "patch_size"), text=("text_length", "vocab_size"),
                audio=tuple(key for key in PREPARE_KEYS if key.startswith("audio_")))  # they decide the bytes
 SPEAKER_KEYS = ("audio_groups", "audio_test_group", "audio_val_group")
@@ -823,11 +829,12 @@ def shard_folder(cfg, slot):
     keys = (*MADE_BY.get(modality, ()), "val_fraction", "split_seed", "skip_bad", "shard_mb")
     made_from = dict(format=FORMAT, modality=modality, source=source, **{key: cfg[key] for key in keys})
     if path:  # the user's own files: names, sizes and times, so that a changed folder is prepared anew
-        files = [path]
+        files, listing = [path], hashlib.sha256()
         if os.path.isdir(path):
             files = sorted(os.path.join(d, f) for d, _, inside_d in os.walk(path) for f in inside_d)
-        listing = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f)]
-        made_from["files"] = hashlib.sha256(repr(listing).encode()).hexdigest()
+        for f in filter(os.path.exists, files):
+            listing.update(repr((f, os.stat(f).st_size, os.stat(f).st_mtime_ns)).encode())
+        made_from["files"] = listing.hexdigest()
     # an edited source makes other shards; of an edit of what it calls, only a higher FORMAT tells
     code = inspect.getblock(OWN_LINES[SOURCES[name][0].__code__.co_firstlineno - 1:])
     made_from["code"] = hashlib.sha256("".join(code).encode()).hexdigest()[:8]
@@ -958,28 +965,29 @@ def write_splits(cfg, folder, source, split, say):
     encode, bpe, info = source["encode"], None, dict(kind="continuous")
     if encode == "text":
         path = os.path.join(folder, "bpe.tiktoken")
-        train_bpe(source["items"][np.flatnonzero(split == "train")], cfg["vocab_size"], path)
+        train_bpe(map(source["items"].make, np.flatnonzero(split == "train")), cfg["vocab_size"], path)
         bpe = load_bpe(folder)
         info = dict(kind="discrete", vocab=bpe.n_vocab, bpe_sha256=file_sha256(path))
     info.update(arrays={}, splits={})
-    sums, cut = [], 0
+    sums, cut = 0, 0
     with tqdm(total=len(split), desc=f"encoding {encode}", disable=None, leave=False) as bar:
         for part in PARTS:
             rows, writers = np.flatnonzero(split == part), {}
             class_counts = np.zeros(len(source["classes"]), np.int64)
             for arrays in encoded_chunks(cfg, source, rows, bpe, bar):
                 cut += arrays.pop("cut", 0)
+                chunk_sums = arrays.pop("sums", 0)
+                if part == "train":
+                    sums += chunk_sums
                 append(writers, os.path.join(folder, part), arrays, cfg["shard_mb"] * 2**20)
                 if "labels" in arrays:
                     class_counts += np.bincount(arrays["labels"], minlength=len(class_counts))
-                if part == "train" and bpe is None:
-                    sums.append(token_sums(cfg, encode, arrays))
             if not writers:
                 raise UserError(f"none of the {len(rows)} files for the {part} split is readable")
             info["arrays"] = {name: writer.array for name, writer in writers.items()}
             info["splits"][part] = close(writers, class_counts)
     if skipped := source.get("skipped"):
-        say(f"skipped {len(skipped)} of {len(split)} files, the first: {skipped[0]}")
+        say(f"skipped {len(skipped)} of {len(split)} files, the first: {skipped[min(skipped)]}")
     if cut:
         say(f"cut {cut} of {len(split)} recordings at audio_frames={cfg['audio_frames']}")
     if bpe is None:
@@ -992,25 +1000,41 @@ def write_splits(cfg, folder, source, split, say):
 
 
 def encoded_chunks(cfg, source, rows, bpe, bar):
-    """Encode the items of rows, CHUNK at a time: yields their arrays {name: (k, ...)}."""
-    for start in range(0, len(rows), CHUNK):
-        chosen = rows[start:start + CHUNK]
-        items = source["items"][chosen]
-        bar.update(len(items))
-        kept = np.array([item is not None for item in items])
-        if not kept.all():  # some were skipped
-            items, chosen = [item for item in items if item is not None], chosen[kept]
-        if not len(items):
-            continue
-        arrays = ENCODERS[source["encode"]](cfg, items, bpe)
-        of_item = chosen[arrays.pop("item", slice(None))]  # a text may have become several rows
-        if source["labels"] is not None:
-            arrays["labels"] = source["labels"][of_item].astype(np.int32)
-        yield arrays
+    """encode_chunk() of rows, CHUNK at a time, in their order; threads work no more than a few ahead."""
+    workers, running = cfg["workers"] or os.cpu_count(), []
+    pool = concurrent.futures.ThreadPoolExecutor(workers)  # what takes time in items leaves Python's lock
+    try:
+        for start in range(0, len(rows), CHUNK):
+            running.append(pool.submit(encode_chunk, cfg, source, rows[start:start + CHUNK], bpe))
+            last = start + CHUNK >= len(rows)
+            while len(running) > (0 if last else workers + 2):
+                count, arrays = running.pop(0).result()  # raises what is wrong with the first bad item
+                bar.update(count)
+                if arrays:
+                    yield arrays
+    finally:
+        pool.shutdown(cancel_futures=True)  # a bad item or Ctrl-C waits only for the chunks at work
+
+
+def encode_chunk(cfg, source, rows, bpe):
+    """Make and encode the items of rows -> (how many these are, their arrays {name: (k, ...)})."""
+    items, count = source["items"][rows], len(rows)
+    kept = np.array([item is not None for item in items])
+    if not kept.all():  # some were skipped
+        items, rows = [item for item in items if item is not None], rows[kept]
+    if not len(items):
+        return count, {}
+    arrays = ENCODERS[source["encode"]](cfg, items, bpe)
+    of_item = rows[arrays.pop("item", slice(None))]  # a text may have become several rows
+    if source["labels"] is not None:
+        arrays["labels"] = source["labels"][of_item].astype(np.int32)
+    if bpe is None:
+        arrays["sums"] = token_sums(cfg, source["encode"], arrays)
+    return count, arrays
 
 
 def token_sums(cfg, encode, arrays):
-    """Count, sum and sum of squares (period,) over a chunk's real tokens; padding does not count."""
+    """(3, period): count, sum and sum of squares over a chunk's real tokens; padding does not count."""
     tokens = arrays["tokens"]  # (k, T, D)
     if "lengths" in arrays:
         tokens = tokens[np.arange(tokens.shape[1]) < arrays["lengths"][:, None]]
@@ -1019,13 +1043,15 @@ def token_sums(cfg, encode, arrays):
         period //= cfg["patch_size"] ** 2  # colours
     elif encode == "audio":
         period = cfg["audio_mels"]
-    flat = tokens.reshape(-1, period).astype(np.float64)
-    return len(flat), flat.sum(0), (flat**2).sum(0)
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    sums = [np.full(flat.shape[1], len(flat)), flat.sum(0, dtype=np.float64),  # no copy in float64 is made
+            np.einsum("nd,nd->d", flat, flat, dtype=np.float64)]
+    return np.reshape(sums, (3, -1, period)).sum(1)
 
 
 def mean_and_std(sums, dtype):
     """What token_sums() found in all chunks -> mean and std; a std of 0 is lifted, it will divide."""
-    count, total, squares = (sum(column) for column in zip(*sums))
+    count, total, squares = sums
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0)) + (1e-3 if dtype == "uint8" else 1e-6)
     return dict(mean=mean.tolist(), std=std.tolist())

@@ -246,19 +246,38 @@ def test_many_small_shards_read_as_one(tmp_path):
     features, labels = (wanted[key][wanted["split"] == "train"] for key in ("features", "labels"))
     assert np.allclose(split["tokens"][rows][:, 0], features[rows]) and (split["labels"] == labels).all()
 
-def test_shards_are_byte_equal_however_many_items_are_in_memory(tmp_path, monkeypatch):
+def test_shards_are_byte_equal_however_many_threads_and_items_in_memory(tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text("\n".join(f"line {i} " * (1 + i % 30) for i in range(90)))
     root, npz = speaker_folder(tmp_path / "r"), write_npz(tmp_path / "f.npz")
     sources = (LETTERS[:1], [f"--text=file:{tmp_path}/t.txt", "--text_length=8"], [f"--audio=folder:{root}"],
                [f"--image={npz}"])
-    whole = [all_bytes(prepared(tmp_path / "a", *source)) for source in sources]
+    whole = [all_bytes(prepared(tmp_path / "a", *source, "--workers=1")) for source in sources]
     monkeypatch.setattr(P, "CHUNK", 7)
     for source, before in zip(sources, whole):
-        after = all_bytes(prepared(tmp_path / "b", *source))
+        after = all_bytes(prepared(tmp_path / "b", *source, "--workers=3"))
         one, two = json.loads(before.pop("meta.json")), json.loads(after.pop("meta.json"))
         for key in ("mean", "std"):
             assert one.pop(key, []) == pytest.approx(two.pop(key, []), rel=1e-12)
         assert before == after and one == two, source
+
+def test_threads_stay_close_to_what_is_written_and_the_first_bad_item_counts(monkeypatch):
+    monkeypatch.setattr(P, "CHUNK", 4)
+    def make(i):
+        made.append(i)
+        time.sleep(0.1 if i == bad else 0)  # whatever is wrong with a later item is known before
+        if bad <= i < bad + 9:
+            raise P.UserError(f"item {i}")
+        return [float(i)]
+    def read():
+        source, bar = dict(encode="features", items=P.Items(200, make), labels=None), SimpleNamespace(update=quiet)
+        for k, arrays in enumerate(P.encoded_chunks(dict(workers=3), source, np.arange(200), None, bar)):
+            assert arrays["tokens"].ravel().tolist() == [4 * k, 4 * k + 1, 4 * k + 2, 4 * k + 3]
+            assert len(made) <= 4 * (k + 1 + 3 + 2)
+    for bad in (200, 21):
+        made, alive = [], threading.active_count()
+        refuses("item 21$", read) if bad == 21 else read()
+        assert len(made) < 50 or bad == 200 == len(made)
+        assert threading.active_count() == alive
 
 def test_a_shard_of_another_size_or_with_a_flipped_bit_is_named(tmp_path):
     source = f"--image={write_npz(tmp_path / 'f.npz')}"

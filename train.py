@@ -101,7 +101,8 @@ KEYS = dict(
     threads=(0, "torch CPU threads (0: torch's choice)", at_least(0)),
 )
 # Keys in which a run and its repetition, or its continuation, may differ: where and how long, not what.
-FREE_KEYS = {"out_dir", "resume", "stop_after", "benchmark", "log_interval", "raw_dir", "data_dir", "verify"}
+FREE_KEYS = {"out_dir", "resume", "stop_after", "benchmark", "log_interval", "raw_dir", "data_dir", "verify",
+             "workers"}
 FREE_ON_RESUME = FREE_KEYS | {"eval_interval", "device", "steps", "threads"}
 
 
