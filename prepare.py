@@ -850,7 +850,8 @@ def source_version(name):
     if name in ("letters", "numbers"):
         import matplotlib
         faces = f"matplotlib {matplotlib.__version__}, FreeType {features.version('freetype2')}"
-        return f"{faces}, Unicode {unicodedata.unidata_version}, {FSDD_URL}"
+        other = f"Unicode {unicodedata.unidata_version}" if name == "letters" else FSDD_URL
+        return f"{faces}, {other}"
     return dict(cifar10=CIFAR10_SHA256, cupl=CUPL_URL).get(name, "")
 
 
