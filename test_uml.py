@@ -269,7 +269,8 @@ def test_threads_stay_close_to_what_is_written_and_the_first_bad_item_counts(mon
             raise P.UserError(f"item {i}")
         return [float(i)]
     def read():
-        source, bar = dict(encode="features", items=P.Items(200, make), labels=None), SimpleNamespace(update=quiet)
+        source = dict(encode="features", items=P.Items(200, make), labels=None)
+        bar = SimpleNamespace(update=quiet)
         for k, arrays in enumerate(P.encoded_chunks(dict(workers=3), source, np.arange(200), None, bar)):
             assert arrays["tokens"].ravel().tolist() == [4 * k, 4 * k + 1, 4 * k + 2, 4 * k + 3]
             assert len(made) <= 4 * (k + 1 + 3 + 2)
@@ -855,7 +856,8 @@ def test_confusions_are_told_apart_by_the_parts_of_a_name():
     page = runpy.run_path(os.path.join(HERE, "assets/results/confusions.py"))
     parts = page["parts_of"]("latin capital letter u with diaeresis and caron")
     assert parts == dict(case="capital", base="u", marks="diaeresis and caron")
-    assert page["group_of"](parts) == "2 marks or more" and page["parts_of"]("three seven")["second"] == "seven"
+    assert page["group_of"](parts) == "2 marks or more"
+    assert page["parts_of"]("three seven")["second"] == "seven"
 
 def test_statistics_agree_with_tables():
     mean, half = B.t_interval([1.0, 2.0, 3.0, 4.0, 5.0])

@@ -4,9 +4,9 @@
     python assets/results/confusions.py out/letters_1
     python assets/results/confusions.py out/numbers_2
 
-The name of a class falls into parts: a letter's case, base and marks, a number's two digits. For each arm this
-prints the accuracy by number of marks, or by digit, and what is wrong in the answers: one part, or more of them.
-Means over seeds, test split; the same as JSON in confusions.json beside compare.json.
+The name of a class falls into parts: a letter's case, base and marks, a number's two digits. For each arm
+this prints the accuracy by number of marks, or by first digit, and what is wrong in the answers: one part, or
+more of them. Means over seeds, test split; the same as JSON in confusions.json beside compare.json.
 """
 import collections
 import os

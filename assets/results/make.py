@@ -51,7 +51,7 @@ def difference(d):
 
 
 def convnet_of(name):
-    """The reference column of TARGET_EXAMPLES_...: a plain ConvNet on the same items, where it was trained."""
+    """The reference column of TARGET_EXAMPLES...: a plain ConvNet on the same items, where it was trained."""
     path = os.path.join(HERE, f"convnet_{'_'.join(name.split('_')[:2])}.json")
     return f"{100 * np.mean(read_json(path)['scores']):.1f}" if os.path.exists(path) else "-"
 
