@@ -48,6 +48,8 @@ from tqdm import tqdm
 # of the shards, and part of every folder name: raise it when you change how a source or its tokens are made
 FORMAT = 3
 PARTS = ("train", "val", "test")  # the splits, in the order in which they are written
+# a picture of absurd size is refused; said here, for all threads: catch_warnings serves one at a time
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 # ------------------------------------------------------------------------------------------------------------
 # errors: everything a user can get wrong ends in one clear sentence and exit code 2
@@ -655,10 +657,6 @@ def unpatchify(tokens, patch):
     return cut.reshape(n, grid * patch, grid * patch, channels)
 
 
-# Of a picture of absurd size Pillow only warns. Said once and for all, as catch_warnings is not for threads.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-
-
 def read_picture(cfg, path, channels=3):
     """Any image file -> (S, S, channels) uint8: upright, on white, resized and centre-cropped."""
     size = cfg["image_size"]
@@ -970,16 +968,14 @@ def write_splits(cfg, folder, source, split, say):
         bpe = load_bpe(folder)
         info = dict(kind="discrete", vocab=bpe.n_vocab, bpe_sha256=file_sha256(path))
     info.update(arrays={}, splits={})
-    sums, cut = 0, 0
+    sums, cut = dict.fromkeys(PARTS, 0), 0
     with tqdm(total=len(split), desc=f"encoding {encode}", disable=None, leave=False) as bar:
         for part in PARTS:
             rows, writers = np.flatnonzero(split == part), {}
             class_counts = np.zeros(len(source["classes"]), np.int64)
             for arrays in encoded_chunks(cfg, source, rows, bpe, bar):
                 cut += arrays.pop("cut", 0)
-                chunk_sums = arrays.pop("sums", 0)
-                if part == "train":
-                    sums += chunk_sums
+                sums[part] += arrays.pop("sums", 0)
                 append(writers, os.path.join(folder, part), arrays, cfg["shard_mb"] * 2**20)
                 if "labels" in arrays:
                     class_counts += np.bincount(arrays["labels"], minlength=len(class_counts))
@@ -992,7 +988,7 @@ def write_splits(cfg, folder, source, split, say):
     if cut:
         say(f"cut {cut} of {len(split)} recordings at audio_frames={cfg['audio_frames']}")
     if bpe is None:
-        info.update(mean_and_std(sums, info["arrays"]["tokens"]["dtype"]))
+        info.update(mean_and_std(sums["train"], info["arrays"]["tokens"]["dtype"]))
     if encode == "image":
         info["patch"] = cfg["patch_size"]
     if encode == "audio":
@@ -1007,8 +1003,8 @@ def encoded_chunks(cfg, source, rows, bpe, bar):
     try:
         for start in range(0, len(rows), CHUNK):
             running.append(pool.submit(encode_chunk, cfg, source, rows[start:start + CHUNK], bpe))
-            last = start + CHUNK >= len(rows)
-            while len(running) > (0 if last else workers + 2):
+            ahead = workers + 2 if start + CHUNK < len(rows) else 0
+            while len(running) > ahead:
                 count, arrays = running.pop(0).result()  # raises what is wrong with the first bad item
                 bar.update(count)
                 if arrays:
@@ -1044,9 +1040,9 @@ def token_sums(cfg, encode, arrays):
         period //= cfg["patch_size"] ** 2  # colours
     elif encode == "audio":
         period = cfg["audio_mels"]
-    flat = tokens.reshape(-1, tokens.shape[-1])
-    sums = [np.full(flat.shape[1], len(flat)), flat.sum(0, dtype=np.float64),  # no copy in float64 is made
-            np.einsum("nd,nd->d", flat, flat, dtype=np.float64)]
+    flat = tokens.reshape(-1, tokens.shape[-1])  # never as a whole in float64: that is eight times as much
+    squares = np.einsum("nd,nd->d", flat, flat, dtype=np.float64)
+    sums = [np.full(len(squares), len(flat)), flat.sum(0, dtype=np.float64), squares]
     return np.reshape(sums, (3, -1, period)).sum(1)
 
 

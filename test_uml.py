@@ -270,8 +270,8 @@ def test_threads_stay_close_to_what_is_written_and_the_first_bad_item_counts(mon
         return [float(i)]
     def read():
         source = dict(encode="features", items=P.Items(200, make), labels=None)
-        bar = SimpleNamespace(update=quiet)
-        for k, arrays in enumerate(P.encoded_chunks(dict(workers=3), source, np.arange(200), None, bar)):
+        chunks = P.encoded_chunks(dict(workers=3), source, np.arange(200), None, SimpleNamespace(update=quiet))
+        for k, arrays in enumerate(chunks):
             assert arrays["tokens"].ravel().tolist() == [4 * k, 4 * k + 1, 4 * k + 2, 4 * k + 3]
             assert len(made) <= 4 * (k + 1 + 3 + 2)
     for bad in (200, 21):
@@ -848,16 +848,9 @@ def test_a_head_whose_rows_are_sums_of_words_follows_the_words():
     rows = torch.stack([torch.eye(6)[i] + torch.eye(6)[j] for i, j in names])
     assert B.class_words(classes)[1] == ["a", "e"]  # all say 'sign'
     found = B.head_geometry(7 * rows + 5, classes)
-    assert found["neither"] == pytest.approx(-0.5, abs=1e-5) and found["p"] < 0.02
-    assert found["first"] == found["last"] == pytest.approx(0.25, abs=1e-5)
+    assert found["none"] == pytest.approx(-0.5, abs=1e-5) and found["some"] == pytest.approx(0.25, abs=1e-5)
+    assert found["most"] is None and found["correlation"] == pytest.approx(1, abs=1e-5) and found["p"] < 0.02
     assert B.head_geometry(rows, [f"class{i}" for i in range(9)]) is None  # no two names share a word
-
-def test_confusions_are_told_apart_by_the_parts_of_a_name():
-    page = runpy.run_path(os.path.join(HERE, "assets/results/confusions.py"))
-    parts = page["parts_of"]("latin capital letter u with diaeresis and caron")
-    assert parts == dict(case="capital", base="u", marks="diaeresis and caron")
-    assert page["group_of"](parts) == "2 marks or more"
-    assert page["parts_of"]("three seven")["second"] == "seven"
 
 def test_statistics_agree_with_tables():
     mean, half = B.t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
