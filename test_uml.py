@@ -270,7 +270,8 @@ def test_threads_stay_close_to_what_is_written_and_the_first_bad_item_counts(mon
         return [float(i)]
     def read():
         source = dict(encode="features", items=P.Items(200, make), labels=None)
-        chunks = P.encoded_chunks(dict(workers=3), source, np.arange(200), None, SimpleNamespace(update=quiet))
+        bar = SimpleNamespace(update=quiet)
+        chunks = P.encoded_chunks(dict(workers=3), source, np.arange(200), None, bar)
         for k, arrays in enumerate(chunks):
             assert arrays["tokens"].ravel().tolist() == [4 * k, 4 * k + 1, 4 * k + 2, 4 * k + 3]
             assert len(made) <= 4 * (k + 1 + 3 + 2)
