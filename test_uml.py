@@ -1198,6 +1198,14 @@ def test_parts_of_a_batch_add_up_to_the_gradient_of_the_whole(data, monkeypatch)
             grads.append([p.grad for p in model.parameters() if p.grad is not None])
         assert all(torch.allclose(one, two, rtol=1e-9, atol=1e-12) for one, two in zip(*grads, strict=True))
 
+def test_processes_sum_all_gradients_in_one_call(monkeypatch):
+    calls, grads = [], [torch.tensor(2.0), torch.arange(6.0).view(2, 3).t(), torch.ones(4)]
+    doubled = [2 * grad for grad in grads]
+    monkeypatch.setattr(T, "ranks", lambda: (0, 2))
+    monkeypatch.setattr(T.dist, "all_reduce", lambda flat: calls.append(flat.mul_(2)))  # both have the same
+    T.add_up(*grads)
+    assert len(calls) == 1 and all(map(torch.equal, grads, doubled))
+
 @slow
 def test_two_processes_equal_one_and_resume_as_one(data, tmp_path):
     (tmp_path / "run.py").write_text("import sys, torch; torch.set_default_dtype(torch.float64)\n"

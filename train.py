@@ -995,10 +995,12 @@ def meet():
 
 
 def add_up(*tensors):
-    """Sum each tensor over the processes, in place."""
+    """Sum each tensor over the processes, in place, all of them in one call."""
     if ranks()[1] > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
 
 
 def my_part(batch):
