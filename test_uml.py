@@ -29,6 +29,7 @@ import threading
 import time
 import unicodedata
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -1003,6 +1004,28 @@ def test_moving_and_masking_recordings_keeps_their_length_true():
     assert set(lengths) == {7, 8, 9, 10, 11}
     assert any(np.array_equal(after[m:], before[:64 - m]) for m in range(5, 9))
     assert 0.02 < (change(0, 0.0, 8)[0] != tokens).mean() < 0.3
+
+def test_batches_that_a_thread_builds_ahead_are_the_same_and_so_are_their_errors(data, tmp_path, monkeypatch):
+    """What a GPU trains with, here on the CPU: same batches in the same order, same bits, stopped or not."""
+    set_up, build, built_by = T.set_up, T.train_batch, {}
+
+    def note(slot, seed, update, device):
+        built_by.setdefault((slot.name, update), []).append(threading.current_thread())
+        if slot.batch == 15 and update == 2:
+            raise P.UserError("broken shard")
+        return build(slot, seed, update, device)
+
+    train(data, f"{tmp_path}/whole")
+    threaded = lambda *args: SimpleNamespace(**{**vars(set_up(*args)), "thread": ThreadPoolExecutor(1)})
+    monkeypatch.setattr(T, "set_up", threaded), monkeypatch.setattr(T, "train_batch", note)
+    parts = T.set_up(T.resolve(config(data, "unused"), quiet), quiet)
+    for update, name in itertools.product((0, 1, 2, 7), parts.slots):
+        assert same(T.next_batch(parts, name, update), build(parts.slots[name], 0, update, B.CPU))
+    assert not any(threading.main_thread() in threads for threads in built_by.values())
+    assert train(data, f"{tmp_path}/parts", "--stop_after=4") is None
+    train(data, f"{tmp_path}/parts", "--resume")
+    assert same(weights(f"{tmp_path}/whole"), weights(f"{tmp_path}/parts"))
+    refuses("broken shard", train, data, f"{tmp_path}/broken", "--image_batch=15")
 
 def test_joint_is_one_step_on_the_weighted_sum(data, tmp_path):
     """One step of run() equals one step taken by hand on image loss + 0.5 * text loss."""
