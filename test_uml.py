@@ -29,6 +29,7 @@ import threading
 import time
 import unicodedata
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -1025,6 +1026,28 @@ def test_moving_and_masking_recordings_keeps_their_length_true():
     assert any(np.array_equal(after[m:], before[:64 - m]) for m in range(5, 9))
     assert 0.02 < (change(0, 0.0, 8)[0] != tokens).mean() < 0.3
 
+def test_batches_that_a_thread_builds_ahead_are_the_same_and_so_are_their_errors(data, tmp_path, monkeypatch):
+    """What a GPU trains with, here on the CPU: same batches in the same order, same bits, stopped or not."""
+    set_up, build, built_by = T.set_up, T.train_batch, {}
+
+    def note(slot, seed, update, device):
+        built_by.setdefault((slot.name, update), []).append(threading.current_thread())
+        if slot.batch == 15 and update == 2:
+            raise P.UserError("broken shard")
+        return build(slot, seed, update, device)
+
+    train(data, f"{tmp_path}/whole")
+    threaded = lambda *args: SimpleNamespace(**{**vars(set_up(*args)), "thread": ThreadPoolExecutor(1)})
+    monkeypatch.setattr(T, "set_up", threaded), monkeypatch.setattr(T, "train_batch", note)
+    parts = T.set_up(T.resolve(config(data, "unused"), quiet), quiet)
+    for update, name in itertools.product((0, 1, 2, 7), parts.slots):
+        assert same(T.next_batch(parts, name, update), build(parts.slots[name], 0, update, B.CPU))
+    assert not any(threading.main_thread() in threads for threads in built_by.values())
+    assert train(data, f"{tmp_path}/parts", "--stop_after=4") is None
+    train(data, f"{tmp_path}/parts", "--resume")
+    assert same(weights(f"{tmp_path}/whole"), weights(f"{tmp_path}/parts"))
+    refuses("broken shard", train, data, f"{tmp_path}/broken", "--image_batch=15")
+
 def test_joint_is_one_step_on_the_weighted_sum(data, tmp_path):
     """One step of run() equals one step taken by hand on image loss + 0.5 * text loss."""
     more = ["--text_weight=0.5", "--schedule=joint", "--warm_start_steps=0", "--steps=1", "--eval_interval=1"]
@@ -1218,6 +1241,14 @@ def test_parts_of_a_batch_add_up_to_the_gradient_of_the_whole(data, monkeypatch)
                 model(name, **T.my_part(batch)).backward()
             grads.append([p.grad for p in model.parameters() if p.grad is not None])
         assert all(torch.allclose(one, two, rtol=1e-9, atol=1e-12) for one, two in zip(*grads, strict=True))
+
+def test_processes_sum_all_gradients_in_one_call(monkeypatch):
+    calls, grads = [], [torch.tensor(2.0), torch.arange(6.0).view(2, 3).t(), torch.ones(4)]
+    doubled = [2 * grad for grad in grads]
+    monkeypatch.setattr(T, "ranks", lambda: (0, 2))
+    monkeypatch.setattr(T.dist, "all_reduce", lambda flat: calls.append(flat.mul_(2)))  # both have the same
+    T.add_up(*grads)
+    assert len(calls) == 1 and all(map(torch.equal, grads, doubled))
 
 @slow
 def test_two_processes_equal_one_and_resume_as_one(data, tmp_path):
