@@ -42,7 +42,8 @@ def planes_of(slot, tokens):
     tokens = (tokens.float() - slot.meta["mean"][0]) / slot.meta["std"][0]
     if "patch" in slot.meta:
         return unpatchify(tokens, slot.meta["patch"]).permute(0, 3, 1, 2)
-    return tokens.reshape(len(tokens), 1, -1, slot.meta["mels"])
+    planes = tokens.reshape(len(tokens), 1, -1, slot.meta["mels"])
+    return planes - planes.mean(2, keepdim=True)  # every mel at the same mean, as in the stem
 
 
 @torch.no_grad()
