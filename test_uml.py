@@ -850,9 +850,16 @@ def test_a_head_whose_rows_are_sums_of_words_follows_the_words():
     rows = torch.stack([torch.eye(6)[i] + torch.eye(6)[j] for i, j in names])
     assert B.class_words(classes)[1] == ["a", "e"]  # all say 'sign'
     found = B.head_geometry(7 * rows + 5, classes)
-    assert found["none"] == pytest.approx(-0.5, abs=1e-5) and found["some"] == pytest.approx(0.25, abs=1e-5)
-    assert found["most"] is None and found["correlation"] == pytest.approx(1, abs=1e-5) and found["p"] < 0.02
+    assert found["neither"] == pytest.approx(-0.5, abs=1e-5) and found["p"] < 0.02
+    assert found["first"] == found["last"] == pytest.approx(0.25, abs=1e-5)
     assert B.head_geometry(rows, [f"class{i}" for i in range(9)]) is None  # no two names share a word
+
+def test_confusions_are_told_apart_by_the_parts_of_a_name():
+    page = runpy.run_path(os.path.join(HERE, "assets/results/confusions.py"))
+    parts = page["parts_of"]("latin capital letter u with diaeresis and caron")
+    assert parts == dict(case="capital", base="u", marks="diaeresis and caron")
+    assert page["group_of"](parts) == "2 marks or more"
+    assert page["parts_of"]("three seven")["second"] == "seven"
 
 def test_statistics_agree_with_tables():
     mean, half = B.t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -934,7 +941,7 @@ def test_probe_reads_runs_side_by_side(pair, monkeypatch, capsys):
     assert uml["alignment"]["text"]["classes"] == 12 and set(uml["robustness"]) == set(B.PICTURE_CORRUPTIONS)
     assert set(uml["gradients"]) == {"image-image", "text-text", "image-text"} and not alone["gradients"]
     assert [len(uml["gradients"]["image-text"][state]) for state in ("fresh", "best")] == [2, 2]
-    assert uml["head"]["most"] is not None and alone["head"]
+    assert uml["head"]["first"] is not None and alone["head"]
     figures = {"confusion.png", "pca.png", "side_by_side.png", "predictions.png", "curves.png", "sharing.png"}
     assert figures <= set(os.listdir(pair.uml)) and os.path.exists(f"{pair.alone}/pca.png")
     assert all(np.std(Image.open(f"{pair.uml}/{name}").convert("L")) > 5 for name in figures)  # not blank
