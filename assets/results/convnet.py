@@ -25,8 +25,9 @@ CPU = torch.device("cpu")
 CANDIDATES = [("group", 3e-3, 0.05), ("group", 3e-3, 0.5), ("batch", 3e-3, 0.05), ("batch", 1e-3, 0.5)]
 
 
-def convnet(norm, stride, classes, channels=(16, 32, 64)):
-    layers, before = [nn.InstanceNorm2d(1)], 1  # every picture at the same contrast, as in the stem
+def convnet(norm, stride, classes, planes, channels=(16, 32, 64)):
+    # every picture at the same brightness and contrast, as in the stem
+    layers, before = [nn.GroupNorm(1, planes, affine=False)], planes
     for after in channels:
         for inputs in (before, after):
             norm_layer = nn.GroupNorm(8, after) if norm == "group" else nn.BatchNorm2d(after)
@@ -38,8 +39,12 @@ def convnet(norm, stride, classes, channels=(16, 32, 64)):
 
 
 def planes_of(slot, tokens):
-    """Pictures (B, 1, S, S), or log-mels (B, 1, frames, mels)."""
-    tokens = (tokens.float() - slot.meta["mean"][0]) / slot.meta["std"][0]
+    """Pictures (B, c, S, S), or log-mels (B, 1, frames, mels)."""
+    mean, std = (torch.tensor(slot.meta[key]) for key in ("mean", "std"))  # one a colour, or one a mel
+    if "mels" in slot.meta:
+        mean, std = mean[:1], std[:1]
+    repeat = tokens.shape[2] // len(mean)
+    tokens = (tokens.float() - mean.repeat(repeat)) / std.repeat(repeat)
     if "patch" in slot.meta:
         return unpatchify(tokens, slot.meta["patch"]).permute(0, 3, 1, 2)
     planes = tokens.reshape(len(tokens), 1, -1, slot.meta["mels"])
@@ -66,8 +71,9 @@ def train(cfg, seed, norm, rate, decay, score_test=False):
     (slot,) = open_slots(cfg, say=print)[0].values()
     torch.manual_seed(seed)
     classes = len(slot.meta["classes"])
-    model = convnet(norm, 1 if "patch" in slot.meta else 2, classes)
-    model(planes_of(slot, torch.from_numpy(slot.train["tokens"][slot.rows[:2]])))  # shapes the lazy layer
+    few = planes_of(slot, torch.from_numpy(slot.train["tokens"][slot.rows[:2]]))
+    model = convnet(norm, 1 if "patch" in slot.meta else 2, classes, planes=few.shape[1])
+    model(few)  # shapes the lazy layer
     optimizer, best, score = make_optimizer(model, cfg, CPU), 0.0, 0.0
     seen = np.setdiff1d(np.arange(classes), slot.banned)
     place = torch.zeros(classes, dtype=torch.long)
