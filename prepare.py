@@ -26,11 +26,11 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
 import sys
 import tarfile
-import threading
 import time
 import unicodedata
 import warnings
@@ -157,23 +157,17 @@ NO_LITERAL = (SyntaxError, ValueError, TypeError, AttributeError, MemoryError, R
 
 def read_assignments(path):
     """The `key = literal` lines of a config file -> [(key, value, where)]; parsed, never executed."""
+    lines, where = [], path
     try:
-        with open(path, encoding="utf-8") as f:
-            tree = ast.parse(f.read(), path)
-    except OSError as problem:
-        raise UserError(f"cannot read config file {path} ({problem.strerror}): see sample_configs/") from None
+        for node in ast.parse(read_text(path, "config file "), path).body:
+            where = f"{path} line {node.lineno}"
+            value = ast.literal_eval(node.value)
+            if not isinstance(node, ast.Expr):  # a docstring
+                (target,) = node.targets
+                lines.append((target.id, value, where))
     except NO_LITERAL as problem:
-        raise UserError(f"{path}: not a config file of `key = literal` lines ({problem})") from None
-    lines = []
-    for node in tree.body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue  # a docstring
-        where = f"{path} line {node.lineno}"
-        try:
-            (target,) = node.targets
-            lines.append((target.id, ast.literal_eval(node.value), where))
-        except NO_LITERAL:
-            raise UserError(f"{where}: no `key = literal` line, config files are not executed") from None
+        found = f" ({problem})" if isinstance(problem, SyntaxError) else ""
+        raise UserError(f"{where}: not a config file of `key = literal` lines, not executed{found}") from None
     return lines
 
 
@@ -287,13 +281,10 @@ def common_letters(paths):
             charmaps.append(set(FT2Font(path).get_charmap()))
         except (OSError, RuntimeError) as problem:
             raise UserError(f"matplotlib's typeface {path} cannot be read ({problem}): {cure}") from None
-    shared = map(chr, sorted(set.intersection(*charmaps)))
-    names = {char: unicodedata.name(char, "").lower() for char in shared}
+    names = {chr(code): unicodedata.name(chr(code), "").lower() for code in sorted(set.intersection(*charmaps))}
     letters = {char: name for char, name in names.items() if LETTER.fullmatch(name)}
-    for char in "AZaz":
-        if char not in letters:
-            folder = os.path.dirname(path)
-            raise UserError(f"matplotlib's typefaces in {folder} lack the letter '{char}': {cure}")
+    if missing := [char for char in "AZaz" if char not in letters]:
+        raise UserError(f"matplotlib's typefaces, {path} among them, lack the letter '{missing[0]}': {cure}")
     return letters
 
 
@@ -311,39 +302,33 @@ def printed(source, cfg, words, classes):
     for part, names in FACES.items():
         scans += itertools.product([part], names, range(len(words)), range(SCANS[part]))
     parts, faces, labels, _ = zip(*scans)
-    paths, of_thread = typefaces(), threading.local()  # FreeType's fonts are not for two threads at a time
+    paths, side = typefaces(), cfg["image_size"]
 
     def make(i):
+        """A careless scan (side, side, 1) uint8: place, angle, ink, paper, noise vary."""
         rng = np.random.default_rng([zlib.crc32(f"{source} image {parts[i]}".encode()), i])
         # drawn four times larger; the size is that of the face, not of the word, so that 'o' and 'O' differ
-        size = int(rng.integers(72, 83)) * cfg["image_size"] // 32
-        fonts = vars(of_thread)
-        if (faces[i], size) not in fonts:
-            fonts[faces[i], size] = open_font(paths[faces[i]], size)
-        return scan_of(words[labels[i]], fonts[faces[i], size], cfg["image_size"], rng)
+        font = open_font(paths[faces[i]], int(rng.integers(72, 83)) * side // 32)
+        canvas = Image.new("L", (4 * side, 4 * side), 0)
+        place = (np.array([0.5, 0.74]) + rng.normal(0, 0.02, 2)) * canvas.width  # the baseline's middle
+        ImageDraw.Draw(canvas).text(tuple(place), words[labels[i]], font=font, fill=255, anchor="ms")
+        canvas = canvas.rotate(rng.normal(0, 3), Image.Resampling.BILINEAR)  # degrees
+        ink = np.asarray(canvas.resize((side, side), Image.Resampling.BOX), np.float32)[:, :, None] / 255
+        paper, black = rng.uniform(190, 255), rng.uniform(0, 90)
+        grey = paper + ink * (black - paper) + rng.normal(0, 10, ink.shape)
+        return grey.clip(0, 255).astype(np.uint8)
 
     return dict(items=Items(len(scans), make), labels=np.array(labels), classes=classes,
                 split=np.array(parts), about=dict(faces=FACES, scans=SCANS))
 
 
 def open_font(path, size):
+    """A typeface, anew for every scan: FreeType's are not for two threads at a time, and it takes 0.05 ms."""
     try:
         return ImageFont.truetype(path, size)
     except (ImportError, OSError) as problem:  # ImportError: a Pillow built without FreeType
-        raise UserError(f"Pillow cannot open the typeface {path} ({problem}): reinstall it with "
-                        "`pip install --force-reinstall pillow`") from None
-
-
-def scan_of(text, font, side, rng):
-    """A careless scan of a printed text -> (side, side, 1) uint8: place, angle, ink, paper, noise vary."""
-    canvas = Image.new("L", (4 * side, 4 * side), 0)
-    place = (np.array([0.5, 0.74]) + rng.normal(0, 0.02, 2)) * canvas.width  # of the middle of the baseline
-    ImageDraw.Draw(canvas).text(tuple(place), text, font=font, fill=255, anchor="ms")
-    canvas = canvas.rotate(rng.normal(0, 3), Image.Resampling.BILINEAR)  # degrees
-    ink = np.asarray(canvas.resize((side, side), Image.Resampling.BOX), np.float32)[:, :, None] / 255
-    paper, black = rng.uniform(190, 255), rng.uniform(0, 90)
-    grey = paper + ink * (black - paper) + rng.normal(0, 10, ink.shape)
-    return grey.clip(0, 255).astype(np.uint8)
+        cure = "reinstall it with `pip install --force-reinstall pillow`"
+        raise UserError(f"Pillow cannot open the typeface {path} ({problem}): {cure}") from None
 
 
 def letter_documents(char):
@@ -363,24 +348,20 @@ def letter_documents(char):
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-CIFAR10_ROWS = 10000  # pictures in each of the six files
+CIFAR10_ROWS = 10000  # pictures in each of its six files
 
 
 def cifar10_source(cfg, modality, _):
     """CIFAR-10 from the official binary archive: 50,000 + 10,000 pictures."""
     path = raw_file(cfg, "cifar10", "cifar-10-binary.tar.gz", CIFAR10_URL, CIFAR10_SHA256)
-    files = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin", "batches.meta.txt"]
-    wanted = [f"cifar-10-batches-bin/{file}" for file in files]
-    row = 1 + 3072  # a label, then red, green and blue planes
-    found = read_archive(path, lambda name: name in wanted, largest=max(row * CIFAR10_ROWS, 4096))
-    if missing := [name for name in wanted if name not in found]:
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin", "batches.meta.txt"]
+    found = read_archive(path, names)
+    if missing := [name for name in names if name not in found]:
         raise UserError(f"{path} lacks {missing[0]}: remove it to fetch it again")
-    *batches, names = [found[name] for name in wanted]
-    records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, row)
-    if len(records) != 6 * CIFAR10_ROWS:
-        raise UserError(f"{path} holds {len(records)} pictures, expected {6 * CIFAR10_ROWS}: remove it")
+    *batches, classes = [found[name] for name in names]
+    records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 1 + 3072)  # label, red, green, blue
     pictures = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (n, 32, 32, 3)
-    return dict(items=pictures, labels=records[:, 0].astype(np.int64), classes=names.decode().split(),
+    return dict(items=pictures, labels=records[:, 0].astype(np.int64), classes=classes.decode().split(),
                 split=np.repeat(["train", "test"], [5 * CIFAR10_ROWS, CIFAR10_ROWS]))
 
 
@@ -409,20 +390,17 @@ def cupl_source(cfg, modality, _):
     described = {}
     for name, sha256 in CUPL_SHA256.items():
         file = f"{name}_prompts_full.json"
-        with open(raw_file(cfg, "cupl", file, CUPL_URL + file, sha256), encoding="utf-8") as f:
-            for label, sentences in json.load(f).items():
-                described.setdefault(plain_name(label), (label, []))[1].extend(sentences)
-    if (count := sum(len(sentences) for _, sentences in described.values())) != 97840:
-        raise UserError(f"CuPL came out as {count} sentences, expected 97840")
+        sentences_of = json.loads(read_text(raw_file(cfg, "cupl", file, CUPL_URL + file, sha256)))
+        for label, sentences in sentences_of.items():
+            described.setdefault(plain_name(label), (label, []))[1].extend(sentences)
     return described_documents(dict(described.values()))
 
 
 def described_documents(described):
     """{class: [document, ...]} -> a source's dict."""
     counts = [len(documents) for documents in described.values()]
-    items = [document for documents in described.values() for document in documents]
-    return dict(items=Items(len(items), items.__getitem__), labels=np.repeat(np.arange(len(counts)), counts),
-                classes=list(described))
+    items = np.array([document for documents in described.values() for document in documents], object)
+    return dict(items=items, labels=np.repeat(np.arange(len(counts)), counts), classes=list(described))
 
 
 def plain_name(name):
@@ -437,7 +415,7 @@ def file_source(cfg, modality, path):
         documents = [line.strip() for line in text.splitlines() if line.strip()]
         if len(documents) < 10:
             raise UserError(f"{path} holds {len(documents)} documents (one a line), at least 10 are needed")
-        return dict(items=Items(len(documents), documents.__getitem__), labels=None, classes=[])
+        return dict(items=np.array(documents, object), labels=None, classes=[])
     try:
         described = json.loads(text)
     except (ValueError, RecursionError) as problem:
@@ -456,13 +434,11 @@ def folder_source(cfg, modality, path):
     if not os.path.isdir(path):
         raise UserError(f"there is no folder {path}")
     read, what = dict(image=(read_picture, "image"), audio=(read_recording, "recording"))[modality]
-    if list_folder(path, os.DirEntry.is_dir):
-        files, labels, split, classes = class_folders(path)
-    else:
-        files, labels, classes = list_folder(path, os.DirEntry.is_file), None, []
-        split = ["train"] * len(files)
-    if not files:
+    found = class_files(path) or [("train", "", file) for file in list_folder(path, os.DirEntry.is_file)]
+    if not found:
         raise UserError(f"folder {path} is empty: expected {what}s in PATH/CLASS/* or PATH/*")
+    split, names, files = zip(*found)
+    classes, labels = np.unique(names, return_inverse=True)
 
     def make(i):
         try:
@@ -472,36 +448,34 @@ def folder_source(cfg, modality, path):
                 raise UserError(f"{problem}: remove this {what}, or pass --skip_bad=True") from None
             source["skipped"][i] = str(problem)
 
-    source = dict(items=Items(len(files), make), labels=labels, classes=classes, split=np.array(split),
-                  skipped={})
-    if modality == "audio" and cfg["audio_groups"] and classes and "test" not in split:
-        source["groups"] = speakers(cfg["audio_groups"], files)
+    source = dict(items=Items(len(files), make), labels=labels, classes=classes.tolist(),
+                  split=np.array(split), skipped={})
+    if not any(names):  # a flat folder
+        source.update(labels=None, classes=[])
+    elif modality == "audio" and cfg["audio_groups"] and "test" not in split:
+        source["groups"] = np.array([speaker_of(file, cfg["audio_groups"]) for file in files])
     return source
 
 
-def class_folders(path):
-    """PATH/{train,test}/CLASS/* or PATH/CLASS/* -> (files, labels (n,), their parts, names of classes)."""
-    parts = {part: os.path.join(path, part) for part in ("train", "test")}
-    there = {part: folder for part, folder in parts.items() if os.path.isdir(folder)}
-    if len(there) == 1:
-        (part, folder), missing = *there.items(), *(parts.keys() - there)
-        raise UserError(f"{path} has {part}/ but no {missing}/: add it, or name {folder} to have it split")
-    files, labels, split, classes = [], [], [], None
-    for part, folder in (there or dict(train=path)).items():
-        names = [os.path.basename(found) for found in list_folder(folder, os.DirEntry.is_dir)]
-        if not names or classes not in (None, names):
-            odd = ", ".join(sorted(set(names) ^ set(classes or []))[:5]) or "no class folder at all"
-            raise UserError(f"{path}: train/ and test/ must hold the same classes, they differ in {odd}")
-        classes = names
-        for label, name in enumerate(names):
-            class_folder = os.path.join(folder, name)
-            found = list_folder(class_folder, os.DirEntry.is_file)
-            if not found:
-                raise UserError(f"class folder {class_folder} holds no files: fill or remove it")
-            files += found
-            labels += [label] * len(found)
-            split += [part] * len(found)
-    return files, np.array(labels), split, classes
+def class_files(path):
+    """PATH/{train,test}/CLASS/* or PATH/CLASS/* -> [(part, class, file), ...] by name; [] if PATH is flat."""
+    parts = [part for part in ("train", "test") if os.path.isdir(os.path.join(path, part))]
+    if len(parts) == 1:
+        only = os.path.join(path, *parts)
+        raise UserError(f"{path} has only one of train/ and test/: add the other, or name {only} to have it split")
+    found, classes_of = [], []
+    for part in parts or [""]:
+        folders = list_folder(os.path.join(path, part), os.DirEntry.is_dir)
+        classes_of.append({os.path.basename(folder) for folder in folders})
+        for folder in folders:
+            files = list_folder(folder, os.DirEntry.is_file)
+            if not files:
+                raise UserError(f"class folder {folder} holds no files: fill or remove it")
+            found += [(part or "train", os.path.basename(folder), file) for file in files]
+    if odd := sorted(classes_of[0] ^ classes_of[-1]):
+        differ = ", ".join(odd[:5])
+        raise UserError(f"{path}: train/ and test/ must hold the same classes, they differ in {differ}")
+    return found
 
 
 def list_folder(folder, wanted):
@@ -510,15 +484,13 @@ def list_folder(folder, wanted):
     return [os.path.join(folder, name) for name in sorted(found) if not name.startswith(".")]
 
 
-def speakers(pattern, files):
-    """The first group of a regular expression in each file's name; UserError where it does not match."""
-    found = []
-    for name in map(os.path.basename, files):
-        try:
-            found.append(re.search(pattern, name)[1] + "")  # TypeError: no match, or not in the group
-        except (re.error, IndexError, TypeError) as problem:
-            raise UserError(f"audio_groups='{pattern}' must find a group in {name} ({problem})") from None
-    return np.array(found)
+def speaker_of(file, pattern):
+    """The first group of a regular expression in a file's name; UserError where it does not match."""
+    name = os.path.basename(file)
+    try:
+        return re.search(pattern, name)[1] + ""  # TypeError: no match, or not in the group
+    except (re.error, IndexError, TypeError) as problem:
+        raise UserError(f"audio_groups='{pattern}' must find a group in {name} ({problem})") from None
 
 
 FSDD_URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz"
@@ -551,7 +523,7 @@ def numbers_source(cfg, modality, _):
         return np.concatenate([first, pause, second])
 
     return dict(items=Items(len(takes), make), labels=np.array(labels), classes=classes,
-                groups=np.array(speakers_of), default_groups=("theo", "lucas"), about=dict(takes=TAKES))
+                groups=np.array(speakers_of), default_groups=("theo", "lucas"))
 
 
 def number_documents(a, b):
@@ -569,26 +541,22 @@ def spoken_digits(cfg):
     """The Free Spoken Digit Dataset, {"DIGIT_SPEAKER_NUMBER.wav": bytes}: 50 of each of ten digits by each
     of six speakers, fetched, or from RAW_DIR/fsdd/recordings."""
     folder = where = os.path.join(cfg["raw_dir"], "fsdd", "recordings")
-    wanted = {f"{d}_{who}_{i}.wav" for d in range(10) for who in FSDD_SPEAKERS for i in range(50)}
-    found = {}
+    names = sorted(f"{d}_{who}_{i}.wav" for d in range(10) for who in FSDD_SPEAKERS for i in range(50))
     if os.path.isdir(folder):
-        for path in list_folder(folder, os.DirEntry.is_file):
-            with open(path, "rb") as f:
-                found[path] = f.read()
+        paths = {name: pathlib.Path(folder, name) for name in names}
+        found = {name: path.read_bytes() for name, path in paths.items() if path.exists()}
     else:
         where = raw_file(cfg, "fsdd", "v1.0.10.tar.gz", FSDD_URL, None)
-        found = read_archive(where, lambda name: "/recordings/" in name)
-    files = {os.path.basename(path): data for path, data in found.items() if path.endswith(".wav")}
+        found = read_archive(where, names)
     cure = f"remove it, and put the recordings/ folder of {FSDD_URL} at {folder}"
-    if odd := sorted(wanted ^ files.keys()):
-        what = "lacks" if odd[0] in wanted else "also holds"
-        raise UserError(f"{where} {what} {odd[0]} ({len(odd)} such files): {cure}")
+    if missing := [name for name in names if name not in found]:
+        raise UserError(f"{where} lacks {missing[0]} ({len(missing)} such files): {cure}")
     digest = hashlib.sha256()
-    for name in sorted(files):
-        digest.update(name.encode() + files[name])
+    for name in names:
+        digest.update(name.encode() + found[name])
     if digest.hexdigest() != FSDD_SHA256:
         raise UserError(f"{where} holds other recordings than v1.0.10 (wrong checksum): {cure}")
-    return files
+    return found
 
 
 def npz_source(cfg, modality, path):
@@ -602,28 +570,29 @@ def npz_source(cfg, modality, path):
             found = {key: f[key] for key in f.files}
     except Exception as problem:  # zipfile and numpy raise nearly every kind; all mean the same to the user
         raise UserError(f"{path} is not a readable .npz file ({problem})") from None
-    numbers, labels, split = found.get("features"), found.get("labels"), found.get("split")
-    if numbers is None or numbers.ndim not in (2, 3) or numbers.dtype.kind not in "fiu" or not numbers.size:
-        shape = "none" if numbers is None else f"{numbers.dtype} {numbers.shape}"
-        raise UserError(f"{path} needs an array `features` of numbers, (n, D) or (n, T, D), found {shape}")
-    if not -1e30 < numbers.min() <= numbers.max() < 1e30:  # what float32 holds with room to spare, no NaN
-        usable = np.abs(numbers.astype(np.float64)) < 1e30
-        row = np.argwhere(~usable)[0][0]
-        raise UserError(f"{path}: `features` has NaN, infinite or huge values, first in row {row}")
-    source = dict(items=numbers, labels=labels, classes=[], encode="features")
-    if labels is not None:
-        if labels.shape != numbers.shape[:1] or labels.dtype.kind not in "iu":
-            kind = f"{labels.dtype} {labels.shape}"
-            raise UserError(f"{path}: `labels` must be {len(numbers)} whole numbers, found {kind}")
+
+    def must(good, key, what):
+        if not good:
+            kind = f"{found[key].dtype} {found[key].shape}" if key in found else "none"
+            raise UserError(f"{path}: `{key}`: expected {what}, found {kind}")
+
+    numbers = found.get("features", np.empty(0))
+    must(numbers.ndim in (2, 3) and numbers.dtype.kind in "fiu" and numbers.size, "features",
+         "an array of numbers, (n, D) or (n, T, D)")
+    usable = -1e30 < numbers.min() <= numbers.max() < 1e30  # what float32 holds with room to spare, no NaN
+    must(usable, "features", "no NaN, infinite or huge values")
+    source, n = dict(items=numbers, labels=found.get("labels"), classes=[], encode="features"), numbers.shape[:1]
+    if "labels" in found:
+        labels = found["labels"]
+        must(labels.shape == n and labels.dtype.kind in "iu", "labels", f"{len(numbers)} whole numbers")
         low, high = int(labels.min()), int(labels.max())
-        names = found.get("classes", np.arange(min(max(0, high), 10**5) + 1)).ravel()
-        if low < 0 or high >= len(names):
-            raise UserError(f"{path}: `labels` run from {low} to {high}, expected 0 to {len(names) - 1}")
+        names = found.get("classes", np.arange(min(high, 10**5) + 1)).ravel()
+        must(0 <= low and high < len(names), "labels", f"0 to {len(names) - 1}")
         source["classes"] = [str(name) for name in names]
-    if split is not None:
-        source["split"] = split = np.array([str(name) for name in np.atleast_1d(split)])
-        if split.shape != numbers.shape[:1] or not {"train", "test"} <= set(split) <= set(PARTS):
-            raise UserError(f"{path}: `split` must be {len(numbers)} of train, test and perhaps val")
+    if "split" in found:
+        source["split"] = np.array([str(name) for name in found["split"].ravel()])
+        must(found["split"].shape == n and {"train", "test"} <= set(source["split"]) <= set(PARTS), "split",
+             f"{len(numbers)} of train, test and perhaps val")
     return source
 
 
@@ -964,7 +933,7 @@ def write_splits(cfg, folder, source, split, say):
     encode, bpe, info = source["encode"], None, dict(kind="continuous")
     if encode == "text":
         path = os.path.join(folder, "bpe.tiktoken")
-        train_bpe(map(source["items"].make, np.flatnonzero(split == "train")), cfg["vocab_size"], path)
+        train_bpe(source["items"][np.flatnonzero(split == "train")], cfg["vocab_size"], path)
         bpe = load_bpe(folder)
         info = dict(kind="discrete", vocab=bpe.n_vocab, bpe_sha256=file_sha256(path))
     info.update(arrays={}, splits={})
@@ -1290,7 +1259,7 @@ def read_json(path):
     return json.loads(data)
 
 
-def read_text(path):
+def read_text(path, what=""):
     """The text of a UTF-8 file, with or without a byte-order mark."""
     try:
         with open(path, encoding="utf-8-sig") as f:
@@ -1299,7 +1268,7 @@ def read_text(path):
         cure = "convert it with `iconv -f latin1 -t utf-8`"
         raise UserError(f"{path} is not UTF-8 (byte {problem.start}): {cure}") from None
     except (OSError, ValueError) as problem:  # ValueError: a name with a NUL in it
-        raise UserError(f"cannot read {path} ({getattr(problem, 'strerror', problem)})") from None
+        raise UserError(f"cannot read {what}{path} ({getattr(problem, 'strerror', problem)})") from None
 
 
 @contextlib.contextmanager
@@ -1361,17 +1330,17 @@ def raw_file(cfg, source, name, url, sha256):
             raise UserError(f"cannot fetch {name} ({problem}): {way_out}") from None
 
 
-def read_archive(path, wanted, largest=10**6):
-    """{name: bytes} of the files of a tar.gz whose name is wanted, at most `largest` bytes each."""
+def read_archive(path, names):
+    """{name: bytes} of the files of a tar.gz that have these names, whatever their folder in there."""
     found, cure = {}, "remove it to fetch it again"
     try:
         with tarfile.open(path, "r:gz") as archive:
             for member in archive:
-                if member.isfile() and wanted(member.name):
-                    if member.size > largest:
-                        claim = f"{member.name} claims {member.size} bytes, more than {largest}"
-                        raise UserError(f"{path}: {claim}: {cure}")
-                    found[member.name] = archive.extractfile(member).read(member.size)
+                name = os.path.basename(member.name)
+                if member.isfile() and name in names:
+                    if member.size > 2**25:  # no file that we read is larger
+                        raise UserError(f"{path}: {member.name} claims {member.size} bytes: {cure}")
+                    found[name] = archive.extractfile(member).read(member.size)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
         raise UserError(f"{path} is not a readable tar.gz archive ({problem}): {cure}") from None
     return found
