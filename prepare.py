@@ -130,7 +130,6 @@ PREPARE_KEYS.update(
     audio_test_group=("", "the speaker of the test split: a name, #N for the N-th by name, or each: #SEED"),
     audio_val_group=("", "the speaker of the validation split, likewise"),
     val_fraction=(0.1, "share of the items for val (and for test, if a source has none)", above(0), below(1)),
-    split_seed=(0, "seed of the draw of these splits", at_least(0)),
     verify=(False, "compare every shard with its checksum before use (sizes are always checked)"),
     skip_bad=(False, "skip unreadable files, name the first and count them, instead of stopping there"),
     shard_mb=(256, "largest shard file in MiB", at_least(1)),
@@ -771,7 +770,7 @@ CHUNK = 64  # items that a thread makes and encodes at a time
 MADE_BY = dict(image=("image_size", "patch_size"), text=("text_length", "vocab_size"),
                audio=tuple(key for key in PREPARE_KEYS if key.startswith("audio_")))  # they decide the bytes
 SPEAKER_KEYS = ("audio_groups", "audio_test_group", "audio_val_group")
-MULTIPLES = dict(image=("image_size", "patch_size"), audio=("audio_frames", "audio_group"))
+MULTIPLES = dict(image=dict(image_size="patch_size"), audio=dict(audio_frames="audio_group"))
 
 
 def prepare(cfg, slot, say=tell):
@@ -790,45 +789,35 @@ def prepare(cfg, slot, say=tell):
 
 def shard_folder(cfg, slot):
     """(folder, description) of a slot's shards; its name is a hash of all that decides the bytes."""
-    check_source(cfg, slot)
-    modality, source = modality_of(slot), cfg[slot]
-    name, _, path = source.partition(":")
-    keys = (*MADE_BY.get(modality, ()), "val_fraction", "split_seed", "skip_bad", "shard_mb")
-    made_from = dict(format=FORMAT, modality=modality, source=source, **{key: cfg[key] for key in keys})
+    modality, name, path = parse_source(cfg, slot)
+    keys = (*MADE_BY.get(modality, ()), "val_fraction", "skip_bad", "shard_mb")
+    made_from = dict(format=FORMAT, modality=modality, source=cfg[slot], **{key: cfg[key] for key in keys})
     if path:  # the user's own files: names, sizes and times, so that a changed folder is prepared anew
-        files, listing = [path], hashlib.sha256()
+        files = [path]
         if os.path.isdir(path):
             files = sorted(os.path.join(d, f) for d, _, inside_d in os.walk(path) for f in inside_d)
-        for f in filter(os.path.exists, files):
-            listing.update(repr((f, os.stat(f).st_size, os.stat(f).st_mtime_ns)).encode())
-        made_from["files"] = listing.hexdigest()
+        stats = [(f, os.stat(f)) for f in files if os.path.exists(f)]
+        listing = [(f, stat.st_size, stat.st_mtime_ns) for f, stat in stats]
+        made_from["files"] = hashlib.sha256(repr(listing).encode()).hexdigest()
     # an edited source makes other shards; of an edit of what it calls, only a higher FORMAT tells
     code = inspect.getblock(OWN_LINES[SOURCES[name][0].__code__.co_firstlineno - 1:])
-    made_from["code"] = hashlib.sha256("".join(code).encode()).hexdigest()[:8]
-    made_from["version"] = source_version(name)
+    made_from["code"] = hashlib.sha256("".join(code).encode()).hexdigest()
+    if name in ("letters", "numbers"):  # what decides their bytes and is not ours
+        import matplotlib
+        made_from["faces"] = f"matplotlib {matplotlib.__version__}, FreeType {features.version('freetype2')}"
+        made_from["names"] = f"Unicode {unicodedata.unidata_version}"
     hash8 = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
-    label = f"{name}-{os.path.basename(path.rstrip('/'))}"
-    label = re.sub(r"\W+", "-", label).strip("-")
+    label = re.sub(r"\W+", "-", f"{name}-{os.path.basename(path.rstrip('/'))}").strip("-")
     return os.path.join(cfg["data_dir"], f"{modality}-{label}-{hash8}"), made_from
 
 
-def source_version(name):
-    """What decides a source's bytes and is not ours."""
-    if name in ("letters", "numbers"):
-        import matplotlib
-        faces = f"matplotlib {matplotlib.__version__}, FreeType {features.version('freetype2')}"
-        other = f"Unicode {unicodedata.unidata_version}" if name == "letters" else FSDD_URL
-        return f"{faces}, {other}"
-    return dict(cifar10=CIFAR10_SHA256, cupl=CUPL_URL).get(name, "")
-
-
-def check_source(cfg, slot):
-    """UserError unless the slot's source is one of its modality; it says which there are."""
+def parse_source(cfg, slot):
+    """A slot's (modality, name of its source, path); UserError unless these fit, it says which do."""
     modality, source = modality_of(slot), cfg[slot]
     name, _, path = source.partition(":")
     _, filled = SOURCES.get(name, (None, ()))
     if modality in filled and bool(path) == (name in WITH_PATH):
-        return
+        return modality, name, path
     fitting = {s: f"{s}:PATH" if s in WITH_PATH else s for s in SOURCES if modality in SOURCES[s][1]}
     near = [fitting[s] for s in difflib.get_close_matches(name, fitting, n=1)]
     if filled and modality not in filled:
@@ -842,13 +831,10 @@ def check_source(cfg, slot):
 
 def make_shards(cfg, slot, folder, made_from, say):
     """Run a source, split its items, encode them chunk by chunk and write the shards to folder."""
-    modality = modality_of(slot)
-    if modality in MULTIPLES:
-        whole, part = MULTIPLES[modality]
+    start, (modality, name, path) = time.perf_counter(), parse_source(cfg, slot)
+    for whole, part in MULTIPLES.get(modality, {}).items():
         if cfg[whole] % cfg[part]:
             raise UserError(f"{whole}={cfg[whole]} is not a multiple of {part}={cfg[part]}")
-    start = time.perf_counter()
-    name, _, path = cfg[slot].partition(":")
     source = SOURCES[name][0](cfg, modality, path)  # refuses a wrong path
     say(f"preparing {slot}={cfg[slot]} in {folder}")
     source.setdefault("encode", modality)
@@ -866,9 +852,7 @@ def make_shards(cfg, slot, folder, made_from, say):
         os.replace(making, folder)
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    seconds, memory = time.perf_counter() - start, peak_memory()
-    peak = f", peak memory {memory / 2**20:,.0f} MiB" if memory else ""
-    say(f"{describe(folder, meta)}; {seconds:.1f} s{peak}")
+    say(f"{describe(folder, meta)}; {time.perf_counter() - start:.1f} s")
 
 
 def draw_splits(cfg, slot, source, say):
@@ -880,12 +864,12 @@ def draw_splits(cfg, slot, source, say):
     elif modality_of(slot) == "audio" and any(cfg[key] for key in SPEAKER_KEYS):
         raise UserError(f"{slot}={cfg[slot]} cannot be split by speaker, that needs PATH/CLASS/* folders and "
                         f"--audio_groups: leave {', '.join(SPEAKER_KEYS)} empty to have it split at random")
-    for part, seed in ("test", cfg["split_seed"] + 1), ("val", cfg["split_seed"]):
+    for part, seed in ("test", 1), ("val", 0):
         if part not in split:
             free = split == "train"
             drawn = draw_share(labels, free, cfg["val_fraction"], seed)
             if not drawn.any():  # one or two of every class: enough for an auxiliary, which nobody scores
-                drawn = draw_share(None, free, cfg["val_fraction"], seed)
+                drawn = draw_share(np.zeros(n), free, cfg["val_fraction"], seed)
             split[drawn] = part
     for part in PARTS:
         count = np.count_nonzero(split == part)
@@ -901,67 +885,77 @@ def draw_splits(cfg, slot, source, say):
 def draw_share(labels, free, fraction, seed):
     """(n,) bool: about `fraction` of the free items (n,), the same share of every class."""
     rng, drawn = np.random.default_rng([seed]), np.zeros(len(free), bool)
-    classes = [free] if labels is None else [free & (labels == c) for c in np.unique(labels[free])]
-    for rows in map(np.flatnonzero, classes):
-        take = max(1, round(fraction * len(rows))) if len(rows) >= 3 else 0
-        drawn[rng.permutation(rows)[:take]] = True
+    labels = np.zeros(len(free)) if labels is None else labels
+    for label in np.unique(labels[free]):
+        rows = np.flatnonzero(free & (labels == label))
+        if len(rows) >= 3:
+            drawn[rng.permutation(rows)[:max(1, round(fraction * len(rows)))]] = True
     return drawn
 
 
 def draw_groups(cfg, slot, source, split):
     """Mark in split (n,) the test and val speakers: those of the config, else the source, else by name."""
-    groups, there = source["groups"], sorted(set(source["groups"].tolist()))
+    there = sorted(set(source["groups"].tolist()))
     names = ", ".join(there)
     if len(there) < 3:
         raise UserError(f"{slot}={cfg[slot]}: a split by speaker needs three of them at least, found {names}")
     chosen = list(source.get("default_groups", there[:2]))
-    for i, key in enumerate(SPEAKER_KEYS[1:]):
+    for i, key in enumerate(("audio_test_group", "audio_val_group")):
         if re.fullmatch(r"#\d+", cfg[key]):
             chosen[i] = there[int(cfg[key][1:]) % len(there)]
         elif cfg[key]:
             chosen[i] = cfg[key]
         if chosen[i] not in there:
             raise UserError(f"{key}='{chosen[i]}' is not there: {slot}={cfg[slot]} has {names}")
-    test, val = chosen
-    if test == val:
-        raise UserError(f"audio_test_group and audio_val_group are both '{test}': name two of {names}")
-    split[groups == test], split[groups == val] = "test", "val"
+        split[source["groups"] == chosen[i]] = ("test", "val")[i]
+    if chosen[0] == chosen[1]:
+        raise UserError(f"audio_test_group and audio_val_group are both '{chosen[0]}': name two of {names}")
 
 
 def write_splits(cfg, folder, source, split, say):
     """Encode and write every split's items -> what meta.json says of the tokens, arrays and files."""
-    encode, bpe, info = source["encode"], None, dict(kind="continuous")
+    encode, bpe, info = source["encode"], None, dict(kind="continuous", splits={})
     if encode == "text":
         path = os.path.join(folder, "bpe.tiktoken")
         train_bpe(source["items"][np.flatnonzero(split == "train")], cfg["vocab_size"], path)
         bpe = load_bpe(folder)
-        info = dict(kind="discrete", vocab=bpe.n_vocab, bpe_sha256=file_sha256(path))
-    info.update(arrays={}, splits={})
-    sums, cut = dict.fromkeys(PARTS, 0), 0
+        info.update(kind="discrete", vocab=bpe.n_vocab, bpe_sha256=file_sha256(path))
+    elif encode == "image":
+        info["patch"] = cfg["patch_size"]
+    elif encode == "audio":
+        info["mels"] = cfg["audio_mels"]
+    sums, cut = 0, 0
     with tqdm(total=len(split), desc=f"encoding {encode}", disable=None, leave=False) as bar:
         for part in PARTS:
-            rows, writers = np.flatnonzero(split == part), {}
+            rows, files = np.flatnonzero(split == part), {}
             class_counts = np.zeros(len(source["classes"]), np.int64)
             for arrays in encoded_chunks(cfg, source, rows, bpe, bar):
                 cut += arrays.pop("cut", 0)
-                sums[part] += arrays.pop("sums", 0)
-                append(writers, os.path.join(folder, part), arrays, cfg["shard_mb"] * 2**20)
+                if part == "train" and bpe is None:
+                    sums = sums + token_sums(info, **arrays)
                 if "labels" in arrays:
                     class_counts += np.bincount(arrays["labels"], minlength=len(class_counts))
-            if not writers:
+                info["arrays"] = {name: dict(dtype=array.dtype.name, shape=list(array.shape[1:]))
+                                  for name, array in arrays.items()}
+                append(folder, part, arrays, files, cfg["shard_mb"] * 2**20)
+            if not files:
                 raise UserError(f"none of the {len(rows)} files for the {part} split is readable")
-            info["arrays"] = {name: writer.array for name, writer in writers.items()}
-            info["splits"][part] = close(writers, class_counts)
+            for shard in itertools.chain(*files.values()):
+                shard["sha256"] = shard["sha256"].hexdigest()
+                path = os.path.join(folder, shard["file"])
+                with writing(path, 0), open(path, "ab") as f:
+                    os.fsync(f.fileno())
+            info["splits"][part] = dict(count=sum(shard["count"] for shard in files["tokens"]), files=files,
+                                        class_counts=class_counts.tolist())
     if skipped := source.get("skipped"):
         say(f"skipped {len(skipped)} of {len(split)} files, the first: {skipped[min(skipped)]}")
     if cut:
         say(f"cut {cut} of {len(split)} recordings at audio_frames={cfg['audio_frames']}")
     if bpe is None:
-        info.update(mean_and_std(sums["train"], info["arrays"]["tokens"]["dtype"]))
-    if encode == "image":
-        info["patch"] = cfg["patch_size"]
-    if encode == "audio":
-        info["mels"] = cfg["audio_mels"]
+        count, total, squares = sums
+        variance = np.maximum(squares / count - (total / count)**2, 0)
+        lift = 1e-3 if info["arrays"]["tokens"]["dtype"] == "uint8" else 1e-6  # the std will divide
+        info.update(mean=(total / count).tolist(), std=(np.sqrt(variance) + lift).tolist())
     return info
 
 
@@ -994,52 +988,40 @@ def encode_chunk(cfg, source, rows, bpe):
     of_item = rows[arrays.pop("item", slice(None))]  # a text may have become several rows
     if source["labels"] is not None:
         arrays["labels"] = source["labels"][of_item].astype(np.int32)
-    if bpe is None:
-        arrays["sums"] = token_sums(cfg, source["encode"], arrays)
     return count, arrays
 
 
-def token_sums(cfg, encode, arrays):
-    """(3, period): count, sum and sum of squares over a chunk's real tokens; padding does not count."""
-    tokens = arrays["tokens"]  # (k, T, D)
-    if "lengths" in arrays:
-        tokens = tokens[np.arange(tokens.shape[1]) < arrays["lengths"][:, None]]
-    period = tokens.shape[-1]  # after how many of a token's numbers the same quantity comes again
-    if encode == "image":
-        period //= cfg["patch_size"] ** 2  # colours
-    elif encode == "audio":
-        period = cfg["audio_mels"]
-    flat = tokens.reshape(-1, tokens.shape[-1])  # never as a whole in float64: that is eight times as much
-    squares = np.einsum("nd,nd->d", flat, flat, dtype=np.float64)
-    sums = [np.full(len(squares), len(flat)), flat.sum(0, dtype=np.float64), squares]
-    return np.reshape(sums, (3, -1, period)).sum(1)
+def token_sums(info, tokens, lengths=None, labels=None):
+    """(3, period): count, sum and sum of squares of a chunk's real tokens (k, T, D); padding does not count.
+
+    period: after how many of a token's numbers the same quantity comes again, such as a colour or a band.
+    """
+    period = info.get("mels", tokens.shape[-1] // info.get("patch", 1)**2)
+    if lengths is not None:
+        tokens = tokens[np.arange(tokens.shape[1]) < lengths[:, None]]
+    flat = tokens.reshape(-1, period).astype(np.float64)
+    return np.stack([np.full(period, len(flat)), flat.sum(0), (flat * flat).sum(0)])
 
 
-def mean_and_std(sums, dtype):
-    """What token_sums() found in all chunks -> mean and std; a std of 0 is lifted, it will divide."""
-    count, total, squares = sums
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0)) + (1e-3 if dtype == "uint8" else 1e-6)
-    return dict(mean=mean.tolist(), std=std.tolist())
+def append(folder, part, arrays, files, shard_bytes):
+    """Append a chunk's arrays {name: (k, ...)} to a split's files {name: [dict(file, count, sha256), ...]}.
 
-
-def append(writers, stem, arrays, shard_bytes):
-    """Write a chunk's arrays {name: (k, ...)}; all are cut at the same rows, where tokens fill a shard."""
-    row_bytes = max(1, arrays["tokens"][:1].nbytes)
+    All arrays are cut at the same rows, where tokens fill a shard; its checksum is known when all is written.
+    """
+    most = max(1, shard_bytes // max(1, arrays["tokens"][:1].nbytes))
     for name, array in arrays.items():
-        if name not in writers:
-            file_stem = stem if name == "tokens" else f"{stem}_{name}"
-            writers[name] = ShardWriter(file_stem, max(1, shard_bytes // row_bytes), array)
-        writers[name].add(array)
-
-
-def close(writers, class_counts):
-    """Finish a split's files; returns what meta.json says of them."""
-    files = {name: writer.close() for name, writer in writers.items()}
-    split = dict(count=sum(file["count"] for file in files["tokens"]), files=files)
-    if "labels" in writers:
-        split["class_counts"] = class_counts.tolist()
-    return split
+        stem, shards = part if name == "tokens" else f"{part}_{name}", files.setdefault(name, [])
+        while len(array):
+            if not shards or shards[-1]["count"] == most:
+                shards.append(dict(file=f"{stem}_{len(shards):03d}.bin", count=0, sha256=hashlib.sha256()))
+            shard = shards[-1]
+            fits = array[:most - shard["count"]]
+            path = os.path.join(folder, shard["file"])
+            with writing(path, fits.nbytes), open(path, "ab") as f:
+                f.write(fits.tobytes())
+            shard["sha256"].update(fits.tobytes())
+            shard["count"] += len(fits)
+            array = array[len(fits):]
 
 
 def describe(folder, meta):
@@ -1055,39 +1037,6 @@ def describe(folder, meta):
 # shards: flat arrays on disk, described and checksummed by meta.json
 
 SHA256 = re.compile("[0-9a-f]{64}")
-
-
-class ShardWriter:
-    """Appends rows to STEM_000.bin, STEM_001.bin ... of at most `rows` rows, with count and checksum each."""
-
-    def __init__(self, stem, rows, array):
-        self.stem, self.rows, self.files = stem, rows, []
-        self.array = dict(dtype=array.dtype.name, shape=list(array.shape[1:]))
-        self.file, self.digest = None, None
-
-    def add(self, array):
-        while len(array):
-            if self.file is None or self.files[-1]["count"] == self.rows:
-                self.close()
-                path = f"{self.stem}_{len(self.files):03d}.bin"
-                self.files.append(dict(file=os.path.basename(path), count=0))
-                self.file, self.digest = open(path, "wb"), hashlib.sha256()
-            part = np.ascontiguousarray(array[:self.rows - self.files[-1]["count"]])
-            with writing(self.file.name, part.nbytes):
-                self.file.write(memoryview(part).cast("B"))
-            self.digest.update(part)
-            self.files[-1]["count"] += len(part)
-            array = array[len(part):]
-
-    def close(self):
-        """Finish the file at hand; returns [dict(file, count, sha256), ...] of all."""
-        if self.file is not None:
-            with writing(self.file.name, 0):
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                self.file.close()
-            self.files[-1]["sha256"] = self.digest.hexdigest()
-        return self.files
 
 
 def read_meta(folder):
@@ -1116,13 +1065,14 @@ def check_meta(meta):
     def is_count(n, most=2**40):
         return type(n) is int and 0 < n <= most
 
-    for name, array in meta["arrays"].items():
+    arrays, classes, kind = meta["arrays"], meta["classes"], meta["kind"]
+    must(type(classes) is list and all(type(name) is str for name in classes), "classes are not names")
+    for name, array in arrays.items():
         dtype, shape = array["dtype"], array["shape"]
         must(dtype in ("uint8", "uint16", "int32", "float32"), f"{name} is of dtype {dtype!r}")
         must(len(shape) <= 2 and all(is_count(n, 2**24) for n in shape), f"{name} has rows of shape {shape}")
         must(name not in ("labels", "lengths") or (dtype, shape) == ("int32", []), f"{name} are {array}")
-    shape, classes, kind = meta["arrays"]["tokens"]["shape"], meta["classes"], meta["kind"]
-    must(type(classes) is list and all(type(c) is str for c in classes), "classes are not names")
+    shape = arrays["tokens"]["shape"]
     must((kind, len(shape)) in (("discrete", 1), ("continuous", 2)), "no such kind of tokens")
     if kind == "discrete":
         must(is_count(meta["vocab"], 65536), f"vocab is {meta['vocab']!r}")
@@ -1140,18 +1090,17 @@ def check_meta(meta):
         must(is_count(mels) and width % mels == 0, f"mels is {mels!r}")
     for part in PARTS:
         split = meta["splits"][part]
-        count, files = split["count"], split["files"]
-        must(is_count(count) and "tokens" in files, f"{part} has no items")
+        files = split["files"]
+        must(files.keys() == arrays.keys() and is_count(split["count"]), f"{part} has no items, or others")
+        must(("labels" in files) == bool(classes), f"labels of {part}")
+        must("lengths" in files or kind == "continuous" and "mels" not in meta, f"lengths of {part}")
+        must(len(split["class_counts"]) == len(classes), f"class_counts of {part}")
         for name, shards in files.items():
-            must(name in meta["arrays"], f"{part} has {name}, of which nothing is said")
             for shard in shards:
                 named = re.fullmatch(rf"{part}(_[a-z]+)?_\d+\.bin", shard["file"])
                 must(named and is_count(shard["count"]), f"files of {part} {name}")
                 must(SHA256.fullmatch(shard["sha256"]), f"checksums of {part} {name}")
-            must(sum(shard["count"] for shard in shards) == count, f"count of {part} {name}")
-        must(("labels" in files) == bool(classes), f"labels of {part}")
-        must(not classes or len(split["class_counts"]) == len(classes), f"class_counts of {part}")
-        must("lengths" in files or kind != "discrete" and "mels" not in meta, f"lengths of {part}")
+            must(sum(shard["count"] for shard in shards) == split["count"], f"count of {part} {name}")
 
 
 def verify_shards(folder, meta):
