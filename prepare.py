@@ -273,14 +273,14 @@ def typefaces():
 def common_letters(paths):
     """The letters that all of these font files contain -> {character: its Unicode name in lower case}."""
     from matplotlib.ft2font import FT2Font
-    cure = "reinstall it with `pip install --force-reinstall matplotlib`"
-    charmaps = []
+    cure, charmaps = "reinstall it with `pip install --force-reinstall matplotlib`", []
     for path in paths.values():
         try:
             charmaps.append(set(FT2Font(path).get_charmap()))
         except (OSError, RuntimeError) as problem:
             raise UserError(f"matplotlib's typeface {path} cannot be read ({problem}): {cure}") from None
-    names = {chr(code): unicodedata.name(chr(code), "").lower() for code in sorted(set.intersection(*charmaps))}
+    shared = map(chr, sorted(set.intersection(*charmaps)))
+    names = {char: unicodedata.name(char, "").lower() for char in shared}
     letters = {char: name for char, name in names.items() if LETTER.fullmatch(name)}
     if missing := [char for char in "AZaz" if char not in letters]:
         raise UserError(f"matplotlib's typefaces, {path} among them, lack the letter '{missing[0]}': {cure}")
@@ -458,21 +458,18 @@ def folder_source(cfg, modality, path):
 
 def class_files(path):
     """PATH/{train,test}/CLASS/* or PATH/CLASS/* -> [(part, class, file), ...] by name; [] if PATH is flat."""
+    found, classes = [], {}
     parts = [part for part in ("train", "test") if os.path.isdir(os.path.join(path, part))]
-    if len(parts) == 1:
-        only = os.path.join(path, *parts)
-        raise UserError(f"{path} has only one of train/ and test/: add the other, or name {only} to have it split")
-    found, classes_of = [], []
     for part in parts or [""]:
         folders = list_folder(os.path.join(path, part), os.DirEntry.is_dir)
-        classes_of.append({os.path.basename(folder) for folder in folders})
+        classes[part] = {os.path.basename(folder) for folder in folders}
         for folder in folders:
             files = list_folder(folder, os.DirEntry.is_file)
             if not files:
                 raise UserError(f"class folder {folder} holds no files: fill or remove it")
             found += [(part or "train", os.path.basename(folder), file) for file in files]
-    if odd := sorted(classes_of[0] ^ classes_of[-1]):
-        differ = ", ".join(odd[:5])
+    if parts and (odd := classes.get("train", set()) ^ classes.get("test", set())):
+        differ = ", ".join(sorted(odd)[:5])
         raise UserError(f"{path}: train/ and test/ must hold the same classes, they differ in {differ}")
     return found
 
@@ -559,11 +556,8 @@ def spoken_digits(cfg):
 
 
 def npz_source(cfg, modality, path):
-    """Anything already encoded, made with numpy.savez; nothing is unpickled.
-
-    It holds `features` (n, D) or (n, T, D), and if known `labels` (n,) whole numbers, `classes` (their names)
-    and `split` (n,) of train, val, test.
-    """
+    """Anything already encoded, made with numpy.savez: `features` (n, D) or (n, T, D), and if known `labels`
+    (n,) whole numbers, `classes` (their names), `split` (n,) of train, val, test. Nothing is unpickled."""
     try:
         with np.load(path, allow_pickle=False) as f:
             found = {key: f[key] for key in f.files}
@@ -576,22 +570,22 @@ def npz_source(cfg, modality, path):
             raise UserError(f"{path}: `{key}`: expected {what}, found {kind}")
 
     numbers = found.get("features", np.empty(0))
-    must(numbers.ndim in (2, 3) and numbers.dtype.kind in "fiu" and numbers.size, "features",
-         "an array of numbers, (n, D) or (n, T, D)")
+    is_array = numbers.ndim in (2, 3) and numbers.dtype.kind in "fiu" and numbers.size
+    must(is_array, "features", "an array of numbers, (n, D) or (n, T, D)")
     usable = -1e30 < numbers.min() <= numbers.max() < 1e30  # what float32 holds with room to spare, no NaN
     must(usable, "features", "no NaN, infinite or huge values")
-    source, n = dict(items=numbers, labels=found.get("labels"), classes=[], encode="features"), numbers.shape[:1]
+    source, n = dict(items=numbers, labels=found.get("labels"), classes=[], encode="features"), len(numbers)
     if "labels" in found:
         labels = found["labels"]
-        must(labels.shape == n and labels.dtype.kind in "iu", "labels", f"{len(numbers)} whole numbers")
+        must(labels.shape == (n,) and labels.dtype.kind in "iu", "labels", f"{n} whole numbers")
         low, high = int(labels.min()), int(labels.max())
         names = found.get("classes", np.arange(min(high, 10**5) + 1)).ravel()
         must(0 <= low and high < len(names), "labels", f"0 to {len(names) - 1}")
         source["classes"] = [str(name) for name in names]
     if "split" in found:
-        source["split"] = np.array([str(name) for name in found["split"].ravel()])
-        must(found["split"].shape == n and {"train", "test"} <= set(source["split"]) <= set(PARTS), "split",
-             f"{len(numbers)} of train, test and perhaps val")
+        source["split"] = split = np.array([str(name) for name in found["split"].ravel()])
+        fits = found["split"].shape == (n,) and {"train", "test"} <= set(split) <= set(PARTS)
+        must(fits, "split", f"{n} of train, test and perhaps val")
     return source
 
 
@@ -660,13 +654,14 @@ def encode_pictures(cfg, pictures, _):
 WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 
 
-def train_bpe(documents, vocab_size, path):
+def train_bpe(documents, vocab_size, folder):
     """Train at most vocab_size tokens; save them as lines of `base64 rank`, the .tiktoken format."""
     tokenizer = rustbpe.Tokenizer()
     tokenizer.train_from_iterator(iter(documents), vocab_size=vocab_size, pattern=WORDS)
     ranks = tokenizer.get_mergeable_ranks()
     lines = [base64.b64encode(bytes(token)) + f" {rank}\n".encode() for token, rank in ranks]
-    write_file(path, b"".join(lines))
+    write_file(os.path.join(folder, "bpe.tiktoken"), b"".join(lines))
+    return load_bpe(folder)
 
 
 def load_bpe(folder):
@@ -688,17 +683,15 @@ def encode_text(cfg, documents, bpe):
     A document longer than text_length becomes several windows. encode_ordinary has no special tokens, so
     '<|endoftext|>' in a document is just these characters.
     """
-    length, windows, item = cfg["text_length"], [], []
+    length, windows = cfg["text_length"], []
     for i, document in enumerate(documents):
         ids = bpe.encode_ordinary(document)
-        for start in range(0, len(ids), length):
-            windows.append(ids[start:start + length])
-            item.append(i)
+        windows += [(i, ids[start:start + length]) for start in range(0, len(ids), length)]
     tokens = np.zeros((len(windows), length), np.uint16)
-    for row, ids in zip(tokens, windows):
+    for row, (_, ids) in zip(tokens, windows):
         row[:len(ids)] = ids
-    lengths = np.array([len(ids) for ids in windows], np.int32)
-    return dict(tokens=tokens, lengths=lengths, item=np.array(item, np.int64))
+    item, lengths = [i for i, _ in windows], [len(ids) for _, ids in windows]
+    return dict(tokens=tokens, lengths=np.array(lengths, np.int32), item=np.array(item, np.int64))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -784,6 +777,7 @@ def prepare(cfg, slot, say=tell):
                 make_shards(cfg, slot, folder, made_from, say)
     elif cfg["verify"]:
         verify_shards(folder, read_meta(folder))
+        say(f"{describe(folder)}; checksums right")
     return folder
 
 
@@ -838,7 +832,7 @@ def make_shards(cfg, slot, folder, made_from, say):
     source = SOURCES[name][0](cfg, modality, path)  # refuses a wrong path
     say(f"preparing {slot}={cfg[slot]} in {folder}")
     source.setdefault("encode", modality)
-    split = draw_splits(cfg, slot, source, say)
+    split = draw_splits(cfg, slot, source)
     meta = dict(format=FORMAT, modality=modality, classes=source["classes"], made_from=made_from,
                 about=source.get("about", {}))
     making = f"{folder}.tmp"
@@ -852,15 +846,15 @@ def make_shards(cfg, slot, folder, made_from, say):
         os.replace(making, folder)
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    say(f"{describe(folder, meta)}; {time.perf_counter() - start:.1f} s")
+    say(f"{describe(folder)}; {time.perf_counter() - start:.1f} s")
 
 
-def draw_splits(cfg, slot, source, say):
+def draw_splits(cfg, slot, source):
     """(n,) array of "train", "val", "test": as the source says, by speaker, or drawn."""
     labels, n = source["labels"], len(source["items"])
     split = source.get("split", np.full(n, "train")).astype("<U5")
     if "groups" in source:
-        draw_groups(cfg, slot, source, split)
+        draw_groups(cfg, slot, source["groups"], source.get("default_groups"), split)
     elif modality_of(slot) == "audio" and any(cfg[key] for key in SPEAKER_KEYS):
         raise UserError(f"{slot}={cfg[slot]} cannot be split by speaker, that needs PATH/CLASS/* folders and "
                         f"--audio_groups: leave {', '.join(SPEAKER_KEYS)} empty to have it split at random")
@@ -869,16 +863,11 @@ def draw_splits(cfg, slot, source, say):
             free = split == "train"
             drawn = draw_share(labels, free, cfg["val_fraction"], seed)
             if not drawn.any():  # one or two of every class: enough for an auxiliary, which nobody scores
-                drawn = draw_share(np.zeros(n), free, cfg["val_fraction"], seed)
+                drawn = draw_share(None, free, cfg["val_fraction"], seed)
             split[drawn] = part
-    for part in PARTS:
-        count = np.count_nonzero(split == part)
-        if not count:
-            enough = f"about {2 / cfg['val_fraction']:.0f} are needed, three of every class at least"
-            raise UserError(f"{slot}={cfg[slot]}: too few items ({n}) for a {part} split: {enough}")
-        if count < 50 and part != "train" and labels is not None and cfg.get("target", slot) == slot:
-            say(f"warning: {slot}={cfg[slot]}: {part} has {count} items, too few to tell runs apart; raise "
-                "--val_fraction or add files")
+    if missing := [part for part in PARTS if part not in split]:
+        enough = f"about {2 / cfg['val_fraction']:.0f} are needed, three of every class at least"
+        raise UserError(f"{slot}={cfg[slot]}: too few items ({n}) for a {missing[0]} split: {enough}")
     return split
 
 
@@ -893,33 +882,33 @@ def draw_share(labels, free, fraction, seed):
     return drawn
 
 
-def draw_groups(cfg, slot, source, split):
+def draw_groups(cfg, slot, groups, default, split):
     """Mark in split (n,) the test and val speakers: those of the config, else the source, else by name."""
-    there = sorted(set(source["groups"].tolist()))
+    source, there = f"{slot}={cfg[slot]}", sorted(set(groups.tolist()))
     names = ", ".join(there)
     if len(there) < 3:
-        raise UserError(f"{slot}={cfg[slot]}: a split by speaker needs three of them at least, found {names}")
-    chosen = list(source.get("default_groups", there[:2]))
-    for i, key in enumerate(("audio_test_group", "audio_val_group")):
+        raise UserError(f"{source}: a split by speaker needs three of them at least, found {names}")
+    chosen = dict(zip(("test", "val"), default or there))
+    for part in chosen:
+        key = f"audio_{part}_group"
         if re.fullmatch(r"#\d+", cfg[key]):
-            chosen[i] = there[int(cfg[key][1:]) % len(there)]
+            chosen[part] = there[int(cfg[key][1:]) % len(there)]
         elif cfg[key]:
-            chosen[i] = cfg[key]
-        if chosen[i] not in there:
-            raise UserError(f"{key}='{chosen[i]}' is not there: {slot}={cfg[slot]} has {names}")
-        split[source["groups"] == chosen[i]] = ("test", "val")[i]
-    if chosen[0] == chosen[1]:
-        raise UserError(f"audio_test_group and audio_val_group are both '{chosen[0]}': name two of {names}")
+            chosen[part] = cfg[key]
+        if chosen[part] not in there:
+            raise UserError(f"{key}='{chosen[part]}' is not there: {source} has {names}")
+        split[groups == chosen[part]] = part
+    if chosen["test"] == chosen["val"]:
+        raise UserError(f"audio_test_group and audio_val_group are both '{chosen['val']}': {source} has {names}")
 
 
 def write_splits(cfg, folder, source, split, say):
     """Encode and write every split's items -> what meta.json says of the tokens, arrays and files."""
     encode, bpe, info = source["encode"], None, dict(kind="continuous", splits={})
     if encode == "text":
-        path = os.path.join(folder, "bpe.tiktoken")
-        train_bpe(source["items"][np.flatnonzero(split == "train")], cfg["vocab_size"], path)
-        bpe = load_bpe(folder)
-        info.update(kind="discrete", vocab=bpe.n_vocab, bpe_sha256=file_sha256(path))
+        bpe = train_bpe(source["items"][np.flatnonzero(split == "train")], cfg["vocab_size"], folder)
+        checksum = file_sha256(os.path.join(folder, "bpe.tiktoken"))
+        info.update(kind="discrete", vocab=bpe.n_vocab, bpe_sha256=checksum)
     elif encode == "image":
         info["patch"] = cfg["patch_size"]
     elif encode == "audio":
@@ -978,17 +967,15 @@ def encoded_chunks(cfg, source, rows, bpe, bar):
 
 def encode_chunk(cfg, source, rows, bpe):
     """Make and encode the items of rows -> (how many these are, their arrays {name: (k, ...)})."""
-    items, count = source["items"][rows], len(rows)
-    kept = np.array([item is not None for item in items])
-    if not kept.all():  # some were skipped
-        items, rows = [item for item in items if item is not None], rows[kept]
-    if not len(items):
-        return count, {}
+    made = [(row, item) for row, item in zip(rows, source["items"][rows]) if item is not None]
+    if not made:  # all were skipped
+        return len(rows), {}
+    kept, items = zip(*made)
     arrays = ENCODERS[source["encode"]](cfg, items, bpe)
-    of_item = rows[arrays.pop("item", slice(None))]  # a text may have become several rows
+    of_item = np.array(kept)[arrays.pop("item", slice(None))]  # a text may have become several rows
     if source["labels"] is not None:
         arrays["labels"] = source["labels"][of_item].astype(np.int32)
-    return count, arrays
+    return len(rows), arrays
 
 
 def token_sums(info, tokens, lengths=None, labels=None):
@@ -1024,8 +1011,9 @@ def append(folder, part, arrays, files, shard_bytes):
             array = array[len(fits):]
 
 
-def describe(folder, meta):
+def describe(folder):
     """The one line of counts a reader should see after prepare."""
+    meta = read_meta(folder)
     counts = ", ".join(f"{meta['splits'][part]['count']:,} {part}" for part in PARTS)
     tokens = " x ".join(str(n) for n in meta["arrays"]["tokens"]["shape"])
     words = f", {meta['vocab']:,} BPE tokens" if meta["kind"] == "discrete" else ""
@@ -1041,18 +1029,13 @@ SHA256 = re.compile("[0-9a-f]{64}")
 
 def read_meta(folder):
     """meta.json of a shard folder, every value checked, for it may come from a stranger."""
-    path = os.path.join(folder, "meta.json")
+    path, cure = os.path.join(folder, "meta.json"), f"delete {folder} to prepare it again"
     try:
         meta = read_json(path)
-        if meta["format"] != FORMAT:
-            found = f"format {meta['format']!r}, this code reads {FORMAT}"
-            raise UserError(f"{path} is of {found}: delete {folder} to prepare it again")
         check_meta(meta)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: delete {folder} to prepare it again") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         found = f"{type(problem).__name__}: {problem}"
-        raise UserError(f"{path} is damaged ({found}): delete {folder} to prepare it again") from None
+        raise UserError(f"{path} is missing or damaged ({found}): {cure}") from None
     return meta
 
 
@@ -1065,6 +1048,7 @@ def check_meta(meta):
     def is_count(n, most=2**40):
         return type(n) is int and 0 < n <= most
 
+    must(meta["format"] == FORMAT, f"format {meta['format']!r}, this code reads {FORMAT}")
     arrays, classes, kind = meta["arrays"], meta["classes"], meta["kind"]
     must(type(classes) is list and all(type(name) is str for name in classes), "classes are not names")
     for name, array in arrays.items():
@@ -1105,10 +1089,8 @@ def check_meta(meta):
 
 def verify_shards(folder, meta):
     """Compare every file with its checksum; the size, which Shards checks, does not show a flipped bit."""
-    sums = {}
-    for split in meta["splits"].values():
-        for shards in split["files"].values():
-            sums.update((shard["file"], shard["sha256"]) for shard in shards)
+    lists = [shards for split in meta["splits"].values() for shards in split["files"].values()]
+    sums = {shard["file"]: shard["sha256"] for shard in itertools.chain(*lists)}
     if meta["kind"] == "discrete":
         sums["bpe.tiktoken"] = meta["bpe_sha256"]
     for file, sha256 in sums.items():
@@ -1120,16 +1102,15 @@ class Shards:
     """One array over all its shard files, e.g. tokens (n, T, D); the files stay on disk (np.memmap)."""
 
     def __init__(self, folder, files, dtype, shape):
-        self.dtype, self.row_shape = np.dtype(dtype), tuple(shape)
-        row_bytes = self.dtype.itemsize * math.prod(self.row_shape)
-        self.maps = []
+        self.dtype, self.row_shape, self.maps = np.dtype(dtype), tuple(shape), []
         for entry in files:
             path = os.path.join(folder, entry["file"])
             found = os.path.getsize(path) if os.path.exists(path) else 0
-            if found != (wanted := entry["count"] * row_bytes):
+            wanted = entry["count"] * self.dtype.itemsize * math.prod(shape)
+            if found != wanted:
                 sizes = f"{found} bytes where meta.json says {wanted}"
                 raise UserError(f"{path} has {sizes}: delete {folder} to prepare it again")
-            self.maps.append(np.memmap(path, self.dtype, "r", shape=(entry["count"], *self.row_shape)))
+            self.maps.append(np.memmap(path, self.dtype, "r", shape=(entry["count"], *shape)))
         self.starts = np.cumsum([0] + [len(m) for m in self.maps])
 
     def __len__(self):
@@ -1255,23 +1236,19 @@ def file_sha256(path):
 
 
 def raw_file(cfg, source, name, url, sha256):
-    """Path of RAW_DIR/SOURCE/NAME with this checksum (None: not known), fetched if it is missing.
-
-    UserError has the way out. Only what came whole and has the checksum is moved into place.
-    """
+    """Path of RAW_DIR/SOURCE/NAME with this checksum (None: not known), fetched if it is missing; only what
+    came whole and has the checksum is moved into place."""
     folder = os.path.join(cfg["raw_dir"], source)
-    path = os.path.join(folder, name)
-    checksum = f" (sha256 {sha256})" if sha256 else ""
-    way_out = (f"put the file from {url}{checksum} at {path} by hand, name the folder it lies under with "
-               "--raw_dir=FOLDER, or run the offline config sample_configs/letters_text.py")
+    path, known = os.path.join(folder, name), f"sha256:{sha256}" if sha256 else None
+    way_out = (f"put the file from {url} ({known or 'checksum not known'}) at {path} by hand, name the folder "
+               "it lies under with --raw_dir=FOLDER, or run the offline config sample_configs/letters_text.py")
     if os.path.exists(path):
-        if sha256 and (found := file_sha256(path)) != sha256:
+        if known and (found := file_sha256(path)) != sha256:
             raise UserError(f"wrong checksum: {path} has sha256 {found}: remove it and {way_out}")
         return path
     pooch.get_logger().setLevel("ERROR")
     with locked(f"{path}.lock", f"another process is fetching {path}", wait=True):
         try:
-            known = f"sha256:{sha256}" if sha256 else None
             tell(f"fetching {url}")
             downloader = pooch.HTTPDownloader(progressbar=True, timeout=30)  # seconds without a byte
             return pooch.retrieve(url, known, name, folder, downloader=downloader)
@@ -1301,13 +1278,10 @@ def main():
     cfg = read_config(sys.argv[1:], PREPARE_KEYS, strict=False)
     if not active_slots(cfg):
         raise UserError("no slot holds a source: name one, for example --image=letters --text=letters")
-    if cfg["audio_test_group"] == "each":
+    if cfg["audio_test_group"] == "each":  # as train.py does for seed 0
         cfg.update(audio_test_group="#0", audio_val_group="#1")
     for slot in active_slots(cfg):
-        lines = []
-        folder = prepare(dict(cfg, verify=True), slot, say=lambda line: (lines.append(line), tell(line)))
-        if not lines:  # it was there already
-            tell(f"{describe(folder, read_meta(folder))}; checksums right")
+        prepare(dict(cfg, verify=True), slot)
 
 
 if __name__ == "__main__":
