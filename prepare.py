@@ -150,21 +150,17 @@ def active_slots(cfg):
     return sorted(names, key=lambda name: (name[-1].isdigit(), order.index(modality_of(name)), name))
 
 
-# what ast raises for text that is no literal, or one too deep for it
-NO_LITERAL = (SyntaxError, ValueError, TypeError, AttributeError, MemoryError, RecursionError)
-
-
 def read_assignments(path):
     """The `key = literal` lines of a config file -> [(key, value, where)]; parsed, never executed."""
-    lines, where = [], path
+    text, where, lines = read_text(path, "config file "), path, []
     try:
-        for node in ast.parse(read_text(path, "config file "), path).body:
+        for node in ast.parse(text, path).body:
             where = f"{path} line {node.lineno}"
             value = ast.literal_eval(node.value)
             if not isinstance(node, ast.Expr):  # a docstring
                 (target,) = node.targets
                 lines.append((target.id, value, where))
-    except NO_LITERAL as problem:
+    except Exception as problem:  # ast raises nearly every kind; all mean the same to the user
         found = f" ({problem})" if isinstance(problem, SyntaxError) else ""
         raise UserError(f"{where}: not a config file of `key = literal` lines, not executed{found}") from None
     return lines
@@ -174,12 +170,10 @@ def checked(key, value, default, checks, where):
     """value as the type of default, within its range; an int is welcome where a float is wanted."""
     if isinstance(default, float) and type(value) is int and abs(value) < 1e300:  # what a float holds
         value = float(value)
-    switch = default is None and value in (None, True, False)  # its third position is "decide by yourself"
-    if type(value) is not type(default) and not switch:
-        names = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
-        wanted = names.get(type(default), "True, False or None")
-        raise UserError(f"{where}: {key} must be {wanted}, found {value!r}")
-    for words, fits in checks:
+    types = (bool, type(None)) if default is None else (type(default),)  # None: "decide by yourself"
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
+    of_type = names.get(type(default), "True, False or None"), lambda value: type(value) in types
+    for words, fits in (of_type, *checks):
         if not fits(value):
             raise UserError(f"{where}: {key} must be {words}, found {value!r}")
     return value
@@ -220,7 +214,7 @@ def read_config(argv, keys, strict=True):
             continue
         default, _, *checks = keys[key]
         if where == "command line" and not isinstance(default, str):
-            with contextlib.suppress(*NO_LITERAL):  # else it stays text, which checked() refuses
+            with contextlib.suppress(Exception):  # else it stays text, which checked() refuses
                 value = ast.literal_eval(value)
         cfg[key] = checked(key, value, default, checks, where)
     return cfg
@@ -236,7 +230,7 @@ def print_help(doc, keys, title="Every key, for a config file or as --key=value:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# sources: functions of (cfg, modality, path) -> dict of items, labels (n,) or None, classes (their names);
+# sources: functions of (cfg, modality, path) -> dict of items; if known labels (n,), classes (their names);
 # and perhaps split (n,) of "train", "val", "test" (a part that does not occur is drawn), or groups (n,), the
 # speakers to split by, with default_groups=(test, val); about, for meta.json; encode="features" for items
 # that are numbers. A new source is a function here and a line in SOURCES.
@@ -414,7 +408,7 @@ def file_source(cfg, modality, path):
         documents = [line.strip() for line in text.splitlines() if line.strip()]
         if len(documents) < 10:
             raise UserError(f"{path} holds {len(documents)} documents (one a line), at least 10 are needed")
-        return dict(items=np.array(documents, object), labels=None, classes=[])
+        return dict(items=np.array(documents, object))
     try:
         described = json.loads(text)
     except (ValueError, RecursionError) as problem:
@@ -447,12 +441,11 @@ def folder_source(cfg, modality, path):
                 raise UserError(f"{problem}: remove this {what}, or pass --skip_bad=True") from None
             source["skipped"][i] = str(problem)
 
-    source = dict(items=Items(len(files), make), labels=labels, classes=classes.tolist(),
-                  split=np.array(split), skipped={})
-    if not any(names):  # a flat folder
-        source.update(labels=None, classes=[])
-    elif modality == "audio" and cfg["audio_groups"] and "test" not in split:
-        source["groups"] = np.array([speaker_of(file, cfg["audio_groups"]) for file in files])
+    source = dict(items=Items(len(files), make), split=np.array(split), skipped={})
+    if any(names):  # else a flat folder
+        source.update(labels=labels, classes=classes.tolist())
+        if modality == "audio" and cfg["audio_groups"] and "test" not in split:
+            source["groups"] = np.array([speaker_of(file, cfg["audio_groups"]) for file in files])
     return source
 
 
@@ -470,7 +463,8 @@ def class_files(path):
             found += [(part or "train", os.path.basename(folder), file) for file in files]
     if parts and (odd := classes.get("train", set()) ^ classes.get("test", set())):
         differ = ", ".join(sorted(odd)[:5])
-        raise UserError(f"{path}: train/ and test/ must hold the same classes, they differ in {differ}")
+        raise UserError(f"{path} must have both train/ and test/, with the same classes, or neither: they "
+                        f"differ in {differ}")
     return found
 
 
@@ -547,10 +541,8 @@ def spoken_digits(cfg):
     cure = f"remove it, and put the recordings/ folder of {FSDD_URL} at {folder}"
     if missing := [name for name in names if name not in found]:
         raise UserError(f"{where} lacks {missing[0]} ({len(missing)} such files): {cure}")
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode() + found[name])
-    if digest.hexdigest() != FSDD_SHA256:
+    whole = b"".join(name.encode() + found[name] for name in names)
+    if hashlib.sha256(whole).hexdigest() != FSDD_SHA256:
         raise UserError(f"{where} holds other recordings than v1.0.10 (wrong checksum): {cure}")
     return found
 
@@ -574,9 +566,9 @@ def npz_source(cfg, modality, path):
     must(is_array, "features", "an array of numbers, (n, D) or (n, T, D)")
     usable = -1e30 < numbers.min() <= numbers.max() < 1e30  # what float32 holds with room to spare, no NaN
     must(usable, "features", "no NaN, infinite or huge values")
-    source, n = dict(items=numbers, labels=found.get("labels"), classes=[], encode="features"), len(numbers)
+    source, n = dict(items=numbers, encode="features"), len(numbers)
     if "labels" in found:
-        labels = found["labels"]
+        source["labels"] = labels = found["labels"]
         must(labels.shape == (n,) and labels.dtype.kind in "iu", "labels", f"{n} whole numbers")
         low, high = int(labels.min()), int(labels.max())
         names = found.get("classes", np.arange(min(high, 10**5) + 1)).ravel()
@@ -798,8 +790,8 @@ def shard_folder(cfg, slot):
     made_from["code"] = hashlib.sha256("".join(code).encode()).hexdigest()
     if name in ("letters", "numbers"):  # what decides their bytes and is not ours
         import matplotlib
-        made_from["faces"] = f"matplotlib {matplotlib.__version__}, FreeType {features.version('freetype2')}"
-        made_from["names"] = f"Unicode {unicodedata.unidata_version}"
+        faces = f"matplotlib {matplotlib.__version__}, FreeType {features.version('freetype2')}"
+        made_from["version"] = f"{faces}, Unicode {unicodedata.unidata_version}"
     hash8 = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
     label = re.sub(r"\W+", "-", f"{name}-{os.path.basename(path.rstrip('/'))}").strip("-")
     return os.path.join(cfg["data_dir"], f"{modality}-{label}-{hash8}"), made_from
@@ -829,12 +821,12 @@ def make_shards(cfg, slot, folder, made_from, say):
     for whole, part in MULTIPLES.get(modality, {}).items():
         if cfg[whole] % cfg[part]:
             raise UserError(f"{whole}={cfg[whole]} is not a multiple of {part}={cfg[part]}")
-    source = SOURCES[name][0](cfg, modality, path)  # refuses a wrong path
+    source = dict(labels=None, classes=[], encode=modality, about={}, skipped={})  # unless it says otherwise
+    source.update(SOURCES[name][0](cfg, modality, path))  # refuses a wrong path
     say(f"preparing {slot}={cfg[slot]} in {folder}")
-    source.setdefault("encode", modality)
     split = draw_splits(cfg, slot, source)
-    meta = dict(format=FORMAT, modality=modality, classes=source["classes"], made_from=made_from,
-                about=source.get("about", {}))
+    meta = dict(format=FORMAT, modality=modality, made_from=made_from)
+    meta.update(classes=source["classes"], about=source["about"])
     making = f"{folder}.tmp"
     shutil.rmtree(making, ignore_errors=True)  # what a killed process left; by the lock, nobody is at work
     os.mkdir(making)
@@ -899,7 +891,7 @@ def draw_groups(cfg, slot, groups, default, split):
             raise UserError(f"{key}='{chosen[part]}' is not there: {source} has {names}")
         split[groups == chosen[part]] = part
     if chosen["test"] == chosen["val"]:
-        raise UserError(f"audio_test_group and audio_val_group are both '{chosen['val']}': {source} has {names}")
+        raise UserError(f"audio_test_group and audio_val_group are both '{chosen['val']}': name two")
 
 
 def write_splits(cfg, folder, source, split, say):
@@ -936,7 +928,7 @@ def write_splits(cfg, folder, source, split, say):
                     os.fsync(f.fileno())
             info["splits"][part] = dict(count=sum(shard["count"] for shard in files["tokens"]), files=files,
                                         class_counts=class_counts.tolist())
-    if skipped := source.get("skipped"):
+    if skipped := source["skipped"]:
         say(f"skipped {len(skipped)} of {len(split)} files, the first: {skipped[min(skipped)]}")
     if cut:
         say(f"cut {cut} of {len(split)} recordings at audio_frames={cfg['audio_frames']}")
@@ -1181,12 +1173,9 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The JSON of a file; ValueError where it is none, or larger than anything we write."""
+    """The JSON of a file; ValueError where it is none, or cut at a size larger than anything we write."""
     with open(path, "rb") as f:
-        data = f.read(2**26 + 1)
-    if len(data) > 2**26:
-        raise ValueError(f"more than {2**26} bytes")
-    return json.loads(data)
+        return json.loads(f.read(2**26))
 
 
 def read_text(path, what=""):
@@ -1240,8 +1229,8 @@ def raw_file(cfg, source, name, url, sha256):
     came whole and has the checksum is moved into place."""
     folder = os.path.join(cfg["raw_dir"], source)
     path, known = os.path.join(folder, name), f"sha256:{sha256}" if sha256 else None
-    way_out = (f"put the file from {url} ({known or 'checksum not known'}) at {path} by hand, name the folder "
-               "it lies under with --raw_dir=FOLDER, or run the offline config sample_configs/letters_text.py")
+    way_out = (f"put the file from {url} ({known or 'no checksum'}) at {path} by hand, name the folder it "
+               "lies under with --raw_dir=FOLDER, or run the offline config sample_configs/letters_text.py")
     if os.path.exists(path):
         if known and (found := file_sha256(path)) != sha256:
             raise UserError(f"wrong checksum: {path} has sha256 {found}: remove it and {way_out}")
