@@ -693,10 +693,8 @@ LOG_MEL_RANGE = (-14.0, 8.0)  # natural log of power, in 255 steps of 0.09: a pr
 
 
 def read_recording(cfg, file, name=None):
-    """What libsndfile reads (WAV, FLAC, OGG, MP3 ...; a path or an open file) -> (k,) float32 at audio_rate.
-
-    No more is read than audio_frames need. Raises UserError for what is empty, cut short or no recording.
-    """
+    """What libsndfile reads (WAV, FLAC, OGG, MP3 ...; a path or an open file) -> (k,) float32 at audio_rate,
+    no more than audio_frames need. UserError for what is empty, cut short or no recording."""
     name, seconds = name or file, cfg["audio_frames"] / 100 + 0.1
     try:
         with soundfile.SoundFile(file) as f:
@@ -782,8 +780,7 @@ def shard_folder(cfg, slot):
         files = [path]
         if os.path.isdir(path):
             files = sorted(os.path.join(d, f) for d, _, inside_d in os.walk(path) for f in inside_d)
-        stats = [(f, os.stat(f)) for f in files if os.path.exists(f)]
-        listing = [(f, stat.st_size, stat.st_mtime_ns) for f, stat in stats]
+        listing = [(f, os.path.getsize(f), os.path.getmtime(f)) for f in files if os.path.exists(f)]
         made_from["files"] = hashlib.sha256(repr(listing).encode()).hexdigest()
     # an edited source makes other shards; of an edit of what it calls, only a higher FORMAT tells
     code = inspect.getblock(OWN_LINES[SOURCES[name][0].__code__.co_firstlineno - 1:])
@@ -891,7 +888,7 @@ def draw_groups(cfg, slot, groups, default, split):
             raise UserError(f"{key}='{chosen[part]}' is not there: {source} has {names}")
         split[groups == chosen[part]] = part
     if chosen["test"] == chosen["val"]:
-        raise UserError(f"audio_test_group and audio_val_group are both '{chosen['val']}': name two")
+        raise UserError(f"test and validation speaker are both '{chosen['val']}': {source} has {names}")
 
 
 def write_splits(cfg, folder, source, split, say):
@@ -913,7 +910,7 @@ def write_splits(cfg, folder, source, split, say):
             for arrays in encoded_chunks(cfg, source, rows, bpe, bar):
                 cut += arrays.pop("cut", 0)
                 if part == "train" and bpe is None:
-                    sums = sums + token_sums(info, **arrays)
+                    sums = sums + token_sums(info, arrays["tokens"], arrays.get("lengths"))
                 if "labels" in arrays:
                     class_counts += np.bincount(arrays["labels"], minlength=len(class_counts))
                 info["arrays"] = {name: dict(dtype=array.dtype.name, shape=list(array.shape[1:]))
@@ -970,7 +967,7 @@ def encode_chunk(cfg, source, rows, bpe):
     return len(rows), arrays
 
 
-def token_sums(info, tokens, lengths=None, labels=None):
+def token_sums(info, tokens, lengths):
     """(3, period): count, sum and sum of squares of a chunk's real tokens (k, T, D); padding does not count.
 
     period: after how many of a token's numbers the same quantity comes again, such as a colour or a band.
