@@ -26,11 +26,11 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
 import sys
 import tarfile
-import threading
 import time
 import unicodedata
 import warnings
@@ -130,7 +130,6 @@ PREPARE_KEYS.update(
     audio_test_group=("", "the speaker of the test split: a name, #N for the N-th by name, or each: #SEED"),
     audio_val_group=("", "the speaker of the validation split, likewise"),
     val_fraction=(0.1, "share of the items for val (and for test, if a source has none)", above(0), below(1)),
-    split_seed=(0, "seed of the draw of these splits", at_least(0)),
     verify=(False, "compare every shard with its checksum before use (sizes are always checked)"),
     skip_bad=(False, "skip unreadable files, name the first and count them, instead of stopping there"),
     shard_mb=(256, "largest shard file in MiB", at_least(1)),
@@ -151,29 +150,19 @@ def active_slots(cfg):
     return sorted(names, key=lambda name: (name[-1].isdigit(), order.index(modality_of(name)), name))
 
 
-# what ast raises for text that is no literal, or one too deep for it
-NO_LITERAL = (SyntaxError, ValueError, TypeError, AttributeError, MemoryError, RecursionError)
-
-
 def read_assignments(path):
     """The `key = literal` lines of a config file -> [(key, value, where)]; parsed, never executed."""
+    text, where, lines = read_text(path, "config file "), path, []
     try:
-        with open(path, encoding="utf-8") as f:
-            tree = ast.parse(f.read(), path)
-    except OSError as problem:
-        raise UserError(f"cannot read config file {path} ({problem.strerror}): see sample_configs/") from None
-    except NO_LITERAL as problem:
-        raise UserError(f"{path}: not a config file of `key = literal` lines ({problem})") from None
-    lines = []
-    for node in tree.body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue  # a docstring
-        where = f"{path} line {node.lineno}"
-        try:
-            (target,) = node.targets
-            lines.append((target.id, ast.literal_eval(node.value), where))
-        except NO_LITERAL:
-            raise UserError(f"{where}: no `key = literal` line, config files are not executed") from None
+        for node in ast.parse(text, path).body:
+            where = f"{path} line {node.lineno}"
+            value = ast.literal_eval(node.value)
+            if not isinstance(node, ast.Expr):  # a docstring
+                (target,) = node.targets
+                lines.append((target.id, value, where))
+    except Exception as problem:  # ast raises nearly every kind; all mean the same to the user
+        found = f" ({problem})" if isinstance(problem, SyntaxError) else ""
+        raise UserError(f"{where}: not a config file of `key = literal` lines, not executed{found}") from None
     return lines
 
 
@@ -181,12 +170,10 @@ def checked(key, value, default, checks, where):
     """value as the type of default, within its range; an int is welcome where a float is wanted."""
     if isinstance(default, float) and type(value) is int and abs(value) < 1e300:  # what a float holds
         value = float(value)
-    switch = default is None and value in (None, True, False)  # its third position is "decide by yourself"
-    if type(value) is not type(default) and not switch:
-        names = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
-        wanted = names.get(type(default), "True, False or None")
-        raise UserError(f"{where}: {key} must be {wanted}, found {value!r}")
-    for words, fits in checks:
+    types = (bool, type(None)) if default is None else (type(default),)  # None: "decide by yourself"
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
+    of_type = names.get(type(default), "True, False or None"), lambda value: type(value) in types
+    for words, fits in (of_type, *checks):
         if not fits(value):
             raise UserError(f"{where}: {key} must be {words}, found {value!r}")
     return value
@@ -227,7 +214,7 @@ def read_config(argv, keys, strict=True):
             continue
         default, _, *checks = keys[key]
         if where == "command line" and not isinstance(default, str):
-            with contextlib.suppress(*NO_LITERAL):  # else it stays text, which checked() refuses
+            with contextlib.suppress(Exception):  # else it stays text, which checked() refuses
                 value = ast.literal_eval(value)
         cfg[key] = checked(key, value, default, checks, where)
     return cfg
@@ -243,7 +230,7 @@ def print_help(doc, keys, title="Every key, for a config file or as --key=value:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# sources: functions of (cfg, modality, path) -> dict of items, labels (n,) or None, classes (their names);
+# sources: functions of (cfg, modality, path) -> dict of items; if known labels (n,), classes (their names);
 # and perhaps split (n,) of "train", "val", "test" (a part that does not occur is drawn), or groups (n,), the
 # speakers to split by, with default_groups=(test, val); about, for meta.json; encode="features" for items
 # that are numbers. A new source is a function here and a line in SOURCES.
@@ -280,8 +267,7 @@ def typefaces():
 def common_letters(paths):
     """The letters that all of these font files contain -> {character: its Unicode name in lower case}."""
     from matplotlib.ft2font import FT2Font
-    cure = "reinstall it with `pip install --force-reinstall matplotlib`"
-    charmaps = []
+    cure, charmaps = "reinstall it with `pip install --force-reinstall matplotlib`", []
     for path in paths.values():
         try:
             charmaps.append(set(FT2Font(path).get_charmap()))
@@ -290,10 +276,8 @@ def common_letters(paths):
     shared = map(chr, sorted(set.intersection(*charmaps)))
     names = {char: unicodedata.name(char, "").lower() for char in shared}
     letters = {char: name for char, name in names.items() if LETTER.fullmatch(name)}
-    for char in "AZaz":
-        if char not in letters:
-            folder = os.path.dirname(path)
-            raise UserError(f"matplotlib's typefaces in {folder} lack the letter '{char}': {cure}")
+    if missing := [char for char in "AZaz" if char not in letters]:
+        raise UserError(f"matplotlib's typefaces, {path} among them, lack the letter '{missing[0]}': {cure}")
     return letters
 
 
@@ -311,39 +295,33 @@ def printed(source, cfg, words, classes):
     for part, names in FACES.items():
         scans += itertools.product([part], names, range(len(words)), range(SCANS[part]))
     parts, faces, labels, _ = zip(*scans)
-    paths, of_thread = typefaces(), threading.local()  # FreeType's fonts are not for two threads at a time
+    paths, side = typefaces(), cfg["image_size"]
 
     def make(i):
+        """A careless scan (side, side, 1) uint8: place, angle, ink, paper, noise vary."""
         rng = np.random.default_rng([zlib.crc32(f"{source} image {parts[i]}".encode()), i])
         # drawn four times larger; the size is that of the face, not of the word, so that 'o' and 'O' differ
-        size = int(rng.integers(72, 83)) * cfg["image_size"] // 32
-        fonts = vars(of_thread)
-        if (faces[i], size) not in fonts:
-            fonts[faces[i], size] = open_font(paths[faces[i]], size)
-        return scan_of(words[labels[i]], fonts[faces[i], size], cfg["image_size"], rng)
+        font = open_font(paths[faces[i]], int(rng.integers(72, 83)) * side // 32)
+        canvas = Image.new("L", (4 * side, 4 * side), 0)
+        place = (np.array([0.5, 0.74]) + rng.normal(0, 0.02, 2)) * canvas.width  # the baseline's middle
+        ImageDraw.Draw(canvas).text(tuple(place), words[labels[i]], font=font, fill=255, anchor="ms")
+        canvas = canvas.rotate(rng.normal(0, 3), Image.Resampling.BILINEAR)  # degrees
+        ink = np.asarray(canvas.resize((side, side), Image.Resampling.BOX), np.float32)[:, :, None] / 255
+        paper, black = rng.uniform(190, 255), rng.uniform(0, 90)
+        grey = paper + ink * (black - paper) + rng.normal(0, 10, ink.shape)
+        return grey.clip(0, 255).astype(np.uint8)
 
     return dict(items=Items(len(scans), make), labels=np.array(labels), classes=classes,
                 split=np.array(parts), about=dict(faces=FACES, scans=SCANS))
 
 
 def open_font(path, size):
+    """A typeface, anew for every scan: FreeType's are not for two threads at a time, and it takes 0.05 ms."""
     try:
         return ImageFont.truetype(path, size)
     except (ImportError, OSError) as problem:  # ImportError: a Pillow built without FreeType
-        raise UserError(f"Pillow cannot open the typeface {path} ({problem}): reinstall it with "
-                        "`pip install --force-reinstall pillow`") from None
-
-
-def scan_of(text, font, side, rng):
-    """A careless scan of a printed text -> (side, side, 1) uint8: place, angle, ink, paper, noise vary."""
-    canvas = Image.new("L", (4 * side, 4 * side), 0)
-    place = (np.array([0.5, 0.74]) + rng.normal(0, 0.02, 2)) * canvas.width  # of the middle of the baseline
-    ImageDraw.Draw(canvas).text(tuple(place), text, font=font, fill=255, anchor="ms")
-    canvas = canvas.rotate(rng.normal(0, 3), Image.Resampling.BILINEAR)  # degrees
-    ink = np.asarray(canvas.resize((side, side), Image.Resampling.BOX), np.float32)[:, :, None] / 255
-    paper, black = rng.uniform(190, 255), rng.uniform(0, 90)
-    grey = paper + ink * (black - paper) + rng.normal(0, 10, ink.shape)
-    return grey.clip(0, 255).astype(np.uint8)
+        cure = "reinstall it with `pip install --force-reinstall pillow`"
+        raise UserError(f"Pillow cannot open the typeface {path} ({problem}): {cure}") from None
 
 
 def letter_documents(char):
@@ -363,24 +341,20 @@ def letter_documents(char):
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-CIFAR10_ROWS = 10000  # pictures in each of the six files
+CIFAR10_ROWS = 10000  # pictures in each of its six files
 
 
 def cifar10_source(cfg, modality, _):
     """CIFAR-10 from the official binary archive: 50,000 + 10,000 pictures."""
     path = raw_file(cfg, "cifar10", "cifar-10-binary.tar.gz", CIFAR10_URL, CIFAR10_SHA256)
-    files = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin", "batches.meta.txt"]
-    wanted = [f"cifar-10-batches-bin/{file}" for file in files]
-    row = 1 + 3072  # a label, then red, green and blue planes
-    found = read_archive(path, lambda name: name in wanted, largest=max(row * CIFAR10_ROWS, 4096))
-    if missing := [name for name in wanted if name not in found]:
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin", "batches.meta.txt"]
+    found = read_archive(path, names)
+    if missing := [name for name in names if name not in found]:
         raise UserError(f"{path} lacks {missing[0]}: remove it to fetch it again")
-    *batches, names = [found[name] for name in wanted]
-    records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, row)
-    if len(records) != 6 * CIFAR10_ROWS:
-        raise UserError(f"{path} holds {len(records)} pictures, expected {6 * CIFAR10_ROWS}: remove it")
+    *batches, classes = [found[name] for name in names]
+    records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 1 + 3072)  # label, red, green, blue
     pictures = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (n, 32, 32, 3)
-    return dict(items=pictures, labels=records[:, 0].astype(np.int64), classes=names.decode().split(),
+    return dict(items=pictures, labels=records[:, 0].astype(np.int64), classes=classes.decode().split(),
                 split=np.repeat(["train", "test"], [5 * CIFAR10_ROWS, CIFAR10_ROWS]))
 
 
@@ -409,20 +383,17 @@ def cupl_source(cfg, modality, _):
     described = {}
     for name, sha256 in CUPL_SHA256.items():
         file = f"{name}_prompts_full.json"
-        with open(raw_file(cfg, "cupl", file, CUPL_URL + file, sha256), encoding="utf-8") as f:
-            for label, sentences in json.load(f).items():
-                described.setdefault(plain_name(label), (label, []))[1].extend(sentences)
-    if (count := sum(len(sentences) for _, sentences in described.values())) != 97840:
-        raise UserError(f"CuPL came out as {count} sentences, expected 97840")
+        sentences_of = json.loads(read_text(raw_file(cfg, "cupl", file, CUPL_URL + file, sha256)))
+        for label, sentences in sentences_of.items():
+            described.setdefault(plain_name(label), (label, []))[1].extend(sentences)
     return described_documents(dict(described.values()))
 
 
 def described_documents(described):
     """{class: [document, ...]} -> a source's dict."""
     counts = [len(documents) for documents in described.values()]
-    items = [document for documents in described.values() for document in documents]
-    return dict(items=Items(len(items), items.__getitem__), labels=np.repeat(np.arange(len(counts)), counts),
-                classes=list(described))
+    items = np.array([document for documents in described.values() for document in documents], object)
+    return dict(items=items, labels=np.repeat(np.arange(len(counts)), counts), classes=list(described))
 
 
 def plain_name(name):
@@ -437,7 +408,7 @@ def file_source(cfg, modality, path):
         documents = [line.strip() for line in text.splitlines() if line.strip()]
         if len(documents) < 10:
             raise UserError(f"{path} holds {len(documents)} documents (one a line), at least 10 are needed")
-        return dict(items=Items(len(documents), documents.__getitem__), labels=None, classes=[])
+        return dict(items=np.array(documents, object))
     try:
         described = json.loads(text)
     except (ValueError, RecursionError) as problem:
@@ -456,13 +427,11 @@ def folder_source(cfg, modality, path):
     if not os.path.isdir(path):
         raise UserError(f"there is no folder {path}")
     read, what = dict(image=(read_picture, "image"), audio=(read_recording, "recording"))[modality]
-    if list_folder(path, os.DirEntry.is_dir):
-        files, labels, split, classes = class_folders(path)
-    else:
-        files, labels, classes = list_folder(path, os.DirEntry.is_file), None, []
-        split = ["train"] * len(files)
-    if not files:
+    found = class_files(path) or [("train", "", file) for file in list_folder(path, os.DirEntry.is_file)]
+    if not found:
         raise UserError(f"folder {path} is empty: expected {what}s in PATH/CLASS/* or PATH/*")
+    split, names, files = zip(*found)
+    classes, labels = np.unique(names, return_inverse=True)
 
     def make(i):
         try:
@@ -472,36 +441,31 @@ def folder_source(cfg, modality, path):
                 raise UserError(f"{problem}: remove this {what}, or pass --skip_bad=True") from None
             source["skipped"][i] = str(problem)
 
-    source = dict(items=Items(len(files), make), labels=labels, classes=classes, split=np.array(split),
-                  skipped={})
-    if modality == "audio" and cfg["audio_groups"] and classes and "test" not in split:
-        source["groups"] = speakers(cfg["audio_groups"], files)
+    source = dict(items=Items(len(files), make), split=np.array(split), skipped={})
+    if any(names):  # else a flat folder
+        source.update(labels=labels, classes=classes.tolist())
+        if modality == "audio" and cfg["audio_groups"] and "test" not in split:
+            source["groups"] = np.array([speaker_of(file, cfg["audio_groups"]) for file in files])
     return source
 
 
-def class_folders(path):
-    """PATH/{train,test}/CLASS/* or PATH/CLASS/* -> (files, labels (n,), their parts, names of classes)."""
-    parts = {part: os.path.join(path, part) for part in ("train", "test")}
-    there = {part: folder for part, folder in parts.items() if os.path.isdir(folder)}
-    if len(there) == 1:
-        (part, folder), missing = *there.items(), *(parts.keys() - there)
-        raise UserError(f"{path} has {part}/ but no {missing}/: add it, or name {folder} to have it split")
-    files, labels, split, classes = [], [], [], None
-    for part, folder in (there or dict(train=path)).items():
-        names = [os.path.basename(found) for found in list_folder(folder, os.DirEntry.is_dir)]
-        if not names or classes not in (None, names):
-            odd = ", ".join(sorted(set(names) ^ set(classes or []))[:5]) or "no class folder at all"
-            raise UserError(f"{path}: train/ and test/ must hold the same classes, they differ in {odd}")
-        classes = names
-        for label, name in enumerate(names):
-            class_folder = os.path.join(folder, name)
-            found = list_folder(class_folder, os.DirEntry.is_file)
-            if not found:
-                raise UserError(f"class folder {class_folder} holds no files: fill or remove it")
-            files += found
-            labels += [label] * len(found)
-            split += [part] * len(found)
-    return files, np.array(labels), split, classes
+def class_files(path):
+    """PATH/{train,test}/CLASS/* or PATH/CLASS/* -> [(part, class, file), ...] by name; [] if PATH is flat."""
+    found, classes = [], {}
+    parts = [part for part in ("train", "test") if os.path.isdir(os.path.join(path, part))]
+    for part in parts or [""]:
+        folders = list_folder(os.path.join(path, part), os.DirEntry.is_dir)
+        classes[part] = {os.path.basename(folder) for folder in folders}
+        for folder in folders:
+            files = list_folder(folder, os.DirEntry.is_file)
+            if not files:
+                raise UserError(f"class folder {folder} holds no files: fill or remove it")
+            found += [(part or "train", os.path.basename(folder), file) for file in files]
+    if parts and (odd := classes.get("train", set()) ^ classes.get("test", set())):
+        differ = ", ".join(sorted(odd)[:5])
+        raise UserError(f"{path} must have both train/ and test/, with the same classes, or neither: they "
+                        f"differ in {differ}")
+    return found
 
 
 def list_folder(folder, wanted):
@@ -510,15 +474,13 @@ def list_folder(folder, wanted):
     return [os.path.join(folder, name) for name in sorted(found) if not name.startswith(".")]
 
 
-def speakers(pattern, files):
-    """The first group of a regular expression in each file's name; UserError where it does not match."""
-    found = []
-    for name in map(os.path.basename, files):
-        try:
-            found.append(re.search(pattern, name)[1] + "")  # TypeError: no match, or not in the group
-        except (re.error, IndexError, TypeError) as problem:
-            raise UserError(f"audio_groups='{pattern}' must find a group in {name} ({problem})") from None
-    return np.array(found)
+def speaker_of(file, pattern):
+    """The first group of a regular expression in a file's name; UserError where it does not match."""
+    name = os.path.basename(file)
+    try:
+        return re.search(pattern, name)[1] + ""  # TypeError: no match, or not in the group
+    except (re.error, IndexError, TypeError) as problem:
+        raise UserError(f"audio_groups='{pattern}' must find a group in {name} ({problem})") from None
 
 
 FSDD_URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz"
@@ -551,7 +513,7 @@ def numbers_source(cfg, modality, _):
         return np.concatenate([first, pause, second])
 
     return dict(items=Items(len(takes), make), labels=np.array(labels), classes=classes,
-                groups=np.array(speakers_of), default_groups=("theo", "lucas"), about=dict(takes=TAKES))
+                groups=np.array(speakers_of), default_groups=("theo", "lucas"))
 
 
 def number_documents(a, b):
@@ -569,61 +531,53 @@ def spoken_digits(cfg):
     """The Free Spoken Digit Dataset, {"DIGIT_SPEAKER_NUMBER.wav": bytes}: 50 of each of ten digits by each
     of six speakers, fetched, or from RAW_DIR/fsdd/recordings."""
     folder = where = os.path.join(cfg["raw_dir"], "fsdd", "recordings")
-    wanted = {f"{d}_{who}_{i}.wav" for d in range(10) for who in FSDD_SPEAKERS for i in range(50)}
-    found = {}
+    names = sorted(f"{d}_{who}_{i}.wav" for d in range(10) for who in FSDD_SPEAKERS for i in range(50))
     if os.path.isdir(folder):
-        for path in list_folder(folder, os.DirEntry.is_file):
-            with open(path, "rb") as f:
-                found[path] = f.read()
+        paths = {name: pathlib.Path(folder, name) for name in names}
+        found = {name: path.read_bytes() for name, path in paths.items() if path.exists()}
     else:
         where = raw_file(cfg, "fsdd", "v1.0.10.tar.gz", FSDD_URL, None)
-        found = read_archive(where, lambda name: "/recordings/" in name)
-    files = {os.path.basename(path): data for path, data in found.items() if path.endswith(".wav")}
+        found = read_archive(where, names)
     cure = f"remove it, and put the recordings/ folder of {FSDD_URL} at {folder}"
-    if odd := sorted(wanted ^ files.keys()):
-        what = "lacks" if odd[0] in wanted else "also holds"
-        raise UserError(f"{where} {what} {odd[0]} ({len(odd)} such files): {cure}")
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        digest.update(name.encode() + files[name])
-    if digest.hexdigest() != FSDD_SHA256:
+    if missing := [name for name in names if name not in found]:
+        raise UserError(f"{where} lacks {missing[0]} ({len(missing)} such files): {cure}")
+    whole = b"".join(name.encode() + found[name] for name in names)
+    if hashlib.sha256(whole).hexdigest() != FSDD_SHA256:
         raise UserError(f"{where} holds other recordings than v1.0.10 (wrong checksum): {cure}")
-    return files
+    return found
 
 
 def npz_source(cfg, modality, path):
-    """Anything already encoded, made with numpy.savez; nothing is unpickled.
-
-    It holds `features` (n, D) or (n, T, D), and if known `labels` (n,) whole numbers, `classes` (their names)
-    and `split` (n,) of train, val, test.
-    """
+    """Anything already encoded, made with numpy.savez: `features` (n, D) or (n, T, D), and if known `labels`
+    (n,) whole numbers, `classes` (their names), `split` (n,) of train, val, test. Nothing is unpickled."""
     try:
         with np.load(path, allow_pickle=False) as f:
             found = {key: f[key] for key in f.files}
     except Exception as problem:  # zipfile and numpy raise nearly every kind; all mean the same to the user
         raise UserError(f"{path} is not a readable .npz file ({problem})") from None
-    numbers, labels, split = found.get("features"), found.get("labels"), found.get("split")
-    if numbers is None or numbers.ndim not in (2, 3) or numbers.dtype.kind not in "fiu" or not numbers.size:
-        shape = "none" if numbers is None else f"{numbers.dtype} {numbers.shape}"
-        raise UserError(f"{path} needs an array `features` of numbers, (n, D) or (n, T, D), found {shape}")
-    if not -1e30 < numbers.min() <= numbers.max() < 1e30:  # what float32 holds with room to spare, no NaN
-        usable = np.abs(numbers.astype(np.float64)) < 1e30
-        row = np.argwhere(~usable)[0][0]
-        raise UserError(f"{path}: `features` has NaN, infinite or huge values, first in row {row}")
-    source = dict(items=numbers, labels=labels, classes=[], encode="features")
-    if labels is not None:
-        if labels.shape != numbers.shape[:1] or labels.dtype.kind not in "iu":
-            kind = f"{labels.dtype} {labels.shape}"
-            raise UserError(f"{path}: `labels` must be {len(numbers)} whole numbers, found {kind}")
+
+    def must(good, key, what):
+        if not good:
+            kind = f"{found[key].dtype} {found[key].shape}" if key in found else "none"
+            raise UserError(f"{path}: `{key}`: expected {what}, found {kind}")
+
+    numbers = found.get("features", np.empty(0))
+    is_array = numbers.ndim in (2, 3) and numbers.dtype.kind in "fiu" and numbers.size
+    must(is_array, "features", "an array of numbers, (n, D) or (n, T, D)")
+    usable = -1e30 < numbers.min() <= numbers.max() < 1e30  # what float32 holds with room to spare, no NaN
+    must(usable, "features", "no NaN, infinite or huge values")
+    source, n = dict(items=numbers, encode="features"), len(numbers)
+    if "labels" in found:
+        source["labels"] = labels = found["labels"]
+        must(labels.shape == (n,) and labels.dtype.kind in "iu", "labels", f"{n} whole numbers")
         low, high = int(labels.min()), int(labels.max())
-        names = found.get("classes", np.arange(min(max(0, high), 10**5) + 1)).ravel()
-        if low < 0 or high >= len(names):
-            raise UserError(f"{path}: `labels` run from {low} to {high}, expected 0 to {len(names) - 1}")
+        names = found.get("classes", np.arange(min(high, 10**5) + 1)).ravel()
+        must(0 <= low and high < len(names), "labels", f"0 to {len(names) - 1}")
         source["classes"] = [str(name) for name in names]
-    if split is not None:
-        source["split"] = split = np.array([str(name) for name in np.atleast_1d(split)])
-        if split.shape != numbers.shape[:1] or not {"train", "test"} <= set(split) <= set(PARTS):
-            raise UserError(f"{path}: `split` must be {len(numbers)} of train, test and perhaps val")
+    if "split" in found:
+        source["split"] = split = np.array([str(name) for name in found["split"].ravel()])
+        fits = found["split"].shape == (n,) and {"train", "test"} <= set(split) <= set(PARTS)
+        must(fits, "split", f"{n} of train, test and perhaps val")
     return source
 
 
@@ -692,13 +646,14 @@ def encode_pictures(cfg, pictures, _):
 WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 
 
-def train_bpe(documents, vocab_size, path):
+def train_bpe(documents, vocab_size, folder):
     """Train at most vocab_size tokens; save them as lines of `base64 rank`, the .tiktoken format."""
     tokenizer = rustbpe.Tokenizer()
     tokenizer.train_from_iterator(iter(documents), vocab_size=vocab_size, pattern=WORDS)
     ranks = tokenizer.get_mergeable_ranks()
     lines = [base64.b64encode(bytes(token)) + f" {rank}\n".encode() for token, rank in ranks]
-    write_file(path, b"".join(lines))
+    write_file(os.path.join(folder, "bpe.tiktoken"), b"".join(lines))
+    return load_bpe(folder)
 
 
 def load_bpe(folder):
@@ -720,17 +675,15 @@ def encode_text(cfg, documents, bpe):
     A document longer than text_length becomes several windows. encode_ordinary has no special tokens, so
     '<|endoftext|>' in a document is just these characters.
     """
-    length, windows, item = cfg["text_length"], [], []
+    length, windows = cfg["text_length"], []
     for i, document in enumerate(documents):
         ids = bpe.encode_ordinary(document)
-        for start in range(0, len(ids), length):
-            windows.append(ids[start:start + length])
-            item.append(i)
+        windows += [(i, ids[start:start + length]) for start in range(0, len(ids), length)]
     tokens = np.zeros((len(windows), length), np.uint16)
-    for row, ids in zip(tokens, windows):
+    for row, (_, ids) in zip(tokens, windows):
         row[:len(ids)] = ids
-    lengths = np.array([len(ids) for ids in windows], np.int32)
-    return dict(tokens=tokens, lengths=lengths, item=np.array(item, np.int64))
+    item, lengths = [i for i, _ in windows], [len(ids) for _, ids in windows]
+    return dict(tokens=tokens, lengths=np.array(lengths, np.int32), item=np.array(item, np.int64))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -740,10 +693,8 @@ LOG_MEL_RANGE = (-14.0, 8.0)  # natural log of power, in 255 steps of 0.09: a pr
 
 
 def read_recording(cfg, file, name=None):
-    """What libsndfile reads (WAV, FLAC, OGG, MP3 ...; a path or an open file) -> (k,) float32 at audio_rate.
-
-    No more is read than audio_frames need. Raises UserError for what is empty, cut short or no recording.
-    """
+    """What libsndfile reads (WAV, FLAC, OGG, MP3 ...; a path or an open file) -> (k,) float32 at audio_rate,
+    no more than audio_frames need. UserError for what is empty, cut short or no recording."""
     name, seconds = name or file, cfg["audio_frames"] / 100 + 0.1
     try:
         with soundfile.SoundFile(file) as f:
@@ -802,7 +753,7 @@ CHUNK = 64  # items that a thread makes and encodes at a time
 MADE_BY = dict(image=("image_size", "patch_size"), text=("text_length", "vocab_size"),
                audio=tuple(key for key in PREPARE_KEYS if key.startswith("audio_")))  # they decide the bytes
 SPEAKER_KEYS = ("audio_groups", "audio_test_group", "audio_val_group")
-MULTIPLES = dict(image=("image_size", "patch_size"), audio=("audio_frames", "audio_group"))
+MULTIPLES = dict(image=dict(image_size="patch_size"), audio=dict(audio_frames="audio_group"))
 
 
 def prepare(cfg, slot, say=tell):
@@ -816,50 +767,40 @@ def prepare(cfg, slot, say=tell):
                 make_shards(cfg, slot, folder, made_from, say)
     elif cfg["verify"]:
         verify_shards(folder, read_meta(folder))
+        say(f"{describe(folder)}; checksums right")
     return folder
 
 
 def shard_folder(cfg, slot):
     """(folder, description) of a slot's shards; its name is a hash of all that decides the bytes."""
-    check_source(cfg, slot)
-    modality, source = modality_of(slot), cfg[slot]
-    name, _, path = source.partition(":")
-    keys = (*MADE_BY.get(modality, ()), "val_fraction", "split_seed", "skip_bad", "shard_mb")
-    made_from = dict(format=FORMAT, modality=modality, source=source, **{key: cfg[key] for key in keys})
+    modality, name, path = parse_source(cfg, slot)
+    keys = (*MADE_BY.get(modality, ()), "val_fraction", "skip_bad", "shard_mb")
+    made_from = dict(format=FORMAT, modality=modality, source=cfg[slot], **{key: cfg[key] for key in keys})
     if path:  # the user's own files: names, sizes and times, so that a changed folder is prepared anew
-        files, listing = [path], hashlib.sha256()
+        files = [path]
         if os.path.isdir(path):
             files = sorted(os.path.join(d, f) for d, _, inside_d in os.walk(path) for f in inside_d)
-        for f in filter(os.path.exists, files):
-            listing.update(repr((f, os.stat(f).st_size, os.stat(f).st_mtime_ns)).encode())
-        made_from["files"] = listing.hexdigest()
+        listing = [(f, os.path.getsize(f), os.path.getmtime(f)) for f in files if os.path.exists(f)]
+        made_from["files"] = hashlib.sha256(repr(listing).encode()).hexdigest()
     # an edited source makes other shards; of an edit of what it calls, only a higher FORMAT tells
     code = inspect.getblock(OWN_LINES[SOURCES[name][0].__code__.co_firstlineno - 1:])
-    made_from["code"] = hashlib.sha256("".join(code).encode()).hexdigest()[:8]
-    made_from["version"] = source_version(name)
+    made_from["code"] = hashlib.sha256("".join(code).encode()).hexdigest()
+    if name in ("letters", "numbers"):  # what decides their bytes and is not ours
+        import matplotlib
+        faces = f"matplotlib {matplotlib.__version__}, FreeType {features.version('freetype2')}"
+        made_from["version"] = f"{faces}, Unicode {unicodedata.unidata_version}"
     hash8 = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
-    label = f"{name}-{os.path.basename(path.rstrip('/'))}"
-    label = re.sub(r"\W+", "-", label).strip("-")
+    label = re.sub(r"\W+", "-", f"{name}-{os.path.basename(path.rstrip('/'))}").strip("-")
     return os.path.join(cfg["data_dir"], f"{modality}-{label}-{hash8}"), made_from
 
 
-def source_version(name):
-    """What decides a source's bytes and is not ours."""
-    if name in ("letters", "numbers"):
-        import matplotlib
-        faces = f"matplotlib {matplotlib.__version__}, FreeType {features.version('freetype2')}"
-        other = f"Unicode {unicodedata.unidata_version}" if name == "letters" else FSDD_URL
-        return f"{faces}, {other}"
-    return dict(cifar10=CIFAR10_SHA256, cupl=CUPL_URL).get(name, "")
-
-
-def check_source(cfg, slot):
-    """UserError unless the slot's source is one of its modality; it says which there are."""
+def parse_source(cfg, slot):
+    """A slot's (modality, name of its source, path); UserError unless these fit, it says which do."""
     modality, source = modality_of(slot), cfg[slot]
     name, _, path = source.partition(":")
     _, filled = SOURCES.get(name, (None, ()))
     if modality in filled and bool(path) == (name in WITH_PATH):
-        return
+        return modality, name, path
     fitting = {s: f"{s}:PATH" if s in WITH_PATH else s for s in SOURCES if modality in SOURCES[s][1]}
     near = [fitting[s] for s in difflib.get_close_matches(name, fitting, n=1)]
     if filled and modality not in filled:
@@ -873,19 +814,16 @@ def check_source(cfg, slot):
 
 def make_shards(cfg, slot, folder, made_from, say):
     """Run a source, split its items, encode them chunk by chunk and write the shards to folder."""
-    modality = modality_of(slot)
-    if modality in MULTIPLES:
-        whole, part = MULTIPLES[modality]
+    start, (modality, name, path) = time.perf_counter(), parse_source(cfg, slot)
+    for whole, part in MULTIPLES.get(modality, {}).items():
         if cfg[whole] % cfg[part]:
             raise UserError(f"{whole}={cfg[whole]} is not a multiple of {part}={cfg[part]}")
-    start = time.perf_counter()
-    name, _, path = cfg[slot].partition(":")
-    source = SOURCES[name][0](cfg, modality, path)  # refuses a wrong path
+    source = dict(labels=None, classes=[], encode=modality, about={}, skipped={})  # unless it says otherwise
+    source.update(SOURCES[name][0](cfg, modality, path))  # refuses a wrong path
     say(f"preparing {slot}={cfg[slot]} in {folder}")
-    source.setdefault("encode", modality)
-    split = draw_splits(cfg, slot, source, say)
-    meta = dict(format=FORMAT, modality=modality, classes=source["classes"], made_from=made_from,
-                about=source.get("about", {}))
+    split = draw_splits(cfg, slot, source)
+    meta = dict(format=FORMAT, modality=modality, made_from=made_from)
+    meta.update(classes=source["classes"], about=source["about"])
     making = f"{folder}.tmp"
     shutil.rmtree(making, ignore_errors=True)  # what a killed process left; by the lock, nobody is at work
     os.mkdir(making)
@@ -897,102 +835,105 @@ def make_shards(cfg, slot, folder, made_from, say):
         os.replace(making, folder)
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    seconds, memory = time.perf_counter() - start, peak_memory()
-    peak = f", peak memory {memory / 2**20:,.0f} MiB" if memory else ""
-    say(f"{describe(folder, meta)}; {seconds:.1f} s{peak}")
+    say(f"{describe(folder)}; {time.perf_counter() - start:.1f} s")
 
 
-def draw_splits(cfg, slot, source, say):
+def draw_splits(cfg, slot, source):
     """(n,) array of "train", "val", "test": as the source says, by speaker, or drawn."""
     labels, n = source["labels"], len(source["items"])
     split = source.get("split", np.full(n, "train")).astype("<U5")
     if "groups" in source:
-        draw_groups(cfg, slot, source, split)
+        draw_groups(cfg, slot, source["groups"], source.get("default_groups"), split)
     elif modality_of(slot) == "audio" and any(cfg[key] for key in SPEAKER_KEYS):
         raise UserError(f"{slot}={cfg[slot]} cannot be split by speaker, that needs PATH/CLASS/* folders and "
                         f"--audio_groups: leave {', '.join(SPEAKER_KEYS)} empty to have it split at random")
-    for part, seed in ("test", cfg["split_seed"] + 1), ("val", cfg["split_seed"]):
+    for part, seed in ("test", 1), ("val", 0):
         if part not in split:
             free = split == "train"
             drawn = draw_share(labels, free, cfg["val_fraction"], seed)
             if not drawn.any():  # one or two of every class: enough for an auxiliary, which nobody scores
                 drawn = draw_share(None, free, cfg["val_fraction"], seed)
             split[drawn] = part
-    for part in PARTS:
-        count = np.count_nonzero(split == part)
-        if not count:
-            enough = f"about {2 / cfg['val_fraction']:.0f} are needed, three of every class at least"
-            raise UserError(f"{slot}={cfg[slot]}: too few items ({n}) for a {part} split: {enough}")
-        if count < 50 and part != "train" and labels is not None and cfg.get("target", slot) == slot:
-            say(f"warning: {slot}={cfg[slot]}: {part} has {count} items, too few to tell runs apart; raise "
-                "--val_fraction or add files")
+    if missing := [part for part in PARTS if part not in split]:
+        enough = f"about {2 / cfg['val_fraction']:.0f} are needed, three of every class at least"
+        raise UserError(f"{slot}={cfg[slot]}: too few items ({n}) for a {missing[0]} split: {enough}")
     return split
 
 
 def draw_share(labels, free, fraction, seed):
     """(n,) bool: about `fraction` of the free items (n,), the same share of every class."""
     rng, drawn = np.random.default_rng([seed]), np.zeros(len(free), bool)
-    classes = [free] if labels is None else [free & (labels == c) for c in np.unique(labels[free])]
-    for rows in map(np.flatnonzero, classes):
-        take = max(1, round(fraction * len(rows))) if len(rows) >= 3 else 0
-        drawn[rng.permutation(rows)[:take]] = True
+    labels = np.zeros(len(free)) if labels is None else labels
+    for label in np.unique(labels[free]):
+        rows = np.flatnonzero(free & (labels == label))
+        if len(rows) >= 3:
+            drawn[rng.permutation(rows)[:max(1, round(fraction * len(rows)))]] = True
     return drawn
 
 
-def draw_groups(cfg, slot, source, split):
+def draw_groups(cfg, slot, groups, default, split):
     """Mark in split (n,) the test and val speakers: those of the config, else the source, else by name."""
-    groups, there = source["groups"], sorted(set(source["groups"].tolist()))
+    source, there = f"{slot}={cfg[slot]}", sorted(set(groups.tolist()))
     names = ", ".join(there)
     if len(there) < 3:
-        raise UserError(f"{slot}={cfg[slot]}: a split by speaker needs three of them at least, found {names}")
-    chosen = list(source.get("default_groups", there[:2]))
-    for i, key in enumerate(SPEAKER_KEYS[1:]):
+        raise UserError(f"{source}: a split by speaker needs three of them at least, found {names}")
+    chosen = dict(zip(("test", "val"), default or there))
+    for part in chosen:
+        key = f"audio_{part}_group"
         if re.fullmatch(r"#\d+", cfg[key]):
-            chosen[i] = there[int(cfg[key][1:]) % len(there)]
+            chosen[part] = there[int(cfg[key][1:]) % len(there)]
         elif cfg[key]:
-            chosen[i] = cfg[key]
-        if chosen[i] not in there:
-            raise UserError(f"{key}='{chosen[i]}' is not there: {slot}={cfg[slot]} has {names}")
-    test, val = chosen
-    if test == val:
-        raise UserError(f"audio_test_group and audio_val_group are both '{test}': name two of {names}")
-    split[groups == test], split[groups == val] = "test", "val"
+            chosen[part] = cfg[key]
+        if chosen[part] not in there:
+            raise UserError(f"{key}='{chosen[part]}' is not there: {source} has {names}")
+        split[groups == chosen[part]] = part
+    if chosen["test"] == chosen["val"]:
+        raise UserError(f"test and validation speaker are both '{chosen['val']}': {source} has {names}")
 
 
 def write_splits(cfg, folder, source, split, say):
     """Encode and write every split's items -> what meta.json says of the tokens, arrays and files."""
-    encode, bpe, info = source["encode"], None, dict(kind="continuous")
+    encode, bpe, info = source["encode"], None, dict(kind="continuous", splits={})
     if encode == "text":
-        path = os.path.join(folder, "bpe.tiktoken")
-        train_bpe(map(source["items"].make, np.flatnonzero(split == "train")), cfg["vocab_size"], path)
-        bpe = load_bpe(folder)
-        info = dict(kind="discrete", vocab=bpe.n_vocab, bpe_sha256=file_sha256(path))
-    info.update(arrays={}, splits={})
-    sums, cut = dict.fromkeys(PARTS, 0), 0
+        bpe = train_bpe(source["items"][np.flatnonzero(split == "train")], cfg["vocab_size"], folder)
+        checksum = file_sha256(os.path.join(folder, "bpe.tiktoken"))
+        info.update(kind="discrete", vocab=bpe.n_vocab, bpe_sha256=checksum)
+    elif encode == "image":
+        info["patch"] = cfg["patch_size"]
+    elif encode == "audio":
+        info["mels"] = cfg["audio_mels"]
+    sums, cut = 0, 0
     with tqdm(total=len(split), desc=f"encoding {encode}", disable=None, leave=False) as bar:
         for part in PARTS:
-            rows, writers = np.flatnonzero(split == part), {}
+            rows, files = np.flatnonzero(split == part), {}
             class_counts = np.zeros(len(source["classes"]), np.int64)
             for arrays in encoded_chunks(cfg, source, rows, bpe, bar):
                 cut += arrays.pop("cut", 0)
-                sums[part] += arrays.pop("sums", 0)
-                append(writers, os.path.join(folder, part), arrays, cfg["shard_mb"] * 2**20)
+                if part == "train" and bpe is None:
+                    sums = sums + token_sums(info, arrays["tokens"], arrays.get("lengths"))
                 if "labels" in arrays:
                     class_counts += np.bincount(arrays["labels"], minlength=len(class_counts))
-            if not writers:
+                info["arrays"] = {name: dict(dtype=array.dtype.name, shape=list(array.shape[1:]))
+                                  for name, array in arrays.items()}
+                append(folder, part, arrays, files, cfg["shard_mb"] * 2**20)
+            if not files:
                 raise UserError(f"none of the {len(rows)} files for the {part} split is readable")
-            info["arrays"] = {name: writer.array for name, writer in writers.items()}
-            info["splits"][part] = close(writers, class_counts)
-    if skipped := source.get("skipped"):
+            for shard in itertools.chain(*files.values()):
+                shard["sha256"] = shard["sha256"].hexdigest()
+                path = os.path.join(folder, shard["file"])
+                with writing(path, 0), open(path, "ab") as f:
+                    os.fsync(f.fileno())
+            info["splits"][part] = dict(count=sum(shard["count"] for shard in files["tokens"]), files=files,
+                                        class_counts=class_counts.tolist())
+    if skipped := source["skipped"]:
         say(f"skipped {len(skipped)} of {len(split)} files, the first: {skipped[min(skipped)]}")
     if cut:
         say(f"cut {cut} of {len(split)} recordings at audio_frames={cfg['audio_frames']}")
     if bpe is None:
-        info.update(mean_and_std(sums["train"], info["arrays"]["tokens"]["dtype"]))
-    if encode == "image":
-        info["patch"] = cfg["patch_size"]
-    if encode == "audio":
-        info["mels"] = cfg["audio_mels"]
+        count, total, squares = sums
+        variance = np.maximum(squares / count - (total / count)**2, 0)
+        lift = 1e-3 if info["arrays"]["tokens"]["dtype"] == "uint8" else 1e-6  # the std will divide
+        info.update(mean=(total / count).tolist(), std=(np.sqrt(variance) + lift).tolist())
     return info
 
 
@@ -1015,66 +956,53 @@ def encoded_chunks(cfg, source, rows, bpe, bar):
 
 def encode_chunk(cfg, source, rows, bpe):
     """Make and encode the items of rows -> (how many these are, their arrays {name: (k, ...)})."""
-    items, count = source["items"][rows], len(rows)
-    kept = np.array([item is not None for item in items])
-    if not kept.all():  # some were skipped
-        items, rows = [item for item in items if item is not None], rows[kept]
-    if not len(items):
-        return count, {}
+    made = [(row, item) for row, item in zip(rows, source["items"][rows]) if item is not None]
+    if not made:  # all were skipped
+        return len(rows), {}
+    kept, items = zip(*made)
     arrays = ENCODERS[source["encode"]](cfg, items, bpe)
-    of_item = rows[arrays.pop("item", slice(None))]  # a text may have become several rows
+    of_item = np.array(kept)[arrays.pop("item", slice(None))]  # a text may have become several rows
     if source["labels"] is not None:
         arrays["labels"] = source["labels"][of_item].astype(np.int32)
-    if bpe is None:
-        arrays["sums"] = token_sums(cfg, source["encode"], arrays)
-    return count, arrays
+    return len(rows), arrays
 
 
-def token_sums(cfg, encode, arrays):
-    """(3, period): count, sum and sum of squares over a chunk's real tokens; padding does not count."""
-    tokens = arrays["tokens"]  # (k, T, D)
-    if "lengths" in arrays:
-        tokens = tokens[np.arange(tokens.shape[1]) < arrays["lengths"][:, None]]
-    period = tokens.shape[-1]  # after how many of a token's numbers the same quantity comes again
-    if encode == "image":
-        period //= cfg["patch_size"] ** 2  # colours
-    elif encode == "audio":
-        period = cfg["audio_mels"]
-    flat = tokens.reshape(-1, tokens.shape[-1])  # never as a whole in float64: that is eight times as much
-    squares = np.einsum("nd,nd->d", flat, flat, dtype=np.float64)
-    sums = [np.full(len(squares), len(flat)), flat.sum(0, dtype=np.float64), squares]
-    return np.reshape(sums, (3, -1, period)).sum(1)
+def token_sums(info, tokens, lengths):
+    """(3, period): count, sum and sum of squares of a chunk's real tokens (k, T, D); padding does not count.
+
+    period: after how many of a token's numbers the same quantity comes again, such as a colour or a band.
+    """
+    period = info.get("mels", tokens.shape[-1] // info.get("patch", 1)**2)
+    if lengths is not None:
+        tokens = tokens[np.arange(tokens.shape[1]) < lengths[:, None]]
+    flat = tokens.reshape(-1, period).astype(np.float64)
+    return np.stack([np.full(period, len(flat)), flat.sum(0), (flat * flat).sum(0)])
 
 
-def mean_and_std(sums, dtype):
-    """What token_sums() found in all chunks -> mean and std; a std of 0 is lifted, it will divide."""
-    count, total, squares = sums
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0)) + (1e-3 if dtype == "uint8" else 1e-6)
-    return dict(mean=mean.tolist(), std=std.tolist())
+def append(folder, part, arrays, files, shard_bytes):
+    """Append a chunk's arrays {name: (k, ...)} to a split's files {name: [dict(file, count, sha256), ...]}.
 
-
-def append(writers, stem, arrays, shard_bytes):
-    """Write a chunk's arrays {name: (k, ...)}; all are cut at the same rows, where tokens fill a shard."""
-    row_bytes = max(1, arrays["tokens"][:1].nbytes)
+    All arrays are cut at the same rows, where tokens fill a shard; its checksum is known when all is written.
+    """
+    most = max(1, shard_bytes // max(1, arrays["tokens"][:1].nbytes))
     for name, array in arrays.items():
-        if name not in writers:
-            file_stem = stem if name == "tokens" else f"{stem}_{name}"
-            writers[name] = ShardWriter(file_stem, max(1, shard_bytes // row_bytes), array)
-        writers[name].add(array)
+        stem, shards = part if name == "tokens" else f"{part}_{name}", files.setdefault(name, [])
+        while len(array):
+            if not shards or shards[-1]["count"] == most:
+                shards.append(dict(file=f"{stem}_{len(shards):03d}.bin", count=0, sha256=hashlib.sha256()))
+            shard = shards[-1]
+            fits = array[:most - shard["count"]]
+            path = os.path.join(folder, shard["file"])
+            with writing(path, fits.nbytes), open(path, "ab") as f:
+                f.write(fits.tobytes())
+            shard["sha256"].update(fits.tobytes())
+            shard["count"] += len(fits)
+            array = array[len(fits):]
 
 
-def close(writers, class_counts):
-    """Finish a split's files; returns what meta.json says of them."""
-    files = {name: writer.close() for name, writer in writers.items()}
-    split = dict(count=sum(file["count"] for file in files["tokens"]), files=files)
-    if "labels" in writers:
-        split["class_counts"] = class_counts.tolist()
-    return split
-
-
-def describe(folder, meta):
+def describe(folder):
     """The one line of counts a reader should see after prepare."""
+    meta = read_meta(folder)
     counts = ", ".join(f"{meta['splits'][part]['count']:,} {part}" for part in PARTS)
     tokens = " x ".join(str(n) for n in meta["arrays"]["tokens"]["shape"])
     words = f", {meta['vocab']:,} BPE tokens" if meta["kind"] == "discrete" else ""
@@ -1088,53 +1016,15 @@ def describe(folder, meta):
 SHA256 = re.compile("[0-9a-f]{64}")
 
 
-class ShardWriter:
-    """Appends rows to STEM_000.bin, STEM_001.bin ... of at most `rows` rows, with count and checksum each."""
-
-    def __init__(self, stem, rows, array):
-        self.stem, self.rows, self.files = stem, rows, []
-        self.array = dict(dtype=array.dtype.name, shape=list(array.shape[1:]))
-        self.file, self.digest = None, None
-
-    def add(self, array):
-        while len(array):
-            if self.file is None or self.files[-1]["count"] == self.rows:
-                self.close()
-                path = f"{self.stem}_{len(self.files):03d}.bin"
-                self.files.append(dict(file=os.path.basename(path), count=0))
-                self.file, self.digest = open(path, "wb"), hashlib.sha256()
-            part = np.ascontiguousarray(array[:self.rows - self.files[-1]["count"]])
-            with writing(self.file.name, part.nbytes):
-                self.file.write(memoryview(part).cast("B"))
-            self.digest.update(part)
-            self.files[-1]["count"] += len(part)
-            array = array[len(part):]
-
-    def close(self):
-        """Finish the file at hand; returns [dict(file, count, sha256), ...] of all."""
-        if self.file is not None:
-            with writing(self.file.name, 0):
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                self.file.close()
-            self.files[-1]["sha256"] = self.digest.hexdigest()
-        return self.files
-
-
 def read_meta(folder):
     """meta.json of a shard folder, every value checked, for it may come from a stranger."""
-    path = os.path.join(folder, "meta.json")
+    path, cure = os.path.join(folder, "meta.json"), f"delete {folder} to prepare it again"
     try:
         meta = read_json(path)
-        if meta["format"] != FORMAT:
-            found = f"format {meta['format']!r}, this code reads {FORMAT}"
-            raise UserError(f"{path} is of {found}: delete {folder} to prepare it again")
         check_meta(meta)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: delete {folder} to prepare it again") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         found = f"{type(problem).__name__}: {problem}"
-        raise UserError(f"{path} is damaged ({found}): delete {folder} to prepare it again") from None
+        raise UserError(f"{path} is missing or damaged ({found}): {cure}") from None
     return meta
 
 
@@ -1147,13 +1037,15 @@ def check_meta(meta):
     def is_count(n, most=2**40):
         return type(n) is int and 0 < n <= most
 
-    for name, array in meta["arrays"].items():
+    must(meta["format"] == FORMAT, f"format {meta['format']!r}, this code reads {FORMAT}")
+    arrays, classes, kind = meta["arrays"], meta["classes"], meta["kind"]
+    must(type(classes) is list and all(type(name) is str for name in classes), "classes are not names")
+    for name, array in arrays.items():
         dtype, shape = array["dtype"], array["shape"]
         must(dtype in ("uint8", "uint16", "int32", "float32"), f"{name} is of dtype {dtype!r}")
         must(len(shape) <= 2 and all(is_count(n, 2**24) for n in shape), f"{name} has rows of shape {shape}")
         must(name not in ("labels", "lengths") or (dtype, shape) == ("int32", []), f"{name} are {array}")
-    shape, classes, kind = meta["arrays"]["tokens"]["shape"], meta["classes"], meta["kind"]
-    must(type(classes) is list and all(type(c) is str for c in classes), "classes are not names")
+    shape = arrays["tokens"]["shape"]
     must((kind, len(shape)) in (("discrete", 1), ("continuous", 2)), "no such kind of tokens")
     if kind == "discrete":
         must(is_count(meta["vocab"], 65536), f"vocab is {meta['vocab']!r}")
@@ -1171,26 +1063,23 @@ def check_meta(meta):
         must(is_count(mels) and width % mels == 0, f"mels is {mels!r}")
     for part in PARTS:
         split = meta["splits"][part]
-        count, files = split["count"], split["files"]
-        must(is_count(count) and "tokens" in files, f"{part} has no items")
+        files = split["files"]
+        must(files.keys() == arrays.keys() and is_count(split["count"]), f"{part} has no items, or others")
+        must(("labels" in files) == bool(classes), f"labels of {part}")
+        must("lengths" in files or kind == "continuous" and "mels" not in meta, f"lengths of {part}")
+        must(len(split["class_counts"]) == len(classes), f"class_counts of {part}")
         for name, shards in files.items():
-            must(name in meta["arrays"], f"{part} has {name}, of which nothing is said")
             for shard in shards:
                 named = re.fullmatch(rf"{part}(_[a-z]+)?_\d+\.bin", shard["file"])
                 must(named and is_count(shard["count"]), f"files of {part} {name}")
                 must(SHA256.fullmatch(shard["sha256"]), f"checksums of {part} {name}")
-            must(sum(shard["count"] for shard in shards) == count, f"count of {part} {name}")
-        must(("labels" in files) == bool(classes), f"labels of {part}")
-        must(not classes or len(split["class_counts"]) == len(classes), f"class_counts of {part}")
-        must("lengths" in files or kind != "discrete" and "mels" not in meta, f"lengths of {part}")
+            must(sum(shard["count"] for shard in shards) == split["count"], f"count of {part} {name}")
 
 
 def verify_shards(folder, meta):
     """Compare every file with its checksum; the size, which Shards checks, does not show a flipped bit."""
-    sums = {}
-    for split in meta["splits"].values():
-        for shards in split["files"].values():
-            sums.update((shard["file"], shard["sha256"]) for shard in shards)
+    lists = [shards for split in meta["splits"].values() for shards in split["files"].values()]
+    sums = {shard["file"]: shard["sha256"] for shard in itertools.chain(*lists)}
     if meta["kind"] == "discrete":
         sums["bpe.tiktoken"] = meta["bpe_sha256"]
     for file, sha256 in sums.items():
@@ -1202,16 +1091,15 @@ class Shards:
     """One array over all its shard files, e.g. tokens (n, T, D); the files stay on disk (np.memmap)."""
 
     def __init__(self, folder, files, dtype, shape):
-        self.dtype, self.row_shape = np.dtype(dtype), tuple(shape)
-        row_bytes = self.dtype.itemsize * math.prod(self.row_shape)
-        self.maps = []
+        self.dtype, self.row_shape, self.maps = np.dtype(dtype), tuple(shape), []
         for entry in files:
             path = os.path.join(folder, entry["file"])
             found = os.path.getsize(path) if os.path.exists(path) else 0
-            if found != (wanted := entry["count"] * row_bytes):
+            wanted = entry["count"] * self.dtype.itemsize * math.prod(shape)
+            if found != wanted:
                 sizes = f"{found} bytes where meta.json says {wanted}"
                 raise UserError(f"{path} has {sizes}: delete {folder} to prepare it again")
-            self.maps.append(np.memmap(path, self.dtype, "r", shape=(entry["count"], *self.row_shape)))
+            self.maps.append(np.memmap(path, self.dtype, "r", shape=(entry["count"], *shape)))
         self.starts = np.cumsum([0] + [len(m) for m in self.maps])
 
     def __len__(self):
@@ -1282,15 +1170,12 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The JSON of a file; ValueError where it is none, or larger than anything we write."""
+    """The JSON of a file; ValueError where it is none, or cut at a size larger than anything we write."""
     with open(path, "rb") as f:
-        data = f.read(2**26 + 1)
-    if len(data) > 2**26:
-        raise ValueError(f"more than {2**26} bytes")
-    return json.loads(data)
+        return json.loads(f.read(2**26))
 
 
-def read_text(path):
+def read_text(path, what=""):
     """The text of a UTF-8 file, with or without a byte-order mark."""
     try:
         with open(path, encoding="utf-8-sig") as f:
@@ -1299,7 +1184,7 @@ def read_text(path):
         cure = "convert it with `iconv -f latin1 -t utf-8`"
         raise UserError(f"{path} is not UTF-8 (byte {problem.start}): {cure}") from None
     except (OSError, ValueError) as problem:  # ValueError: a name with a NUL in it
-        raise UserError(f"cannot read {path} ({getattr(problem, 'strerror', problem)})") from None
+        raise UserError(f"cannot read {what}{path} ({getattr(problem, 'strerror', problem)})") from None
 
 
 @contextlib.contextmanager
@@ -1337,23 +1222,19 @@ def file_sha256(path):
 
 
 def raw_file(cfg, source, name, url, sha256):
-    """Path of RAW_DIR/SOURCE/NAME with this checksum (None: not known), fetched if it is missing.
-
-    UserError has the way out. Only what came whole and has the checksum is moved into place.
-    """
+    """Path of RAW_DIR/SOURCE/NAME with this checksum (None: not known), fetched if it is missing; only what
+    came whole and has the checksum is moved into place."""
     folder = os.path.join(cfg["raw_dir"], source)
-    path = os.path.join(folder, name)
-    checksum = f" (sha256 {sha256})" if sha256 else ""
-    way_out = (f"put the file from {url}{checksum} at {path} by hand, name the folder it lies under with "
-               "--raw_dir=FOLDER, or run the offline config sample_configs/letters_text.py")
+    path, known = os.path.join(folder, name), f"sha256:{sha256}" if sha256 else None
+    way_out = (f"put the file from {url} ({known or 'no checksum'}) at {path} by hand, name the folder it "
+               "lies under with --raw_dir=FOLDER, or run the offline config sample_configs/letters_text.py")
     if os.path.exists(path):
-        if sha256 and (found := file_sha256(path)) != sha256:
+        if known and (found := file_sha256(path)) != sha256:
             raise UserError(f"wrong checksum: {path} has sha256 {found}: remove it and {way_out}")
         return path
     pooch.get_logger().setLevel("ERROR")
     with locked(f"{path}.lock", f"another process is fetching {path}", wait=True):
         try:
-            known = f"sha256:{sha256}" if sha256 else None
             tell(f"fetching {url}")
             downloader = pooch.HTTPDownloader(progressbar=True, timeout=30)  # seconds without a byte
             return pooch.retrieve(url, known, name, folder, downloader=downloader)
@@ -1361,17 +1242,17 @@ def raw_file(cfg, source, name, url, sha256):
             raise UserError(f"cannot fetch {name} ({problem}): {way_out}") from None
 
 
-def read_archive(path, wanted, largest=10**6):
-    """{name: bytes} of the files of a tar.gz whose name is wanted, at most `largest` bytes each."""
+def read_archive(path, names):
+    """{name: bytes} of the files of a tar.gz that have these names, whatever their folder in there."""
     found, cure = {}, "remove it to fetch it again"
     try:
         with tarfile.open(path, "r:gz") as archive:
             for member in archive:
-                if member.isfile() and wanted(member.name):
-                    if member.size > largest:
-                        claim = f"{member.name} claims {member.size} bytes, more than {largest}"
-                        raise UserError(f"{path}: {claim}: {cure}")
-                    found[member.name] = archive.extractfile(member).read(member.size)
+                name = os.path.basename(member.name)
+                if member.isfile() and name in names:
+                    if member.size > 2**25:  # no file that we read is larger
+                        raise UserError(f"{path}: {member.name} claims {member.size} bytes: {cure}")
+                    found[name] = archive.extractfile(member).read(member.size)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
         raise UserError(f"{path} is not a readable tar.gz archive ({problem}): {cure}") from None
     return found
@@ -1383,13 +1264,10 @@ def main():
     cfg = read_config(sys.argv[1:], PREPARE_KEYS, strict=False)
     if not active_slots(cfg):
         raise UserError("no slot holds a source: name one, for example --image=letters --text=letters")
-    if cfg["audio_test_group"] == "each":
+    if cfg["audio_test_group"] == "each":  # as train.py does for seed 0
         cfg.update(audio_test_group="#0", audio_val_group="#1")
     for slot in active_slots(cfg):
-        lines = []
-        folder = prepare(dict(cfg, verify=True), slot, say=lambda line: (lines.append(line), tell(line)))
-        if not lines:  # it was there already
-            tell(f"{describe(folder, read_meta(folder))}; checksums right")
+        prepare(dict(cfg, verify=True), slot)
 
 
 if __name__ == "__main__":
