@@ -423,7 +423,7 @@ def file_source(cfg, modality, path):
 
 
 def folder_source(cfg, modality, path):
-    """Pictures or recordings: PATH/{train,test}/CLASS/*, PATH/CLASS/*, or a flat PATH/* without labels."""
+    """Pictures or recordings: PATH/{train,val,test}/CLASS/*, PATH/CLASS/*, or a flat unlabelled PATH/*."""
     if not os.path.isdir(path):
         raise UserError(f"there is no folder {path}")
     read, what = dict(image=(read_picture, "image"), audio=(read_recording, "recording"))[modality]
@@ -450,9 +450,12 @@ def folder_source(cfg, modality, path):
 
 
 def class_files(path):
-    """PATH/{train,test}/CLASS/* or PATH/CLASS/* -> [(part, class, file), ...] by name; [] if PATH is flat."""
+    """PATH/{train,val,test}/CLASS/* (val may lack) or PATH/CLASS/* -> [(part, class, file), ...] by name.
+
+    [] if PATH is flat.
+    """
     found, classes = [], {}
-    parts = [part for part in ("train", "test") if os.path.isdir(os.path.join(path, part))]
+    parts = [part for part in PARTS if os.path.isdir(os.path.join(path, part))]
     for part in parts or [""]:
         folders = list_folder(os.path.join(path, part), os.DirEntry.is_dir)
         classes[part] = {os.path.basename(folder) for folder in folders}
@@ -461,10 +464,11 @@ def class_files(path):
             if not files:
                 raise UserError(f"class folder {folder} holds no files: fill or remove it")
             found += [(part or "train", os.path.basename(folder), file) for file in files]
-    if parts and (odd := classes.get("train", set()) ^ classes.get("test", set())):
-        differ = ", ".join(sorted(odd)[:5])
-        raise UserError(f"{path} must have both train/ and test/, with the same classes, or neither: they "
-                        f"differ in {differ}")
+    if parts:
+        known = [classes.get(part, set()) for part in {*parts, "train", "test"}]
+        if odd := set.union(*known) - set.intersection(*known):
+            raise UserError(f"{path} must have both train/ and test/, with the same classes, or neither: they "
+                            f"differ in {', '.join(sorted(odd)[:5])}")
     return found
 
 
