@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import pickle  # only to forge a hostile checkpoint
+import random
 import re
 import resource
 import runpy
@@ -28,7 +29,6 @@ import tarfile
 import threading
 import time
 import unicodedata
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
@@ -54,6 +54,7 @@ RUN = ["--width=32", "--layers=2", "--heads=2", "--steps=6", "--warm_start_steps
        "--log_interval=2", "--image_batch=16", "--text_batch=16"]
 LETTERS = ["--image=letters", "--text=letters", "--text_loss=label", "--image_examples=96", *RUN]
 train = lambda *args: T.run(config(*args), say=quiet)
+run = lambda *argv: T.run(T.read_run_config([*argv]), quiet)
 weights = lambda out, file="last.pt": T.load_checkpoint(os.path.join(out, file))["model"]
 counts = lambda folder: [P.read_meta(folder)["splits"][part]["count"] for part in ("train", "val", "test")]
 glob = lambda folder, pattern: sorted(map(str, pathlib.Path(folder).glob(pattern)))
@@ -112,15 +113,14 @@ def refuses(words, attempt, *args):
     with pytest.raises(P.UserError, match=words):
         attempt(*args)
 
-def refusal(module, *argv):
-    """Run a script that must refuse, as the shell would: exit code 2 and one sentence, which is returned."""
-    wrong = io.TextIOWrapper(io.BytesIO(), write_through=True)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
-        patch.setattr(sys, "argv", [module.__file__, *map(str, argv)]), patch.setattr(sys, "stderr", wrong)
-        P.exit_on_user_error(module.main)
-    said = wrong.buffer.getvalue().decode()
-    assert left.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
-    return said
+def start(script, *argv, **how):
+    """One of our scripts, in a process of its own."""
+    command = [sys.executable, os.path.join(HERE, script), *argv]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+
+def finish(job):
+    out, wrong = job.communicate(timeout=240)
+    return job.returncode, out, wrong
 
 def picture_folder(path, classes=("cat", "dog"), count=6, parts=("train", "test")):
     for part, (i, name) in itertools.product(parts, enumerate(classes)):
@@ -193,12 +193,6 @@ def test_every_sample_config_has_keys_and_sources_that_exist(name):
     assert cfg["out_dir"] == os.path.join("out", name[:-3]) and T.shard_names(cfg)
 
 # -- letters ------------------------------------------------------------------------------------------------
-@cases("source", ["--image=letters", "--text=letters"])
-def test_letters_are_byte_equal_twice(tmp_path, source):
-    one, two = prepared(tmp_path / "a", source), prepared(tmp_path / "b", source)
-    assert all_bytes(one) == all_bytes(two) and len(P.read_meta(one)["classes"]) == len(SOME)
-    assert not [f for f in os.listdir(tmp_path / "a") if "tmp" in f]
-
 def test_letters_of_a_split_are_drawn_in_the_faces_that_meta_names_and_no_others(data, monkeypatch):
     meta, drawn, real, used = P.read_meta(prepared(data, "--image=letters")), [], P.open_font, {}
     monkeypatch.setattr(P, "open_font", lambda path, size: (drawn.append(path), real(path, size))[1])
@@ -261,8 +255,9 @@ def test_shards_are_byte_equal_however_many_threads_and_items_in_memory(tmp_path
             assert one.pop(key, []) == pytest.approx(two.pop(key, []), rel=1e-12)
         assert before == after and one == two, source
 
-def test_threads_stay_close_to_what_is_written_and_the_first_bad_item_counts(monkeypatch):
-    monkeypatch.setattr(P, "CHUNK", 4)
+@cases("bad", [200, 21])
+def test_threads_stay_close_to_what_is_written_and_the_first_bad_item_counts(monkeypatch, bad):
+    made, alive = [], threading.active_count()
     def make(i):
         made.append(i)
         time.sleep(0.1 if i == bad else 0)  # whatever is wrong with a later item is known before
@@ -273,14 +268,10 @@ def test_threads_stay_close_to_what_is_written_and_the_first_bad_item_counts(mon
         source = dict(encode="features", items=P.Items(200, make), labels=None)
         bar = SimpleNamespace(update=quiet)
         chunks = P.encoded_chunks(dict(workers=3), source, np.arange(200), None, bar)
-        for k, arrays in enumerate(chunks):
-            assert arrays["tokens"].ravel().tolist() == [4 * k, 4 * k + 1, 4 * k + 2, 4 * k + 3]
-            assert len(made) <= 4 * (k + 1 + 3 + 2)
-    for bad in (200, 21):
-        made, alive = [], threading.active_count()
-        refuses("item 21$", read) if bad == 21 else read()
-        assert len(made) < 50 or bad == 200 == len(made)
-        assert threading.active_count() == alive
+        assert all(len(made) <= 4 * (written + 3 + 2) for written, _ in enumerate(chunks, 1))
+    monkeypatch.setattr(P, "CHUNK", 4)
+    refuses("item 21$", read) if bad == 21 else read()
+    assert threading.active_count() == alive and (len(made) < 50 if bad == 21 else len(made) == 200)
 
 def test_a_shard_of_another_size_or_with_a_flipped_bit_is_named(tmp_path):
     source = f"--image={write_npz(tmp_path / 'f.npz')}"
@@ -294,10 +285,12 @@ def test_a_shard_of_another_size_or_with_a_flipped_bit_is_named(tmp_path):
     refuses(r"train_000.bin has \d+ bytes where meta.json says \d+", P.load_split, folder, "train")
 
 # -- text ---------------------------------------------------------------------------------------------------
-def test_bpe_round_trips_and_has_no_special_tokens(tmp_path):
-    text = "document {} says <|endoftext|> naïve 日本 "
-    documents = [(text.format(i) + "word " * (i % 40)).strip() for i in range(60)]
-    (tmp_path / "t.txt").write_text("\n".join(documents), encoding="utf-8-sig")
+def test_odd_text_comes_back_whole_and_has_no_special_tokens(tmp_path):
+    """A byte-order mark, NUL, empty lines, a line of 1 MB, and what other tokenizers take for commands."""
+    odd = "document {} says <|endoftext|> and <s>, naïve 日本 \x00 "
+    documents = [(odd.format(i) + "word " * (i % 40)).strip() for i in range(60)]
+    documents.append("document 60 says " + "ab " * 350_000 + "end")
+    (tmp_path / "t.txt").write_text("\n\n".join(documents), encoding="utf-8-sig")
     folder = prepared(tmp_path, f"--text=file:{tmp_path}/t.txt", "--text_length=16", "--vocab_size=300")
     bpe, split = P.load_bpe(folder), P.load_split(folder, "train")
     rows = zip(split["tokens"][np.arange(len(split["tokens"]))], split["lengths"])
@@ -318,19 +311,14 @@ def test_windows_of_one_document_stay_in_one_split_and_keep_its_class(tmp_path):
         assert all(set(re.findall("[xy]", text)) <= {"xy"[k]} for text, k in zip(words, split["labels"]))
     assert not seen["train"] & seen["val"] and not (seen["train"] | seen["val"]) & seen["test"]
 
-def test_odd_text_is_text_and_what_is_none_is_refused(tmp_path):
-    """A byte-order mark, NUL, empty lines, a line of 1 MB, and what other tokenizers take for commands."""
-    odd, long = "<|endoftext|> and <s>", "ab " * 350_000
-    (tmp_path / "t.txt").write_text(f"\ufeff{odd}\n\n\x00 in here\n{long}\n" + "plain line\n" * 30)
-    folder = prepared(tmp_path / "d", f"--text=file:{tmp_path}/t.txt", "--vocab_size=300")
-    bpe = P.load_bpe(folder)
-    assert counts(folder)[0] > 20 and bpe.decode(bpe.encode_ordinary(odd)) == odd
-    for name, body, words in (("t.txt", "one\ntwo\n", "holds 2 documents"), ("t.json", "[1", "is not JSON"),
-                              ("t.json", '{"a": []}', "not of the form"), ("t.json", "[" * 200_000, "JSON")):
-        (tmp_path / name).write_text(body)
-        refuses(words, prepared, tmp_path / "d", f"--text=file:{tmp_path}/{name}")
-    (tmp_path / "c.py").write_text('text = "file:no\\0thing.txt"')
-    refuses("thing", prepared, tmp_path / "d", f"{tmp_path}/c.py")
+@cases("name, body, words", [
+    ("t.txt", "one\ntwo\n", "holds 2 documents"), ("t.json", "[1", "is not JSON"),
+    ("t.json", '{"a": []}', "not of the form"), ("t.json", "[" * 200_000, "JSON"),
+    ("t.txt", b"caf\xe9\n" * 20, "not UTF-8"), ("c.py", 'text = "file:no\\0thing.txt"', "thing")])
+def test_what_is_no_text_is_refused(tmp_path, name, body, words):
+    path = tmp_path / name
+    path.write_bytes(body if isinstance(body, bytes) else body.encode())
+    refuses(words, prepared, tmp_path / "d", str(path) if name == "c.py" else f"--text=file:{path}")
 
 # -- pictures -----------------------------------------------------------------------------------------------
 def test_cifar10_is_read_from_its_archive_planes_and_all(tmp_path, monkeypatch):
@@ -362,7 +350,7 @@ def test_folders_are_read_in_every_layout_and_anew_when_they_change(tmp_path):
     Image.new("RGB", (9, 9)).save(f"{root}/train/cat/new.png")
     assert read(root) != folder
 
-def test_pictures_of_every_odd_kind_are_read_or_refused(tmp_path):
+def test_pictures_of_every_odd_kind_are_read_or_refused(tmp_path, monkeypatch):
     def save(name, mode, size, colour, **more):
         Image.new(mode, size, colour).save(tmp_path / name, **more)
         return picture(tmp_path / name)
@@ -380,12 +368,11 @@ def test_pictures_of_every_odd_kind_are_read_or_refused(tmp_path):
     exif[0x0112] = 6  # "turn me by 90 degrees"
     half.save(tmp_path / "turned.jpg", exif=exif)
     assert picture(tmp_path / "turned.jpg")[:, 0].mean() > 200
-    chunk = lambda kind, b: struct.pack(">I", len(b)) + kind + b + struct.pack(">I", zlib.crc32(kind + b))
-    bomb = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))  # 10 GB once decoded
-    bomb = b"\x89PNG\r\n\x1a\n" + bomb + chunk(b"IDAT", zlib.compress(b"x")) + chunk(b"IEND", b"")
-    for body in (b"", (tmp_path / "wide.png").read_bytes()[:60], b"hello", bomb):
+    for body in (b"", (tmp_path / "wide.png").read_bytes()[:60], b"hello"):
         (tmp_path / "bad.png").write_bytes(body)
         refuses("bad.png is not a readable image", picture, tmp_path / "bad.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)  # so that a bomb need not be 10 GB
+    refuses("wide.png is not a readable image .*bomb", picture, tmp_path / "wide.png")
 
 # -- sound --------------------------------------------------------------------------------------------------
 @cases("how", ["a.wav PCM_U8", "a.wav PCM_16", "a.wav PCM_24", "a.wav PCM_32", "a.wav FLOAT", "a.flac PCM_16",
@@ -413,16 +400,6 @@ def test_recordings_become_log_mel_tokens_with_their_true_length():
     stored = torch.from_numpy(tokens[2].reshape(64, 40)) / 255 * (high - low) + low
     assert (stored - exact.clamp_min(1e-6).log()[:, :64].T).abs().max() < 0.51 * (high - low) / 255
 
-def test_folders_of_flac_and_ogg_go_through_training_with_every_audio_key(tmp_path):
-    for k, i in np.ndindex(2, 12):
-        write_sound(tmp_path / f"r/{('one', 'two')[k]}/{i}.{('flac', 'ogg')[i % 2]}", tone(400 + 300 * k + i))
-    keys = dict(rate=16000, mels=24, frames=24, group=8, shift=2, gain=3.0, mask=2, weight=0.5, batch=4)
-    argv = ["--target=audio", f"--audio=folder:{tmp_path}/r", *(f"--audio_{key}={keys[key]}" for key in keys)]
-    result = T.run(T.read_run_config([*argv, *RUN, *into(tmp_path)]), quiet)
-    (folder,) = glob(tmp_path, "d/audio*")
-    assert P.read_meta(folder)["arrays"]["tokens"]["shape"] == [3, 8 * 24] and counts(folder) == [20, 2, 2]
-    assert result["test_accuracy"] is not None
-
 def test_folders_of_recordings_are_split_by_speaker(tmp_path):
     root, d = speaker_folder(tmp_path / "r"), tmp_path / "d"
     argv = [f"--audio=folder:{root}", r"--audio_groups=_([a-z]+)_", "--audio_test_group=cy"]
@@ -439,7 +416,8 @@ def test_folders_of_recordings_are_split_by_speaker(tmp_path):
 def test_bad_recordings_are_named(tmp_path):
     root, d = speaker_folder(tmp_path / "r"), tmp_path / "d"
     whole = [open(write_sound(tmp_path / f"whole.{ext}"), "rb").read() for ext in ("wav", "flac", "ogg")]
-    for body in (b"", b"hello" * 99, whole[0][:44], *(body[:len(body) // 2] for body in whole)):
+    halves = [body[:len(body) // 2] for body in whole]
+    for body in (b"", b"hello" * 99, whole[0][:30], whole[0][:44], *halves):
         open(f"{root}/one/bad.wav", "wb").write(body)
         refuses("bad.wav.*remove this recording, or pass --skip_bad", prepared, d, f"--audio=folder:{root}")
     argv, said = [f"--audio=folder:{root}", "--skip_bad=True", f"--data_dir={d}"], []
@@ -449,18 +427,15 @@ def test_bad_recordings_are_named(tmp_path):
         write_sound(f"{root}/one/bad.wav", samples, subtype="FLOAT")
         refuses(f"bad.wav .*{words}", prepared, d, f"--audio=folder:{root}")
 
-def test_sound_headers_that_lie_are_refused(tmp_path):
-    """No channels, no rate, one needing a filter of terabytes, a size beyond the file, odd widths, a cut."""
-    def header(channels=1, rate=8000, bits=16, size=50):
-        block = channels * bits // 8
-        return (b"RIFF" + struct.pack("<I", (36 + size) % 2**32) + b"WAVEfmt "
-                + struct.pack("<IHHIIHH", 16, 1, channels, rate, rate * block, block, bits)
-                + b"data" + struct.pack("<I", size))
-    read = lambda head: P.read_recording(AUDIO, io.BytesIO(head + bytes(range(50))), "a.wav")
-    assert len(read(header())) == 25
-    for head in (header(channels=0), header(rate=0), header(rate=10_000_019), header(bits=0), header(bits=64),
-                 header()[:30], header(size=2**31)):
-        refuses("a.wav", read, head)
+@cases("at, kind, lie", [(22, "<H", 0), (24, "<I", 0), (24, "<I", 10_000_019), (34, "<H", 0), (34, "<H", 64),
+                         (40, "<I", 2**31)])
+def test_sound_headers_that_lie_are_refused(tmp_path, at, kind, lie):
+    """No channels, no rate, one needing a filter of terabytes, odd widths, a size beyond the file."""
+    path = write_sound(tmp_path / "a.wav")
+    body = bytearray(open(path, "rb").read())
+    struct.pack_into(kind, body, at, lie)
+    open(path, "wb").write(body)
+    refuses("a.wav", P.read_recording, AUDIO, path)
 
 # -- features -----------------------------------------------------------------------------------------------
 def test_npz_features_come_in_with_labels_names_and_splits(tmp_path):
@@ -502,25 +477,24 @@ def test_the_recipe_of_features_py_trains_and_embeds(tmp_path):
 
 # -- bad input ----------------------------------------------------------------------------------------------
 def test_bad_input_is_refused_in_one_sentence(tmp_path):
-    """Empty folder, text as image, one class, a class without test pictures, bad UTF-8, too few examples."""
+    """Empty folder, text as image, one class, a class without test pictures, too few examples."""
     folder = lambda name, *how, **more: f"--image=folder:{picture_folder(tmp_path / name, *how, **more)}"
-    bad = folder("bad")
+    bad, differ = folder("bad"), folder("differ", parts=("train",))
+    folder("differ", ("cat", "cow"), parts=("test",))
     open(tmp_path / "bad/train/cat/6.png", "w").write("not a picture")
-    differ = folder("differ", parts=("train",)), folder("differ", ("cat", "cow"), parts=("test",))
-    os.makedirs(tmp_path / "empty")
-    (tmp_path / "t.txt").write_bytes(b"caf\xe9\n" * 20), (tmp_path / "u.txt").write_text("some line\n" * 20)
+    (tmp_path / "u.txt").write_text("some line\n" * 20), os.makedirs(tmp_path / "empty")
     for words, *argv in (
             ("is empty", f"--image=folder:{tmp_path}/empty"), ("no folder", "--image=folder:/nowhere"),
             ("6.png is not a readable", bad), ("offers 10", bad, "--skip_bad=True", "--image_examples=11"),
-            ("1 classes", folder("one", ("cat",))), ("cow, dog", differ[0]),
+            ("1 classes", folder("one", ("cat",))), ("cow, dog", differ),
             ("too few items", folder("few", count=1, parts=("",))),
             ("differ only in case", folder("odd", ("a cat", "A_Cat"))), ("of patch_size=7", "--patch_size=7"),
-            ("not UTF-8", f"--text=file:{tmp_path}/t.txt"), ("not a slot with a source", "--target=text"),
+            ("not a slot with a source", "--target=text"),
             ("label loss needs at least two", f"--text=file:{tmp_path}/u.txt", "--text_loss=label"),
             ("leaves fewer than two of 12", "--unseen_classes=11"),
             ("can only be 'label'", "--image_loss=next", "--image_embed=conv"),
             ("must name an auxiliary", "--text=letters", "--head_from=audio")):
-        refuses(words, T.run, T.read_run_config(["--image=letters", *RUN, *argv, *into(tmp_path)]), quiet)
+        refuses(words, run, "--image=letters", *RUN, *argv, *into(tmp_path))
         assert not glob(tmp_path, "o/*") and not glob(tmp_path, "d/*.tmp")
 
 @cases("argument, meant", [("--audio=letters", "image=letters"), ("--image=leters", "letters"),
@@ -529,17 +503,18 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
 def test_a_source_that_does_not_fit_the_slot_is_met_with_advice(argument, meant, tmp_path):
     refuses(re.escape(f"did you mean '{meant}'"), prepared, tmp_path, argument)
 
-def test_scripts_refuse_with_one_sentence_and_exit_code_2(tmp_path):
-    assert "cannot read config" in refusal(T, "sample_configs/nothing.py")
-    assert "no slot holds a source" in refusal(P, "--image_size=8")
-    assert "no finished run" in refusal(B, tmp_path)
-    assert "takes no keys" in refusal(B, tmp_path, "--threads=1")
-    assert "did you mean 'compare'" in refusal(B, "compar")
-    assert "is a config" in refusal(B, "sample_configs/letters_text.py")
-    assert "did you mean --seeds=3" in refusal(B, "compare", "--image=letters", "--text=letters", "--seed=3")
-    command = [sys.executable, os.path.join(HERE, "prepare.py"), "--audio=letters"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+@cases("module, argv, words", [
+    (T, ["nothing.py"], "cannot read config"), (P, ["--image_size=8"], "no slot holds a source"),
+    (B, [HERE], "no finished run"), (B, [HERE, "--threads=1"], "takes no keys"),
+    (B, ["compar"], "did you mean 'compare'"), (B, ["sample_configs/letters_text.py"], "is a config"),
+    (B, ["compare", "--image=letters", "--text=letters", "--seed=3"], "did you mean --seeds=3")])
+def test_scripts_refuse_in_a_sentence(module, argv, words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [module.__file__, *argv])
+    refuses(words, module.main)
+
+def test_a_script_that_refuses_prints_one_sentence_and_exits_with_2():
+    code, out, wrong = finish(start("prepare.py", "--audio=letters"))
+    assert code == 2 and not out and wrong.startswith("error: ") and wrong.count("\n") == 1
 
 # -- model --------------------------------------------------------------------------------------------------
 def tiny(loss="label", embed="linear", seed=0, **more):
@@ -763,13 +738,17 @@ def test_a_target_of_one_class_or_none_is_judged_by_its_loss(tmp_path, labels):
     refuses("no classes to probe for", B.open_run, f"{tmp_path}/o")
 
 def test_sound_can_be_the_target_with_pictures_and_text_beside_it(data, tmp_path):
-    """It is probed, aligned with text over their common classes, and embeds new sounds."""
+    """FLAC and OGG, every audio key; it is probed, aligned with text over common classes, embeds new sounds."""
     names = [unicodedata.name(c).lower() for c in SOME[:5]]
-    root = speaker_folder(tmp_path / "r", classes=names)
-    train(data, f"{tmp_path}/o", "--target=audio", f"--audio=folder:{root}", "--layers=1")
-    report = B.analyse(f"{tmp_path}/o").report
+    for k, i in np.ndindex(5, 12):
+        write_sound(tmp_path / f"r/{names[k]}/{i}.{('flac', 'ogg')[i % 2]}", tone(400 + 300 * k + i))
+    keys = dict(rate=16000, mels=24, frames=24, group=8, shift=2, gain=3.0, mask=2, weight=0.5, batch=4)
+    argv = ["--target=audio", f"--audio=folder:{tmp_path}/r", *(f"--audio_{key}={keys[key]}" for key in keys)]
+    train(data, f"{tmp_path}/o", *argv, "--layers=1")
+    report, (folder,) = B.analyse(f"{tmp_path}/o").report, glob(data, "audio-folder-r-*")
+    assert P.read_meta(folder)["arrays"]["tokens"]["shape"] == [3, 8 * 24] and counts(folder) == [50, 5, 5]
     assert {*report["robustness"]} == {*B.SOUND_CORRUPTIONS} and report["alignment"]["text"]["classes"] == 5
-    B.embed(f"{tmp_path}/o", f"{root}/{names[0]}")
+    B.embed(f"{tmp_path}/o", f"{tmp_path}/r/{names[0]}")
     assert np.load(tmp_path / "o/embed.npy").shape == (12, 32)
 
 def test_unseen_report_by_hand():
@@ -827,21 +806,19 @@ def test_gradients_agree_block_by_block_as_their_inputs_do():
         """Two blocks that sum what they read: the gradient of each is its own input."""
         def __init__(self):
             super().__init__()
-            self.trunk = torch.nn.Module()
-            self.trunk.blocks = torch.nn.ModuleList(torch.nn.Linear(2, 1, bias=False) for _ in range(2))
+            blocks = torch.nn.ModuleList(torch.nn.Linear(2, 1, bias=False) for _ in range(2))
+            self.trunk = torch.nn.ModuleDict(dict(blocks=blocks))
 
         def forward(self, slot, tokens):
             return sum(block(row).sum() for block, row in zip(self.trunk.blocks, tokens))
 
     batch = lambda *rows: dict(slot="any", tokens=torch.tensor(rows, dtype=torch.float))
     one, other, third = batch([1, 0], [2, 0]), batch([0, 3], [-1, 0]), batch([1, 1], [3, 3])
+    model = Sums()
     for agreement, *sides in (([1, 1], [one], [one]), ([0, -1], [one], [other]),
                               ([0.5**0.5] * 2, [one], [third]),
                               ([0.5**0.5, 1], [one, batch([0, 1], [1, 0])], [one])):  # the mean of two
-        assert B.gradient_agreement(Sums(), *sides) == pytest.approx(agreement, abs=1e-6)
-    model = tiny()
-    batches = [dict(text_batch(), slot="text")]
-    assert B.gradient_agreement(model, batches, batches) == pytest.approx([1, 1], abs=1e-5)
+        assert B.gradient_agreement(model, *sides) == pytest.approx(agreement, abs=1e-6)
     assert all(p.grad is None for p in model.parameters())
 
 def test_a_head_whose_rows_are_sums_of_words_follows_the_words():
@@ -981,8 +958,8 @@ def test_the_readmes_commands_name_files_keys_and_sources_that_exist():
             assert T.shard_names(T.resolve(cfg, quiet)) and {*cfg.get("arms", "uml").split(",")} <= {*B.ARMS}
 
 def test_the_pages_are_what_the_result_files_say():
-    done = subprocess.run([sys.executable, f"{HERE}/assets/results/make.py", "--check"], capture_output=True)
-    assert done.returncode == 0, done.stderr
+    code, _, wrong = finish(start("assets/results/make.py", "--check"))
+    assert code == 0, wrong
 
 def test_the_readmes_snippet_embeds_pictures(pair, tmp_path):
     snippet = re.search(r"```python\n(import numpy.*?)```", README, re.S)[1]
@@ -1000,10 +977,9 @@ def test_the_readmes_new_modality_runs_as_written(tmp_path):
         code = code.replace("\nWITH_PATH = ", f"\n{source}\n\nWITH_PATH = ", 1)
         (tmp_path / name).write_text(code, encoding="utf-8")
     (tmp_path / "walks.py").write_text(cfg)
-    command = [sys.executable, "train.py", "walks.py", "--threads=1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["test_accuracy"] > 0.6
+    code, out, wrong = finish(start(tmp_path / "train.py", "walks.py", "--threads=1", cwd=tmp_path))
+    assert code == 0, wrong
+    assert json.loads(out.splitlines()[-1])["test_accuracy"] > 0.6
 
 # -- more of train, compare and exchange, most of it slow ---------------------------------------------------
 def test_slots_alternate_in_the_printed_order():
@@ -1034,11 +1010,11 @@ def test_moving_and_masking_recordings_keeps_their_length_true():
     assert 0.02 < (change(0, 0.0, 8)[0] != tokens).mean() < 0.3
 
 def test_batches_that_a_thread_builds_ahead_are_the_same_and_so_are_their_errors(data, tmp_path, monkeypatch):
-    """What a GPU trains with, here on the CPU: same batches in the same order, same bits, stopped or not."""
-    set_up, build, built_by = T.set_up, T.train_batch, {}
+    """What a GPU trains with, here on the CPU: the same bits, stopped or not."""
+    set_up, build, builders = T.set_up, T.train_batch, set()
 
     def note(slot, seed, update, device):
-        built_by.setdefault((slot.name, update), []).append(threading.current_thread())
+        builders.add(threading.current_thread())
         if slot.batch == 15 and update == 2:
             raise P.UserError("broken shard")
         return build(slot, seed, update, device)
@@ -1046,11 +1022,8 @@ def test_batches_that_a_thread_builds_ahead_are_the_same_and_so_are_their_errors
     train(data, f"{tmp_path}/whole")
     threaded = lambda *args: SimpleNamespace(**{**vars(set_up(*args)), "thread": ThreadPoolExecutor(1)})
     monkeypatch.setattr(T, "set_up", threaded), monkeypatch.setattr(T, "train_batch", note)
-    parts = T.set_up(T.resolve(config(data, "unused"), quiet), quiet)
-    for update, name in itertools.product((0, 1, 2, 7), parts.slots):
-        assert same(T.next_batch(parts, name, update), build(parts.slots[name], 0, update, B.CPU))
-    assert not any(threading.main_thread() in threads for threads in built_by.values())
     assert train(data, f"{tmp_path}/parts", "--stop_after=4") is None
+    assert builders and threading.main_thread() not in builders
     train(data, f"{tmp_path}/parts", "--resume")
     assert same(weights(f"{tmp_path}/whole"), weights(f"{tmp_path}/parts"))
     refuses("broken shard", train, data, f"{tmp_path}/broken", "--image_batch=15")
@@ -1103,16 +1076,13 @@ def test_a_spoken_number_is_two_digits_of_one_speaker_who_is_in_one_split(number
     mels = train_part["tokens"][row].reshape(-1, meta["mels"]).astype(int)
     assert mels[5:25].mean(0).argmax() < mels[40:55].mean(0).argmax()
 
-def test_what_the_spoken_digits_lack_is_said(digits, tmp_path):
-    argv = [tmp_path / "d", "--audio=numbers"]
-    away = f"{tmp_path}/raw/fsdd/recordings"
-    shutil.copytree(f"{digits}/fsdd/recordings", away)
-    refuses("other recordings than v1.0.10", prepared, *argv, f"--raw_dir={tmp_path}/raw")
-    os.remove(f"{away}/3_theo_7.wav")
-    refuses(r"recordings lacks 3_theo_7.wav \(1 such", prepared, *argv, f"--raw_dir={tmp_path}/raw")
-    for path in glob(away, "*_george_*"):
-        os.remove(path)
-    refuses(r"lacks 0_george_0.wav \(501 such", prepared, *argv, f"--raw_dir={tmp_path}/raw")
+@cases("speakers, words", [
+    (P.FSDD_SPEAKERS, "other recordings than v1.0.10"),
+    (P.FSDD_SPEAKERS[1:], r"recordings also holds 0_george_0.wav \(500 such"),
+    ([*P.FSDD_SPEAKERS, "zoe"], r"recordings lacks 0_zoe_0.wav \(500 such")])
+def test_what_the_spoken_digits_lack_is_said(digits, tmp_path, monkeypatch, speakers, words):
+    monkeypatch.setattr(P, "FSDD_SPEAKERS", speakers)
+    refuses(words, prepared, tmp_path, "--audio=numbers", f"--raw_dir={digits}")
 
 def test_numbers_are_heard_seen_and_read_under_the_same_names(numbers, tmp_path):
     """Any of the three may be the target, and all pass the same lines: here one trunk learns from all."""
@@ -1140,32 +1110,20 @@ def test_a_run_goes_on_with_another_number_of_threads(data, tmp_path):
     assert torch.get_num_threads() == 1 and any("changed since step 5: threads" in line for line in said)
 
 @slow
-def test_compare_searches_without_the_test_split_and_shares_warm_starts(tmp_path, monkeypatch):
-    """During the search the test files are gone; no warm start runs twice; every arm is there."""
+def test_compare_searches_without_the_test_split_and_shares_warm_starts(tmp_path):
     (tmp_path / "t.txt").write_text("\n".join(f"line {i} of a text" for i in range(50)))
     argv = [*TINY, f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/o", "--arms=" + ",".join(B.ARMS),
             "--search=learning_rate=1e-3,weight_decay=0.5;learning_rate=2e-3,text_updates=2",
             f"--unrelated=file:{tmp_path}/t.txt"]
-    ran, tests = [], glob(prepared(tmp_path, "--image=letters"), "test*")
-
-    def guarded(cfg):
-        ran.append(cfg)
-        for f in tests if not cfg["score_test"] else []:
-            os.rename(f, f + ".hidden")
-        try:
-            return T.run(cfg, say=quiet)
-        finally:
-            for f in tests if not cfg["score_test"] else []:
-                os.rename(f + ".hidden", f)
-
-    monkeypatch.setattr(B, "quiet_run", guarded)
+    prepared(tmp_path, "--image=letters")
     out = B.compare(argv)
+    made = [json.load(open(path)) for path in glob(tmp_path / "o/compare", "run-*/config.json")]
+    assert all(cfg["score_test"] == (cfg["seed"] != B.SEARCH_SEED) for cfg in made)
+    assert {cfg["weight_decay"] for cfg in made} == {0.5, 0.05}
+    assert len(glob(tmp_path / "o/compare", "warm-*")) < 5 * 4
     flops = {arm: entry["gflops"] for arm, entry in out["arms"].items()}
     assert list(flops) == list(B.ARMS) and flops["longer"] >= 0.6 * flops["uml"] > flops["alone"]
-    warm = [cfg["out_dir"] for cfg in ran if "warm-" in cfg["out_dir"]]
-    assert len(warm) == len(set(warm)) < 5 * 4 and {cfg["weight_decay"] for cfg in ran} == {0.5, 0.05}
     assert out["command"].count("'") == 2  # its ';' does not end the command in a shell
-    monkeypatch.undo()
     argv = [*argv, "--search=1", "--arms=uml", "--threads=1"]
     jobs = B.compare([*argv, "--jobs=2", f"--out_dir={tmp_path}/two"])
     one = B.compare([*argv, f"--out_dir={tmp_path}/one"])
@@ -1198,17 +1156,15 @@ def test_benchmark_says_where_the_time_goes(data, tmp_path):
 def test_a_reader_that_leaves_and_a_terminal_without_utf8_do_not_end_a_run(data, tmp_path):
     """`| head`, stdout closed, a folder with blanks and Chinese letters, an ASCII locale."""
     env = dict(os.environ, PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
-    script = os.path.join(HERE, "train.py")
-    argv = [sys.executable, script, *LETTERS, "--text=", f"--data_dir={data}", "--threads=1"]
-    pipe = dict(stderr=subprocess.PIPE, env=env)
+    argv = ["train.py", *LETTERS, "--text=", f"--data_dir={data}", "--threads=1"]
     opened(data)
-    left = subprocess.Popen([*argv, f"--out_dir={tmp_path}/ein Lauf 中文"], stdout=subprocess.PIPE, **pipe)
+    left = start(*argv, f"--out_dir={tmp_path}/ein Lauf 中文", env=env)
     left.stdout.readline()
     left.stdout.close()
-    closed = subprocess.Popen([*argv, f"--out_dir={tmp_path}/closed"], preexec_fn=lambda: os.close(1), **pipe)
+    closed = start(*argv, f"--out_dir={tmp_path}/closed", env=env, preexec_fn=lambda: os.close(1))
     for job, name in ((left, "ein Lauf 中文"), (closed, "closed")):
-        wrong = job.stderr.read()
-        assert job.wait(timeout=120) == 0 and not wrong, wrong
+        code, _, wrong = finish(job)
+        assert code == 0 and not wrong, wrong
         assert json.load(open(tmp_path / name / "result.json"))["steps"] == 6
 
 @slow
@@ -1249,14 +1205,6 @@ def test_parts_of_a_batch_add_up_to_the_gradient_of_the_whole(data, monkeypatch)
             grads.append([p.grad for p in model.parameters() if p.grad is not None])
         assert all(torch.allclose(one, two, rtol=1e-9, atol=1e-12) for one, two in zip(*grads, strict=True))
 
-def test_processes_sum_all_gradients_in_one_call(monkeypatch):
-    calls, grads = [], [torch.tensor(2.0), torch.arange(6.0).view(2, 3).t(), torch.ones(4)]
-    doubled = [2 * grad for grad in grads]
-    monkeypatch.setattr(T, "ranks", lambda: (0, 2))
-    monkeypatch.setattr(T.dist, "all_reduce", lambda flat: calls.append(flat.mul_(2)))  # both have the same
-    T.add_up(*grads)
-    assert len(calls) == 1 and all(map(torch.equal, grads, doubled))
-
 @slow
 def test_two_processes_equal_one_and_resume_as_one(data, tmp_path):
     (tmp_path / "run.py").write_text("import sys, torch; torch.set_default_dtype(torch.float64)\n"
@@ -1290,15 +1238,14 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_reaches_the_same_bits(dat
 @slow
 def test_killed_a_run_ends_in_the_same_bits(data, tmp_path):
     argv = [*LETTERS, "--steps=120", "--eval_interval=10", f"--data_dir={data}", "--threads=1"]
-    whole = T.run(T.read_run_config([*argv, f"--out_dir={tmp_path}/whole"]), quiet)
-    command = [sys.executable, os.path.join(HERE, "train.py"), *argv, f"--out_dir={tmp_path}/o", "--resume"]
+    whole = run(*argv, f"--out_dir={tmp_path}/whole")
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9), (None, 0)):
-        job, line = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=-2, text=True), "-"  # -2: STDOUT
+        job, line = start("train.py", *argv, f"--out_dir={tmp_path}/o", "--resume"), "-"
         while number and line and "ms/step" not in line:
             line = job.stdout.readline()
         job.send_signal(number) if number else None
-        more, _ = job.communicate(timeout=240)
-        assert job.returncode == code and ("--resume goes on" in more) == (code > 0), more
+        left, said, wrong = finish(job)
+        assert left == code and ("--resume goes on" in said) == (code > 0), said + wrong
     assert lasting(whole) == lasting(json.load(open(tmp_path / "o/result.json")))
     assert same(weights(f"{tmp_path}/whole"), weights(f"{tmp_path}/o"))
 
@@ -1428,13 +1375,11 @@ def test_files_from_strangers_execute_nothing(tmp_path):
     torch.save(dict(model=Attack(mark)), tmp_path / "best.pt")
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Attack(mark)))
     np.savez(tmp_path / "f.npz", features=hostile), np.save(tmp_path / "f.npy", hostile)
-    (tmp_path / "c.py").write_text(f"import os\nos.mkdir({mark!r})\n")
     refuses("damaged", T.load_model, tmp_path / "best.pt")
     refuses("damaged", T.load_model, tmp_path / "raw.pt")
     refuses("not a readable .npz", prepared, d, f"--image=npz:{tmp_path}/f.npz")
     slot = dict(kind="continuous", length=1, dim=5)
     refuses("no .npy array", B.read_new, "", f"{tmp_path}/f.npy", dict(image="npz:f"), "image", slot)
-    refuses("not executed", T.read_run_config, [f"{tmp_path}/c.py"])
     folder = prepared(d, "--text=letters")
     meta = P.read_meta(folder)
     meta["splits"]["train"]["files"]["tokens"][0]["file"] = "../../train_000.bin"
@@ -1442,18 +1387,10 @@ def test_files_from_strangers_execute_nothing(tmp_path):
     refuses("damaged .*files of train", P.load_split, folder, "train")
     assert not os.path.exists(mark)
 
-# -- fuzzing: what comes in works or is refused in one sentence (UML_SLOW=1; UML_FUZZ=10000 for the long run)
-try:
-    from hypothesis import HealthCheck, given, settings
-    from hypothesis import strategies as st
-except ImportError:
-    st, fuzz = None, pytest.mark.skip("hypothesis is not installed")
-else:
-    often = settings(max_examples=int(os.environ.get("UML_FUZZ", 60)), deadline=None, database=None,
-                     suppress_health_check=list(HealthCheck))
-    fuzz = lambda test: slow(often(given(data=st.data())(test)))
-    inner = lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text(max_size=9), some, max_size=3)
-    anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), inner)
+# -- fuzzing: what comes in works or is refused in one sentence (UML_SLOW=1: more of it, UML_FUZZ=10000: a lot)
+rounds = 60 if os.environ.get("UML_SLOW") else 9
+fuzz = cases("seed", range(int(os.environ.get("UML_FUZZ", rounds))))
+ODD = [None, True, 0, -1, 2**70, 1e999, float("nan"), "", "\0", "é中\ud800", "9" * 5000, [], [[[]]], {"a": [1]}]
 
 def survives(attempt, *args):
     """It worked, or was refused in one sentence; anything else is the traceback we look for."""
@@ -1462,33 +1399,40 @@ def survives(attempt, *args):
     except P.UserError as problem:
         assert str(problem)
 
-def damaged(draw, body):
-    for _ in range(draw(st.integers(1, 6))):
-        at, kind = draw(st.integers(0, len(body))), draw(st.sampled_from(("change", "add", "cut")))
-        rest = dict(cut=b"", add=body[at:], change=body[at + 1:])[kind]
-        body = body[:at] + (b"" if kind == "cut" else draw(st.binary(min_size=1, max_size=1))) + rest
+def damaged(rng, body):
+    """A few bytes changed or added, or the rest cut off."""
+    for _ in range(rng.randint(1, 6)):
+        at, byte = rng.randint(0, len(body)), rng.randbytes(1)
+        after = rng.choice([b"", byte + body[at:], byte + body[at + 1:]])
+        body = body[:at] + after
     return body
 
 @fuzz
-def test_fuzz_configs_and_overrides(data, tmp_path_factory):
-    keys, path = st.sampled_from([*T.KEYS]) | st.text(max_size=12), tmp_path_factory.getbasetemp() / "fuzz.py"
-    lines = data.draw(st.lists(st.tuples(keys, anything.map(repr) | st.text(max_size=20)), max_size=4))
-    path.write_text("\n".join(f"{key} = {value}" for key, value in lines), encoding="utf-8", errors="replace")
-    pairs = data.draw(st.lists(st.tuples(keys, st.text(max_size=20)), max_size=3))
-    argv = [str(path)] * data.draw(st.booleans()) + [f"--{key}={value}" for key, value in pairs]
+def test_fuzz_configs_and_overrides(tmp_path, seed):
+    rng, path = random.Random(seed), tmp_path / "c.py"
+    keys = lambda: rng.sample([*T.KEYS, "text2", "text2_loss", "no key", "é"], rng.randint(0, 2))
+    values = [*ODD, 1, 0.5, "letters", "numbers", "npz:", "next+label", "#1", "each"]
+    body = "\n".join(f"{key} = {rng.choice(values)!r}" for key in keys()).encode(errors="replace")
+    path.write_bytes(damaged(rng, body) if seed % 2 else body)
+    argv = [str(path), *(f"--{key}={rng.choice(values)}" for key in keys())]
     survives(lambda: T.shard_names(T.resolve(T.read_run_config(argv), quiet)))
 
 @fuzz
-def test_fuzz_meta_json_and_shards(data, tmp_path_factory):
+def test_fuzz_meta_json_and_shards(data, tmp_path, seed):
     """Bytes of any file damaged, or one number or name in meta.json replaced."""
-    folder = prepared(tmp_path_factory.getbasetemp() / "fuzz", data.draw(st.sampled_from(LETTERS[:2])))
-    name = data.draw(st.sampled_from(sorted(os.listdir(folder))))
-    whole = open(f"{folder}/{name}", "rb").read()
-    body = damaged(data.draw, whole)
-    if name == "meta.json" and data.draw(st.booleans()):
+    rng, folder = random.Random(seed), f"{tmp_path}/shards"
+    shutil.copytree(prepared(data, rng.choice(LETTERS[:2])), folder)
+    file = f"{folder}/{rng.choice(sorted(os.listdir(folder)))}"
+    whole = open(f"{folder}/meta.json", "rb").read()
+    if seed % 2:
+        file = f"{folder}/meta.json"
         spans = [m.span() for m in re.finditer(rb'(?<= )("[^"]*"|[-\d.e]+)(?=[,\s])', whole)]
-        at = data.draw(st.sampled_from(spans))
-        body = whole[:at[0]] + json.dumps(data.draw(anything)).encode() + whole[at[1]:]
+        at, end = rng.choice(spans)
+        body = whole[:at] + json.dumps(rng.choice(ODD)).encode() + whole[end:]
+    else:
+        body = damaged(rng, open(file, "rb").read())
+    open(file, "wb").write(body)
+
     def read():
         arrays, meta = P.load_split(folder, "train"), P.read_meta(folder)
         cfg = T.resolve(T.read_run_config(LETTERS[:1]), quiet)
@@ -1496,17 +1440,13 @@ def test_fuzz_meta_json_and_shards(data, tmp_path_factory):
         rows = np.arange(min(9, len(arrays["tokens"])))
         T.collate(slot, arrays, rows, B.CPU, np.random.default_rng(0), augment=True)
         P.verify_shards(folder, meta), "vocab" in meta and P.load_bpe(folder)
-    open(f"{folder}/{name}", "wb").write(body)
-    try:
-        survives(read)
-    finally:
-        open(f"{folder}/{name}", "wb").write(whole)
+
+    survives(read)
 
 @fuzz
-def test_fuzz_pictures_recordings_texts_and_features(data, tmp_path_factory):
-    kind = data.draw(st.sampled_from(("png", "jpg", "gif", "wav", "flac", "ogg", "json", "txt", "npz")))
-    path = str(tmp_path_factory.getbasetemp() / f"fuzz-in.{kind}")
-    text = json.dumps({"cat": ["a cat"] * 9, "dog": ["a dog"] * 9}, indent=0)
+def test_fuzz_pictures_recordings_texts_and_features(tmp_path, seed):
+    kind = ("png", "jpg", "gif", "wav", "flac", "ogg", "json", "txt", "npz")[seed % 9]
+    path, text = f"{tmp_path}/fuzz.{kind}", json.dumps({"cat": ["a cat"] * 9, "dog": ["a dog"] * 9}, indent=0)
     if kind in ("wav", "flac", "ogg"):
         write, read = write_sound, lambda: P.encode_recordings(AUDIO, [P.read_recording(AUDIO, path)], None)
     elif kind in ("json", "txt"):
@@ -1516,6 +1456,6 @@ def test_fuzz_pictures_recordings_texts_and_features(data, tmp_path_factory):
     else:
         write, read = Image.new("RGB", (12, 9), (9, 99, 200)).save, partial(picture, path)
     write(path)
-    body = damaged(data.draw, open(path, "rb").read())
+    body = damaged(random.Random(seed), open(path, "rb").read())
     open(path, "wb").write(body)
     survives(read)
