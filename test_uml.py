@@ -642,8 +642,7 @@ def test_the_control_keeps_marginals_and_destroys_structure(data, tmp_path):
     ("--text_loss=next", "text", ("embed.image", "position.image", "label_head")),
     ("--apart=True", "text", ("embed.image", "position.image", "trunk")),
     ("--apart=True", "image", ("embed.text", "position.text", "own_trunk.text"))])
-def test_a_step_changes_just_its_slot_and_the_shared_trunk_while_what_is_idle_does_not_drift(
-        data, more, name, idle):
+def test_a_step_reaches_its_slot_and_the_trunk_and_what_is_idle_does_not_drift(data, more, name, idle):
     parts = T.set_up(T.resolve(config(data, "unused", more, "--text_updates=0"), quiet), quiet)
     groups = [p for group in parts.optimizer.param_groups for p in group["params"]]
     assert len(groups) == len(set(map(id, groups))) == len(list(parts.model.parameters()))
@@ -827,8 +826,6 @@ def test_theory_agrees_with_what_can_be_worked_out_by_hand():
     rates, vectors = B.exchange_rates(weak, B.information(eye, none, 1.0))
     assert np.allclose(np.sort(rates)[:2], [1, 100]) and np.isinf(rates).sum() == 1
     assert abs(vectors[2, np.isinf(rates)]) > 0.99
-    mean, error = B.monte_carlo([(eye, none, 0.5, 200)], 50_000)
-    assert mean == pytest.approx(3 / 800, rel=0.02) and error < 0.01 * 3 / 800  # trace of (200 * 4 I)^-1
     refuses("no modality sees the direction", B.exchange_rates, np.diag([1.0, 0]), np.diag([1.0, 0]))
     refuses("must be positive", B.information, eye, none, 0.0)
 
@@ -977,17 +974,14 @@ def test_moving_and_masking_recordings_keeps_their_length_true():
     assert any(np.array_equal(after[m:], before[:64 - m]) for m in range(5, 9))
     assert 0.02 < (change(0, 0.0, 8)[0] != tokens).mean() < 0.3
 
-def test_batches_that_a_thread_builds_ahead_are_the_same_and_so_are_their_errors(
-        data, pair, tmp_path, monkeypatch):
-    """What a GPU trains with, here on the CPU: the same bits, stopped or not."""
+def test_batches_that_a_thread_builds_ahead_give_the_same_bits_and_errors(data, pair, tmp_path, monkeypatch):
+    """What a GPU trains with, here on the CPU."""
     set_up, build, builders = T.set_up, T.train_batch, set()
-
     def note(slot, seed, update, device):
         builders.add(threading.current_thread())
         if slot.batch == 15 and update == 2:
             raise P.UserError("broken shard")
         return build(slot, seed, update, device)
-
     threaded = lambda *args: SimpleNamespace(**{**vars(set_up(*args)), "thread": ThreadPoolExecutor(1)})
     monkeypatch.setattr(T, "set_up", threaded), monkeypatch.setattr(T, "train_batch", note)
     assert train(data, f"{tmp_path}/parts", "--stop_after=4") is None
@@ -1159,26 +1153,13 @@ def test_help_lists_the_keys(module, keys, capsys, monkeypatch):
     assert all(f"  {key} = " in said for key in keys) and "Sections" in said
 
 # -- several processes --------------------------------------------------------------------------------------
-def test_parts_of_a_batch_add_up_to_the_gradient_of_the_whole(data, monkeypatch):
-    losses = ["--image_loss=label+reconstruct", "--text_loss=next+label+reconstruct"]
-    parts = T.set_up(T.resolve(config(data, "unused", *losses), quiet), quiet)
-    model = parts.model.double()
-    for name in parts.slots:
-        batch, grads = T.next_batch(parts, name, 0), []
-        for world in (1, 3):
-            model.zero_grad(set_to_none=True)
-            for rank in range(world):
-                monkeypatch.setattr(T, "ranks", lambda: (rank, world))
-                model(name, **T.my_part(batch)).backward()
-            grads.append([p.grad for p in model.parameters() if p.grad is not None])
-        assert all(torch.allclose(one, two, rtol=1e-9, atol=1e-12) for one, two in zip(*grads, strict=True))
-
 @slow
 def test_two_processes_equal_one_and_resume_as_one(data, tmp_path):
+    """Weights and losses of every objective, in double precision: to floating-point tolerance."""
     (tmp_path / "run.py").write_text("import sys, torch; torch.set_default_dtype(torch.float64)\n"
                                      f"sys.path.insert(0, {HERE!r}); import train; train.main()")
-    argv = [*LETTERS, "--warm_start_steps=0", "--image_batch=15", "--log_interval=1",
-            "--text_loss=next+label", f"--data_dir={data}", "--threads=1", "--resume"]
+    argv = [*LETTERS, "--warm_start_steps=0", "--image_batch=15", "--log_interval=1", "--threads=1", "--resume",
+            "--image_loss=label+reconstruct", "--text_loss=next+label+reconstruct", f"--data_dir={data}"]
     opened(data)  # the small world, before the children meet the big one
     for out, stop, world in (("two", 2, 2), ("one", 3, 1), ("two", 3, 1)):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
@@ -1338,7 +1319,7 @@ def test_files_from_strangers_execute_nothing(tmp_path):
     assert not os.path.exists(mark)
 
 # -- fuzzing: what comes in works or is refused in one sentence (UML_SLOW=1: more of it; UML_FUZZ=10000) ----
-rounds = 60 if os.environ.get("UML_SLOW") else 9
+rounds = 60 if os.environ.get("UML_SLOW") else 2
 fuzz = cases("seed", range(int(os.environ.get("UML_FUZZ", rounds))))
 ODD = [None, True, 0, -1, 2**70, 1e999, float("nan"), "", "\0", "é中\ud800", "9" * 5000, [], [[]], {"a": [1]}]
 
@@ -1350,62 +1331,54 @@ def survives(attempt, *args):
         assert str(problem)
 
 def damaged(rng, body):
-    """A few bytes changed or added, or the rest cut off."""
+    """A number or name replaced by something odd, or a few bytes changed or added, or the rest cut off."""
+    words = [found.span() for found in re.finditer(rb'(?<= )("[^"]*"|[-\d.e]+)(?=[,\s])', body)]
+    if words and rng.random() < 0.5:
+        start, end = rng.choice(words)
+        return body[:start] + json.dumps(rng.choice(ODD)).encode() + body[end:]
     for _ in range(rng.randint(1, 6)):
         at, byte = rng.randint(0, len(body)), rng.randbytes(1)
         after = rng.choice([b"", byte + body[at:], byte + body[at + 1:]])
         body = body[:at] + after
     return body
 
+def read_shards(folder):
+    """What a run reads of a shard folder."""
+    arrays, meta = P.load_split(folder, "train"), P.read_meta(folder)
+    cfg = T.resolve(T.read_run_config(LETTERS[:1]), quiet)
+    slot = SimpleNamespace(name="image", folder=folder, meta=meta, objectives=["next"], cfg=cfg)
+    rows = np.arange(min(9, len(arrays["tokens"])))
+    T.collate(slot, arrays, rows, B.CPU, np.random.default_rng(0), augment=True)
+    P.verify_shards(folder, meta), "vocab" in meta and P.load_bpe(folder)
+
 @fuzz
 def test_fuzz_configs_and_overrides(tmp_path, seed):
     rng, path = random.Random(seed), tmp_path / "c.py"
-    keys = lambda: rng.sample([*T.KEYS, "text2", "text2_loss", "no key", "é"], rng.randint(0, 2))
-    values = [*ODD, 1, 0.5, "letters", "numbers", "npz:", "next+label", "#1", "each"]
-    body = "\n".join(f"{key} = {rng.choice(values)!r}" for key in keys()).encode(errors="replace")
-    path.write_bytes(damaged(rng, body) if seed % 2 else body)
-    argv = [str(path), *(f"--{key}={rng.choice(values)}" for key in keys())]
+    body = "".join(f"{key} = {T.KEYS[key][0]!r}\n" for key in rng.sample([*T.KEYS], 3))
+    path.write_bytes(damaged(rng, body.encode()))
+    key, value = rng.choice([*T.KEYS, "text2_loss", "no key", "é"]), rng.choice([*ODD, 1, "letters", "next"])
+    argv = rng.choice([[str(path)], [f"--{key}={value}"], [str(path), f"--{key}={value}"]])
     survives(lambda: T.shard_names(T.resolve(T.read_run_config(argv), quiet)))
 
 @fuzz
-def test_fuzz_meta_json_and_shards(data, tmp_path, seed):
-    """Bytes of any file damaged, or one number or name in meta.json replaced."""
-    rng, folder = random.Random(seed), f"{tmp_path}/shards"
-    shutil.copytree(prepared(data, rng.choice(LETTERS[:2])), folder)
-    file = f"{folder}/{rng.choice(sorted(os.listdir(folder)))}"
-    whole = open(f"{folder}/meta.json", "rb").read()
-    if seed % 2:
-        file = f"{folder}/meta.json"
-        spans = [m.span() for m in re.finditer(rb'(?<= )("[^"]*"|[-\d.e]+)(?=[,\s])', whole)]
-        at, end = rng.choice(spans)
-        body = whole[:at] + json.dumps(rng.choice(ODD)).encode() + whole[end:]
-    else:
-        body = damaged(rng, open(file, "rb").read())
-    open(file, "wb").write(body)
-
-    def read():
-        arrays, meta = P.load_split(folder, "train"), P.read_meta(folder)
-        cfg = T.resolve(T.read_run_config(LETTERS[:1]), quiet)
-        slot = SimpleNamespace(name="image", folder=folder, meta=meta, objectives=["next"], cfg=cfg)
-        rows = np.arange(min(9, len(arrays["tokens"])))
-        T.collate(slot, arrays, rows, B.CPU, np.random.default_rng(0), augment=True)
-        P.verify_shards(folder, meta), "vocab" in meta and P.load_bpe(folder)
-
-    survives(read)
-
-@fuzz
-def test_fuzz_pictures_recordings_texts_and_features(tmp_path, seed):
-    kind = ("png", "jpg", "gif", "wav", "flac", "ogg", "json", "txt", "npz")[seed % 9]
-    path, text = f"{tmp_path}/fuzz.{kind}", json.dumps({"cat": ["a cat"] * 9, "dog": ["a dog"] * 9}, indent=0)
-    if kind in ("wav", "flac", "ogg"):
-        write, read = write_sound, lambda: P.encode_recordings(AUDIO, [P.read_recording(AUDIO, path)], None)
+@cases("kind", ["shards", "meta.json", "png", "jpg", "gif", "wav", "flac", "ogg", "json", "txt", "npz"])
+def test_fuzz_shards_pictures_recordings_texts_and_features(data, tmp_path, seed, kind):
+    rng, path = random.Random(seed), f"{tmp_path}/fuzz.{kind}"
+    if kind in ("shards", "meta.json"):
+        folder = shutil.copytree(prepared(data, rng.choice(LETTERS[:2])), f"{tmp_path}/shards")
+        path, read = rng.choice(glob(folder, kind) or glob(folder, "*")), partial(read_shards, folder)
+    elif kind in ("wav", "flac", "ogg"):
+        write_sound(path)
+        read = lambda: P.encode_recordings(AUDIO, [P.read_recording(AUDIO, path)], None)
     elif kind in ("json", "txt"):
-        write, read = lambda path: open(path, "w").write(text), partial(P.file_source, AUDIO, "text", path)
+        open(path, "w").write(json.dumps({"cat": ["a cat"] * 9, "dog": ["a dog"] * 9}, indent=1))
+        read = partial(P.file_source, AUDIO, "text", path)
     elif kind == "npz":
-        write, read = write_npz, partial(P.npz_source, AUDIO, "image", path)
+        write_npz(path)
+        read = partial(P.npz_source, AUDIO, "image", path)
     else:
-        write, read = Image.new("RGB", (12, 9), (9, 99, 200)).save, partial(picture, path)
-    write(path)
-    body = damaged(random.Random(seed), open(path, "rb").read())
+        Image.new("RGB", (12, 9), (9, 99, 200)).save(path)
+        read = partial(picture, path)
+    body = damaged(rng, open(path, "rb").read())
     open(path, "wb").write(body)
     survives(read)
