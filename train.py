@@ -448,10 +448,9 @@ def fit_probe(known, val, classes):
 
     known and val: (features (n, C), labels (n,)).
     """
-    def right(probe):
-        return (val[0] @ probe[0].T + probe[1]).argmax(1).eq(val[1]).float().mean().item()
-
-    return max((linear_probe(*known, classes, l2) for l2 in (1.0, 10.0, 100.0, 1000.0)), key=right)
+    probes = [linear_probe(*known, classes, l2) for l2 in (1.0, 10.0, 100.0, 1000.0)]
+    right = [(val[0] @ weight.T + bias).argmax(1).eq(val[1]).sum() for weight, bias in probes]
+    return probes[np.argmax(right)]
 
 
 # what evaluate() says and a result repeats of validation and test, where it applies
@@ -563,10 +562,11 @@ def start_head_from(model, slot, device):
         model.label_head.weight[row] = (mean / mean.norm().clamp_min(1e-6)).to(device)
 
 
-def set_up(cfg, say):
-    """All a step needs, a SimpleNamespace."""
-    if cfg["threads"]:
-        torch.set_num_threads(cfg["threads"])
+def set_up(cfg, say, saved=None):
+    """All a step needs, a SimpleNamespace. saved: the checkpoint to go on from, if there is one."""
+    threads = cfg["threads"] or (saved["threads"] if saved else 0)
+    if threads:  # going on: what torch chose then, since another number rounds differently
+        torch.set_num_threads(threads)
     device, autocast, device_line = pick_device(cfg)
     slots, classes = open_slots(cfg, say)
     for slot in slots.values():
@@ -579,14 +579,21 @@ def set_up(cfg, say):
         if any(checkpoint["config"][key] != cfg[key] for key in ("width", "layers", "heads")):
             raise UserError(f"init_from={folder} has a trunk of another width, depth or number of heads")
         model.trunk.load_state_dict(other.trunk.state_dict())
-    model.to(device)
+    optimizer = make_optimizer(model.to(device), cfg, device)
+    if saved:
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as problem:
+            why = str(problem).split("\n")[0]
+            raise UserError(f"{cfg['out_dir']} is of another architecture ({why}): delete it") from None
     compiled = cfg["compile"] if cfg["compile"] is not None else device.type == "cuda"
     loss_of = torch.compile(model) if compiled else model  # `model` itself is what we evaluate and save
     every, shared = (sum(p.numel() for p in module.parameters()) for module in (model, model.trunk))
     say(f"{every:,} parameters, {shared:,} of them in the shared trunk; {device_line}, "
         f"{torch.get_num_threads()} threads, {'compiled' if compiled else 'eager'}")
     return SimpleNamespace(cfg=cfg, device=device, autocast=autocast, slots=slots, classes=classes,
-                           model=model, loss_of=loss_of, optimizer=make_optimizer(model, cfg, device),
+                           model=model, loss_of=loss_of, optimizer=optimizer,
                            thread=ThreadPoolExecutor(1) if device.type == "cuda" else None, ahead={})
 
 
@@ -634,18 +641,19 @@ def run(cfg, say=tell):
 def train(cfg, first, say):
     """The run itself, top to bottom; cfg is resolved and out_dir ours alone. first: this is process 0."""
     folder = cfg["out_dir"]
-    if finished := finished_result(cfg):
+    finished, saved = earlier_run(cfg, say)
+    if finished:
         say(f"{folder} is finished; its result again:")
         return finished
 
     # 1. data, model, optimizer, and where an earlier run left off
-    parts = set_up(cfg, say)
+    parts = set_up(cfg, say, saved)
     model, slots, device, target = parts.model, parts.slots, parts.device, parts.slots[cfg["target"]]
     warm, total = cfg["warm_start_steps"], cfg["warm_start_steps"] + cfg["steps"]
     # all of a run's state that is no weight: batches follow from `updates`, no sampler or generator is saved
     at = SimpleNamespace(step=0, best=None, updates=dict.fromkeys(slots, 0), seconds=0.0, items=0)
-    if cfg["resume"]:
-        load_newest(cfg, model, parts.optimizer, at, say)
+    if saved:
+        vars(at).update({key: saved[key] for key in vars(at)})
     if dist.is_initialized():
         dist.barrier()  # all have read what process 0 goes on to write
     if at.step > total:  # said before anything is written
@@ -822,37 +830,38 @@ def load_model(path):
     return model.eval(), checkpoint
 
 
-def newest_first(folder):
-    """The checkpoints to go on from, and to fall back to."""
-    paths = [os.path.join(folder, name) for name in ("last.pt", "prev.pt")]
-    return [path for path in paths if os.path.exists(path)]
+def earlier_run(cfg, say):
+    """What out_dir holds of this run -> (its result if it is finished, the checkpoint to go on from).
 
-
-def load_newest(cfg, model, optimizer, at, say):
-    """Bring model, optimizer and `at` to where last.pt is, or prev.pt where that is damaged."""
-    folder, paths = cfg["out_dir"], newest_first(cfg["out_dir"])
-    if not paths:
-        say(f"nothing to resume in {folder}: starting from scratch")
-        return
+    Either is None if it is not there. UserError for another run, and for this one if it may not go on.
+    """
+    folder = cfg["out_dir"]
+    config, result, *checkpoints = (os.path.join(folder, name) for name in (
+        "config.json", "result.json", "last.pt", "prev.pt"))
     try:
-        saved = load_checkpoint(paths[0])
+        there, found = (read_json(path) if os.path.exists(path) else {} for path in (config, result))
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{folder} has a damaged config.json or result.json ({problem}): delete it") from None
+    if there and "steps" not in differing_keys(there, cfg) and found:
+        return found, None
+    checkpoints = [path for path in checkpoints if os.path.exists(path)]
+    if checkpoints and not cfg["resume"]:
+        raise UserError(f"{folder} holds an unfinished run of this config: add --resume, or delete it")
+    if not checkpoints:
+        if cfg["resume"]:
+            say(f"nothing to resume in {folder}: starting from scratch")
+        return None, None
+    try:
+        saved = load_checkpoint(checkpoints[0])
     except UserError as problem:
-        if len(paths) == 1:
+        if len(checkpoints) == 1:
             raise
-        say(f"{problem}; going back to {paths[1]}")
-        saved = load_checkpoint(paths[1])
+        say(f"{problem}; going back to {checkpoints[1]}")
+        saved = load_checkpoint(checkpoints[1])
+    say(f"resuming {folder} at step {saved['step']}")
     if differing := differing_keys(saved["config"], cfg):
         say(f"changed since step {saved['step']}: {', '.join(differing)}")
-    try:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as problem:
-        why = str(problem).split("\n")[0]
-        raise UserError(f"{folder} holds a run of another architecture ({why}): delete it") from None
-    if not cfg["threads"]:
-        torch.set_num_threads(saved["threads"])  # what torch chose then: another number rounds differently
-    vars(at).update({key: saved[key] for key in vars(at)})
-    say(f"resuming {folder} at step {at.step}")
+    return None, saved
 
 
 def differing_keys(there, cfg):
@@ -869,21 +878,6 @@ def differing_keys(there, cfg):
 def shard_names(cfg):
     """{slot: the name of its shard folder}, which is a hash of all that decides the data."""
     return {slot: os.path.basename(shard_folder(cfg, slot)[0]) for slot in active_slots(cfg)}
-
-
-def finished_result(cfg):
-    """The result in out_dir if this very config was finished there, else None. Refuses another run."""
-    folder = cfg["out_dir"]
-    paths = [os.path.join(folder, name) for name in ("config.json", "result.json")]
-    try:
-        there, result = (read_json(path) if os.path.exists(path) else {} for path in paths)
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"{folder} has a damaged config.json or result.json ({problem}): delete it") from None
-    if there and "steps" not in differing_keys(there, cfg) and result:
-        return result
-    if there and newest_first(folder) and not cfg["resume"]:
-        raise UserError(f"{folder} holds an unfinished run of this config: add --resume, or delete it")
-    return None
 
 
 def begin_folder(cfg, step):
