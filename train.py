@@ -188,7 +188,6 @@ def open_slots(cfg, say):
         folder, loss = prepare(cfg, name, say), cfg[f"{name}_loss"]
         slot = SimpleNamespace(name=name, folder=folder, meta=read_meta(folder), cfg=cfg, banned=[],
                                loss=loss, objectives=loss.split("+"), batch=cfg[f"{name}_batch"],
-                               weight=cfg[f"{name}_weight"],
                                train=load_split(folder, "train"), val=load_split(folder, "val"))
         source, classes = f"{name}={cfg[name]}", slot.meta["classes"]
         if len({plain_name(c) for c in classes}) < len(classes):
@@ -456,7 +455,6 @@ def fit_probe(known, val, classes):
 # what evaluate() says and a result repeats of validation and test, where it applies
 REPORTED = ("accuracy", "balanced_accuracy", "unseen_accuracy", "unseen_among_unseen", "harmonic_mean",
             "seen_with_offset", "unseen_with_offset")
-SHOWN = ("accuracy", "unseen_accuracy", "unseen_among_unseen", "harmonic_mean")  # while a run goes on
 
 
 @torch.no_grad()
@@ -608,7 +606,7 @@ def train_step(parts, at):
             slot, batch = parts.slots[name], my_part(next_batch(parts, name, at.updates[name]))
             with parts.autocast:
                 loss = parts.loss_of(name, **batch)
-            (slot.weight * loss).backward()  # joint: adds to the gradients of the slots before it
+            (cfg[f"{name}_weight"] * loss).backward()  # joint: adds to the gradients of the slots before it
             losses.setdefault(name, []).append(loss.detach())  # not read here: that would wait for a GPU
             at.updates[name] += 1
             at.items += slot.batch
@@ -643,7 +641,6 @@ def train(cfg, first, say):
     folder = cfg["out_dir"]
     finished, saved = earlier_run(cfg, say)
     if finished:
-        say(f"{folder} is finished; its result again:")
         return finished
 
     # 1. data, model, optimizer, and where an earlier run left off
@@ -679,9 +676,10 @@ def train(cfg, first, say):
     def validate():
         """Note how good the target is on validation, and keep the model as best.pt if it never was better."""
         found = evaluate(model, target, target.val, device)
-        known = [key for key in SHOWN if found.get(key) is not None] or ["score"]
-        note(f"step {at.step}/{total} | validation " + " | ".join(f"{key} {found[key]:.4f}" for key in known),
-             step=at.step, **{f"val_{key}": found[key] for key in ("score", *REPORTED) if key in found})
+        scores = {f"val_{key}": found[key] for key in ("score", *REPORTED) if key in found}
+        keys = [key for key in ("accuracy", "unseen_accuracy", "harmonic_mean") if found.get(key) is not None]
+        shown = ", ".join(f"{key} {found[key]:.4f}" for key in keys or ["score"])
+        note(f"step {at.step}/{total} | validation {shown}", step=at.step, **scores)
         if at.best is None or found["score"] > at.best["score"]:
             at.best = dict(step=at.step, score=found["score"])
             save("best.pt")
@@ -729,8 +727,7 @@ def train(cfg, first, say):
                 save("last.pt", keep=os.path.join(folder, "prev.pt"))
             clock = time.perf_counter()
     if at.step < total:
-        say(f"stopped after step {at.step} of {total}, saved in {folder}; the same command with --resume "
-            "goes on")
+        say(f"stopped after step {at.step} of {total}, saved: the same command with --resume goes on")
         if SIGNALS:
             sys.exit(128 + SIGNALS[0])
     if at.step < total or not first:
@@ -789,8 +786,7 @@ def score_run(parts, at):
 
 def save_checkpoint(path, keep=None, **state):
     """Write a checkpoint whole or not at all, and only finite weights; the old one is moved to `keep`."""
-    broken = [name for name, value in state["model"].items() if not value.isfinite().all()]
-    if broken:
+    if broken := [name for name, value in state["model"].items() if not value.isfinite().all()]:
         raise UserError(f"{broken[0]} is no longer finite after step {state['step']}: lower --learning_rate "
                         f"(now {state['config']['learning_rate']}); {path} keeps the checkpoint before it")
     data = io.BytesIO()
@@ -807,8 +803,7 @@ def load_checkpoint(path):
         for key in ("optimizer", "step", "config", "slots", "classes", "target_classes", "best", "updates",
                     "seconds", "items", "threads"):
             saved[key]  # KeyError if it is missing
-        broken = [name for name, value in saved["model"].items() if not value.isfinite().all()]
-        if broken:
+        if broken := [name for name, value in saved["model"].items() if not value.isfinite().all()]:
             raise ValueError(f"{broken[0]} is not finite")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no checkpoint {path}") from None
@@ -843,6 +838,7 @@ def earlier_run(cfg, say):
     except (ValueError, RecursionError) as problem:
         raise UserError(f"{folder} has a damaged config.json or result.json ({problem}): delete it") from None
     if there and "steps" not in differing_keys(there, cfg) and found:
+        say(f"{folder} is finished; its result again:")
         return found, None
     checkpoints = [path for path in checkpoints if os.path.exists(path)]
     if checkpoints and not cfg["resume"]:
@@ -973,15 +969,10 @@ def benchmark(cfg, say=tell, repeats=20):
     best of 20 square matmuls (2 n^3 FLOPs) in this process, at the same dtype and threads. The device waits
     for data until its batch is there: on a CPU all that makes it, on a GPU what the thread did not finish.
     """
-    cfg = resolve(cfg, say)
-    parts = set_up(cfg, say)
-
-    def mark():
-        times.append(read_clock(parts.device))
-
+    parts = set_up(resolve(cfg, say), say)
     times, matrix = [], torch.randn(2048, 2048, device=parts.device)
     for _ in range(21):
-        mark()
+        times.append(read_clock(parts.device))
         with parts.autocast:
             matrix @ matrix
     peak, out = 2 * 2048**3 / np.diff(times).min() / 1e9, {}
@@ -989,23 +980,22 @@ def benchmark(cfg, say=tell, repeats=20):
     for name, slot in parts.slots.items():
         steps = []  # seconds of each part of a step
         for update in range(4 + repeats):
-            times = []
-            mark()
+            times = [read_clock(parts.device)]
             batch = next_batch(parts, name, update)
-            mark()
+            times.append(read_clock(parts.device))
             with parts.autocast:
                 loss = parts.loss_of(name, **batch)
-            mark()
+            times.append(read_clock(parts.device))
             parts.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            mark()
+            times.append(read_clock(parts.device))
             torch.nn.utils.clip_grad_norm_(parts.model.parameters(), 1.0)
             parts.optimizer.step()
-            mark()
+            times.append(read_clock(parts.device))
             steps.append(np.diff(times))
         steps = np.array(steps[4:])  # (repeats, 4); the first are slower, and hold the compilation if any
         ms = 1e3 * np.median(steps.sum(1))
-        gflops = count_flops(parts.model, name, train_batch(slot, cfg["seed"], 4, parts.device)) / ms / 1e6
+        gflops = count_flops(parts.model, name, train_batch(slot, cfg["seed"], 0, parts.device)) / ms / 1e6
         shares = (steps.sum(0) / steps.sum()).round(4).tolist()
         shares = dict(zip(("waiting for data", "forward", "backward", "optimizer"), shares))
         out[name] = dict(ms_per_step=ms, gflops=gflops, fraction_of_peak=gflops / peak, share=shares)
