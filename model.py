@@ -39,12 +39,17 @@ class ConvStem(nn.Module):
         super().__init__()
         self.patch, self.mels = slot.get("patch"), slot.get("mels")
         if self.patch:
+            if self.patch < 2 or self.patch & (self.patch - 1):
+                raise ValueError("image_embed='conv' needs a patch_size that is a power of two, found "
+                                 f"{self.patch}")
             stages, stride = int(math.log2(self.patch)), 1
             channels = slot["dim"] // self.patch**2
             rows = columns = math.isqrt(slot["length"]) * self.patch
         else:
             stages, stride, channels = 3, 2, 1
             rows, columns = slot["length"] * slot["dim"] // self.mels, self.mels
+            if min(rows, columns) < 16:
+                raise ValueError("audio_embed='conv' needs audio_mels and audio_frames of at least 16")
         sizes = [channels] + [max(8, width // 2 ** (stages - i)) for i in range(stages)]  # of 128: 16, 32, 64
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         for before, after in zip(sizes, sizes[1:]):
@@ -99,8 +104,7 @@ class Block(nn.Module):
     def forward(self, h, causal, real):  # h (B, T, C); real (B, T) bool or None
         B, T, C = h.shape
         q, k, v = self.qkv(self.norm1(h)).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        # Padding stands on the right, so a causal query never reaches it: only the other kind needs a key
-        # mask.
+        # padding stands on the right, so a causal query never reaches it: only the other kind needs a mask
         mask = None if causal or real is None else real[:, None, None, :]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         h = h + self.proj(attended.transpose(1, 2).reshape(B, T, C))
@@ -116,8 +120,7 @@ class Trunk(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, h, causal, real):
-        """h (B, T, C) -> the states after the embed and after every block, the last one normed: a list of
-        them."""
+        """h (B, T, C) -> [h, the states after every block], the last one normed."""
         layers = [h]
         for block in self.blocks:
             layers.append(block(layers[-1], causal, real))
@@ -132,18 +135,6 @@ class Trunk(nn.Module):
 def at_least_float32(scores):
     """Losses are summed in float32 where autocast computed in half precision."""
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
-
-
-def check_conv(slot, objectives, loss):
-    """ValueError unless the conv stem can read a slot."""
-    if objectives != ["label"]:
-        raise ValueError(f"embed 'conv' joins an item into one token, so {loss} can only be 'label': choose "
-                         "image_embed='linear' (audio_embed for recordings)")
-    patch = slot.get("patch")
-    if patch and (patch < 2 or patch & (patch - 1)):
-        raise ValueError(f"image_embed='conv' needs a patch_size that is a power of two, found {patch}")
-    if not patch and min(slot["mels"], slot["length"] * slot["dim"] // slot["mels"]) < 16:
-        raise ValueError("audio_embed='conv' needs audio_mels and audio_frames of at least 16")
 
 
 class UML(nn.Module):
@@ -193,11 +184,10 @@ class UML(nn.Module):
             for key in ("mean", "std"):  # buffers, so that they move to the GPU with the model
                 value = torch.tensor(slot[key]).repeat(slot["dim"] // len(slot[key]))
                 self.register_buffer(f"{name}_{key}", value)
-            if conv:
-                check_conv(slot, objectives, loss)
-                self.embed[name] = ConvStem(slot, width)
-            else:
-                self.embed[name] = nn.Linear(slot["dim"], width)
+            if conv and objectives != ["label"]:
+                raise ValueError(f"embed 'conv' joins an item into one token, so {loss} can only be 'label': "
+                                 "choose image_embed='linear' (audio_embed for recordings)")
+            self.embed[name] = ConvStem(slot, width) if conv else nn.Linear(slot["dim"], width)
             if objectives != ["label"]:
                 self.head[name] = nn.Linear(width, slot["dim"])
         if not conv:
@@ -215,8 +205,7 @@ class UML(nn.Module):
     # -- forward ---------------------------------------------------------------------------------------------
 
     def normalise(self, slot, tokens):
-        """Raw tokens as stored -> what embeds read and regressions predict: ids as they are, numbers
-        standardised."""
+        """Tokens as stored -> what embeds read and regressions predict: ids as they are, numbers scaled."""
         if self.slots[slot]["kind"] == "discrete":
             return tokens
         mean, std = getattr(self, f"{slot}_mean"), getattr(self, f"{slot}_std")
@@ -236,39 +225,28 @@ class UML(nn.Module):
         trunk = self.own_trunk[slot] if slot in self.own_trunk else self.trunk
         return trunk(h, causal, real)
 
-    def pool(self, h, real=None):
-        """Mean over the real tokens: (B, T, C) -> (B, C)."""
+    def pooled_states(self, slot, tokens, real=None, layer=-1):
+        """A layer's states, mean over the real tokens (B, C), under the attention the slot trains with."""
+        h = self.states(slot, tokens, real, causal=self.slots[slot]["loss"] == "next")[layer]  # (B, T, C)
         if real is None:
             return h.mean(1)
         return (h * real[..., None]).sum(1) / real.sum(1, keepdim=True)
-
-    def pooled_states(self, slot, tokens, real=None, layer=-1):
-        """Pooled states of a layer for normalised tokens, under the attention the slot is trained with; (B,
-        C)."""
-        causal = self.slots[slot]["loss"] == "next"
-        return self.pool(self.states(slot, tokens, real, causal)[layer], real)
 
     def label_scores(self, slot, pooled):
         """Pooled states (B, C) -> scores of all classes (B, classes)."""
         scores = at_least_float32(self.label_head(pooled))
         return scores * self.temperature[slot].exp() if slot in self.temperature else scores
 
-    def predict_tokens(self, slot, h):
-        """The slot's own head: states (..., C) -> logits over its vocabulary, or normalised tokens (...,
-        D)."""
-        if self.slots[slot]["kind"] == "discrete":
-            return F.linear(h, self.embed[slot].weight)
-        return self.head[slot](h)
-
     def token_loss(self, slot, h, wanted, where, count=None):
         """Cross-entropy or mean squared error of the tokens `wanted` predicted from h: summed over the places
         `where` (B, T), divided by `count` of them (None: by as many as there are)."""
-        predicted = at_least_float32(self.predict_tokens(slot, h[where]))  # only these pay for the vocabulary
-        wanted = wanted[where]
+        h, wanted = h[where], wanted[where]  # (n, C), (n,) or (n, D): only these pay for the vocabulary
         count = max(1, len(wanted)) if count is None else count
         if self.slots[slot]["kind"] == "discrete":
-            return F.cross_entropy(predicted, wanted, reduction="sum") / count
-        return F.mse_loss(predicted, wanted, reduction="sum") / (count * wanted.shape[-1])
+            logits = at_least_float32(F.linear(h, self.embed[slot].weight))  # the embed, transposed
+            return F.cross_entropy(logits, wanted, reduction="sum") / count
+        rebuilt = at_least_float32(self.head[slot](h))
+        return F.mse_loss(rebuilt, wanted, reduction="sum") / (count * wanted.shape[-1])
 
     def label_loss(self, slot, tokens, real, labels, count=None):
         """Cross-entropy of the labels over the slot's own classes, summed and divided by `count`.
@@ -289,9 +267,8 @@ class UML(nn.Module):
         """
         objectives, counts, total = self.slots[slot]["loss"].split("+"), counts or {}, 0.0
         tokens = self.normalise(slot, tokens)
-        is_real = real
-        if real is None:
-            is_real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        every = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)  # (B, T)
+        is_real = every if real is None else real
         if "next" in objectives:  # causal: state t predicts token t + 1
             h = self.states(slot, tokens[:, :-1], causal=True)[-1]  # (B, T - 1, C)
             total = total + self.token_loss(slot, h, tokens[:, 1:], is_real[:, 1:], counts.get("next"))
@@ -325,8 +302,7 @@ class UML(nn.Module):
             if parameter.dim() == 1 and kind != "hidden":  # norms are 1, biases and log temperatures 0
                 parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
                 continue
-            # parameter[0] is one row: all inputs of one unit of a matrix or convolution, or one entry of a
-            # table
+            # parameter[0] is all inputs of one unit of a matrix or convolution, or one entry of a table
             std = 0.02 if kind == "hidden" else 1 / math.sqrt(parameter[0].numel())
             if "blocks" in name and name.endswith(("proj.weight", "down.weight")):
                 std /= math.sqrt(2 * len(self.trunk.blocks))  # 2 writes a block: their sum keeps its size

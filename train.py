@@ -39,7 +39,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from model import OBJECTIVES, UML, linear_probe
 from prepare import (LOG_MEL_RANGE, MODALITIES, PREPARE_KEYS, SLOT_NAME, UserError, above, active_slots,
@@ -128,27 +127,27 @@ def resolve(cfg, say=tell):
         if cfg[f"{slot}_examples"] == 0:
             cfg[slot] = ""
     slots, target, head_from = active_slots(cfg), cfg["target"], cfg["head_from"]
+    auxiliaries = [slot for slot in slots if slot != target]
     if target not in slots:
         raise UserError(f"target='{target}' is not a slot with a source and examples (there are: "
                         f"{', '.join(slots) or 'none'})")
-    off = len(slots) > 1 and head_from not in slots  # a target alone ignores the key, see below
-    if head_from and (off or head_from == target or "label" not in cfg.get(f"{head_from}_loss", "")):
+    unfit = head_from not in auxiliaries or "label" not in cfg[f"{head_from}_loss"]
+    if head_from and auxiliaries and unfit:
         raise UserError(f"head_from='{head_from}' must name an auxiliary slot with a label loss")
     if cfg.get("audio_test_group") == "each":  # cross-validation: seed 0 is tested on the first speaker, ...
         cfg.update(audio_test_group=f"#{cfg['seed']}", audio_val_group=f"#{cfg['seed'] + 1}")
 
-    # drop keys of slots that are off; those of a modality (text_length) stay while any slot of it is on
+    # keys of slots that are off go; those of a modality (text_length) stay while any slot of it is on
     used = {*slots, *map(modality_of, slots)}
     owners = {key: key.split("_")[0] for key in cfg if key not in MODALITIES}
-    dropped = [key for key, owner in owners.items() if SLOT_NAME.fullmatch(owner) and owner not in used]
-    ignored = [key for key in dropped if key not in KEYS or cfg[key] != KEYS[key][0]]
-    cfg = {key: value for key, value in cfg.items() if key not in dropped}
-    if len(slots) == 1:  # nothing to start from, and nothing to keep apart, without an auxiliary
-        ignored += [key for key in ("warm_start_steps", "head_from", "apart") if cfg[key]]
-        cfg.update(warm_start_steps=0, head_from="", apart=False)
+    idle = [key for key, owner in owners.items() if SLOT_NAME.fullmatch(owner) and owner not in used]
+    # a target alone has nothing to start from, and nothing to be kept apart from
+    reset = [] if auxiliaries else ["warm_start_steps", "head_from", "apart"]
+    ignored = [key for key in [*idle, *reset] if key not in KEYS or cfg[key] != KEYS[key][0]]
     if ignored:
         say(f"ignored, since their slot has no source or examples: {', '.join(sorted(ignored))}")
-    return cfg
+    cfg.update({key: KEYS[key][0] for key in reset})
+    return {key: value for key, value in cfg.items() if key not in idle}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -186,41 +185,30 @@ def open_slots(cfg, say):
     """Prepare what is missing, open train and val -> ({name: slot}, classes of the label head)."""
     slots, target = {}, cfg["target"]
     for name in sorted(active_slots(cfg), key=lambda name: name != target):  # the target first
-        folder = prepare(cfg, name, say)
-        meta, loss = read_meta(folder), cfg[f"{name}_loss"]
-        slot = SimpleNamespace(name=name, folder=folder, meta=meta, loss=loss, objectives=loss.split("+"),
-                               cfg=cfg, batch=cfg[f"{name}_batch"], weight=cfg[f"{name}_weight"], banned=[],
+        folder, loss = prepare(cfg, name, say), cfg[f"{name}_loss"]
+        slot = SimpleNamespace(name=name, folder=folder, meta=read_meta(folder), cfg=cfg, banned=[],
+                               loss=loss, objectives=loss.split("+"), batch=cfg[f"{name}_batch"],
                                train=load_split(folder, "train"), val=load_split(folder, "val"))
-        check_classes(cfg, slot)
-        if name == target:
-            shuffled = stream(cfg["seed"], "unseen classes").permutation(len(meta["classes"]))
+        source, classes = f"{name}={cfg[name]}", slot.meta["classes"]
+        if len({plain_name(c) for c in classes}) < len(classes):
+            raise UserError(f"{source} has classes that differ only in case, spaces, '_' or '-': rename them")
+        if "label" in slot.objectives and len(classes) < 2:
+            raise UserError(f"{source} has {len(classes)} classes, its label loss needs at least two: choose "
+                            f"--{name}_loss=next or reconstruct")
+        if name == target and cfg["unseen_classes"]:
+            if cfg["unseen_classes"] > len(classes) - 2:
+                raise UserError(f"unseen_classes={cfg['unseen_classes']} leaves fewer than two of "
+                                f"{len(classes)} classes")
+            shuffled = stream(cfg["seed"], "unseen classes").permutation(len(classes))
             slot.banned = sorted(shuffled[:cfg["unseen_classes"]].tolist())
         labels, n = slot.train.get("labels"), len(slot.train["tokens"])
         slot.rows = choose_examples(labels, n, cfg[f"{name}_examples"], cfg["seed"], name, slot.banned)
         if cfg["control"] and name != target:
             destroy_structure(slot, cfg["seed"])
         slots[name] = slot
+        role = " (target)" if name == target else ""
+        say(f"{source}, {len(slot.rows):,} training items, loss {loss}{role}")
     return slots, match_classes(slots, target, say)
-
-
-def check_classes(cfg, slot):
-    """UserError where a slot's classes cannot serve its loss, or the target's test."""
-    source, classes = f"{slot.name}={cfg[slot.name]}", slot.meta["classes"]
-    if len({plain_name(c) for c in classes}) < len(classes):
-        raise UserError(f"{source} has classes that differ only in case, spaces, '_' or '-': rename them")
-    if "label" in slot.objectives and len(classes) < 2:
-        raise UserError(f"{source} has {len(classes)} classes, its label loss needs at least two: choose "
-                        f"--{slot.name}_loss=next or reconstruct")
-    if slot.name != cfg["target"] or not classes:
-        return
-    counts = slot.meta["splits"]["test"]["class_counts"]
-    lacking = [c for c, count in zip(classes, counts) if not count]
-    if cfg["score_test"] and lacking:
-        raise UserError(f"{source}: no test items of class '{lacking[0]}' ({len(lacking)} such classes): add "
-                        "some, or pass --score_test=False")
-    unseen = cfg["unseen_classes"]
-    if unseen and unseen > len(classes) - 2:
-        raise UserError(f"unseen_classes={unseen} leaves fewer than two of {len(classes)} classes")
 
 
 def match_classes(slots, target, say):
@@ -228,43 +216,43 @@ def match_classes(slots, target, say):
 
     Names compare in plain form. Each such slot gets head_rows (classes,), the row of each of its classes.
     """
-    classes, rows = [], {}  # rows: {plain name: row of the label head}
+    theirs = {plain_name(c): c for c in slots[target].meta["classes"]}
+    known = dict(theirs)  # {plain name: name}, a row of the label head each
     for slot in slots.values():
         if slot.name != target and "label" not in slot.objectives:
             continue
-        own = [plain_name(c) for c in slot.meta["classes"]]
-        new = [c for c in slot.meta["classes"] if plain_name(c) not in rows]
-        theirs = slots[target].meta["classes"]
-        lacking = [c for c in theirs if plain_name(c) not in own]
-        if lacking and lacking == theirs:
-            say(f"warning: {slot.name} and the target share no class name, so no label teaches both (such as "
-                f"{slot.meta['classes'][0]}, and the target's {theirs[0]})")
-        for missing, where in ((new, f"{slot.name} that are not the target's"),
-                               (lacking, f"the target that are not {slot.name}'s")):
-            if classes and missing and lacking != theirs:
-                say(f"warning: classes of {where}: {len(missing)} ({', '.join(missing[:5])})")
-        rows.update({plain_name(c): len(classes) + i for i, c in enumerate(new)})
-        classes += new
+        own = {plain_name(c): c for c in slot.meta["classes"]}
+        for name, shown in own.items():
+            known.setdefault(name, shown)
+        rows = {name: row for row, name in enumerate(known)}
         slot.head_rows = np.array([rows[name] for name in own], np.int64)
-    return classes
+        extra = [c for name, c in own.items() if name not in theirs]
+        lacking = [c for name, c in theirs.items() if name not in own]
+        if lacking and len(lacking) == len(theirs):
+            say(f"warning: {slot.name} and the target share no class name, so no label teaches both (such as "
+                f"{extra[0]}, and the target's {lacking[0]})")
+        elif theirs and (extra or lacking):
+            say(f"warning: classes of {slot.name} that are not the target's: {len(extra)} "
+                f"({', '.join(extra[:5])}); of the target that are not {slot.name}'s: {len(lacking)} "
+                f"({', '.join(lacking[:5])})")
+    return list(known.values())
 
 
 def destroy_structure(slot, seed):
     """Shuffle an auxiliary's examples in place: labels if it has a label loss, tokens if it predicts tokens
     (over all real places of all examples). Each label and token stays as frequent as it was."""
-    rng = stream(seed, slot.name, CONTROL)
+    rng, arrays, rows = stream(seed, slot.name, CONTROL), slot.train, slot.rows
     if "label" in slot.objectives:
-        slot.train["labels"] = slot.train["labels"].copy()
-        slot.train["labels"][slot.rows] = rng.permutation(slot.train["labels"][slot.rows])
+        arrays["labels"] = arrays["labels"].copy()
+        arrays["labels"][rows] = rng.permutation(arrays["labels"][rows])
     if slot.objectives != ["label"]:
-        all_tokens = slot.train["tokens"][np.arange(len(slot.train["tokens"]))]  # from the memory map
-        tokens, T = all_tokens[slot.rows], all_tokens.shape[1]
-        lengths = slot.train["lengths"][slot.rows] if "lengths" in slot.train else np.full(len(tokens), T)
+        arrays["tokens"] = arrays["tokens"][np.arange(len(arrays["tokens"]))]  # out of the memory map
+        tokens, T = arrays["tokens"][rows], arrays["tokens"].shape[1]
+        lengths = arrays["lengths"][rows] if "lengths" in arrays else np.full(len(rows), T)
         real = np.arange(T) < lengths[:, None]
         # an item of one token has no other place: there every number is shuffled over the items by itself
         tokens[real] = rng.permutation(tokens[real]) if T > 1 else rng.permuted(tokens[real], axis=0)
-        all_tokens[slot.rows] = tokens
-        slot.train["tokens"] = all_tokens
+        arrays["tokens"][rows] = tokens
 
 
 def is_joined(slot):
@@ -312,10 +300,9 @@ def next_batch(parts, name, update):
 def batch_rows(slot, seed, update):
     """Rows (B,) of a batch: permutations of the slot's examples, laid end to end, cut into batches."""
     n = len(slot.rows)
-    places = update * slot.batch + np.arange(slot.batch)  # a batch may reach into the next epoch
-    epochs = places // n
-    drawn = [epoch_order(seed, slot.name, int(e), n)[places[epochs == e] % n] for e in np.unique(epochs)]
-    return slot.rows[np.concatenate(drawn)]
+    epochs, places = np.divmod(update * slot.batch + np.arange(slot.batch), n)  # it may reach into the next
+    drawn = [epoch_order(seed, slot.name, e, n)[place] for e, place in zip(epochs.tolist(), places)]
+    return slot.rows[drawn]
 
 
 @functools.lru_cache(maxsize=16)
@@ -460,10 +447,14 @@ def fit_probe(known, val, classes):
 
     known and val: (features (n, C), labels (n,)).
     """
-    def right(probe):
-        return (val[0] @ probe[0].T + probe[1]).argmax(1).eq(val[1]).float().mean().item()
+    probes = [linear_probe(*known, classes, l2) for l2 in (1.0, 10.0, 100.0, 1000.0)]
+    right = [(val[0] @ weight.T + bias).argmax(1).eq(val[1]).sum() for weight, bias in probes]
+    return probes[np.argmax(right)]
 
-    return max((linear_probe(*known, classes, l2) for l2 in (1.0, 10.0, 100.0, 1000.0)), key=right)
+
+# what evaluate() says and a result repeats of validation and test, where it applies
+REPORTED = ("accuracy", "balanced_accuracy", "unseen_accuracy", "unseen_among_unseen", "harmonic_mean",
+            "seen_with_offset", "unseen_with_offset")
 
 
 @torch.no_grad()
@@ -559,17 +550,6 @@ def build_model(cfg, slots, classes):
         raise UserError(str(problem)) from None
 
 
-def start_trunk_from(model, cfg, folder):
-    """Copy the trunk from a finished run's best.pt, whatever slots that run had."""
-    other = load_checkpoint(os.path.join(folder, "best.pt"))
-    state = {k: v for k, v in other["model"].items() if k.startswith("trunk.")}
-    shapes = {k: v.shape for k, v in state.items()}
-    own_shapes = {k: v.shape for k, v in model.state_dict().items() if k.startswith("trunk.")}
-    if own_shapes != shapes or other["config"]["heads"] != cfg["heads"]:
-        raise UserError(f"init_from={folder} has a trunk of another width, depth or number of heads")
-    model.load_state_dict(state, strict=False)
-
-
 @torch.no_grad()
 def start_head_from(model, slot, device):
     """Rows of the label head become the slot's class means, less that of all, at unit length; biases stay."""
@@ -580,40 +560,39 @@ def start_head_from(model, slot, device):
         model.label_head.weight[row] = (mean / mean.norm().clamp_min(1e-6)).to(device)
 
 
-def set_up(cfg, say):
-    """All a step needs, a SimpleNamespace."""
-    if cfg["threads"]:
-        torch.set_num_threads(cfg["threads"])
+def set_up(cfg, say, saved=None):
+    """All a step needs, a SimpleNamespace. saved: the checkpoint to go on from, if there is one."""
+    threads = cfg["threads"] or (saved["threads"] if saved else 0)
+    if threads:  # going on: what torch chose then, since another number rounds differently
+        torch.set_num_threads(threads)
     device, autocast, device_line = pick_device(cfg)
     slots, classes = open_slots(cfg, say)
-    world = ranks()[1]
     for slot in slots.values():
-        if slot.batch < world:
-            raise UserError(f"{slot.name}_batch={slot.batch} is too small for {world} processes: raise it")
+        if slot.batch < ranks()[1]:
+            raise UserError(f"{slot.name}_batch={slot.batch} is less than one item for each of the "
+                            f"{ranks()[1]} processes: raise it")
     model = build_model(cfg, model_slots(slots), classes)
-    if cfg["init_from"]:
-        start_trunk_from(model, cfg, cfg["init_from"])
-    model.to(device)
+    if folder := cfg["init_from"]:  # whatever slots that run had
+        other, checkpoint = load_model(os.path.join(folder, "best.pt"))
+        if any(checkpoint["config"][key] != cfg[key] for key in ("width", "layers", "heads")):
+            raise UserError(f"init_from={folder} has a trunk of another width, depth or number of heads")
+        model.trunk.load_state_dict(other.trunk.state_dict())
+    optimizer = make_optimizer(model.to(device), cfg, device)
+    if saved:
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as problem:
+            why = str(problem).split("\n")[0]
+            raise UserError(f"{cfg['out_dir']} is of another architecture ({why}): delete it") from None
     compiled = cfg["compile"] if cfg["compile"] is not None else device.type == "cuda"
     loss_of = torch.compile(model) if compiled else model  # `model` itself is what we evaluate and save
     every, shared = (sum(p.numel() for p in module.parameters()) for module in (model, model.trunk))
     say(f"{every:,} parameters, {shared:,} of them in the shared trunk; {device_line}, "
         f"{torch.get_num_threads()} threads, {'compiled' if compiled else 'eager'}")
     return SimpleNamespace(cfg=cfg, device=device, autocast=autocast, slots=slots, classes=classes,
-                           model=model, loss_of=loss_of, optimizer=make_optimizer(model, cfg, device),
+                           model=model, loss_of=loss_of, optimizer=optimizer,
                            thread=ThreadPoolExecutor(1) if device.type == "cuda" else None, ahead={})
-
-
-def announce(cfg, slots, say):
-    """Say what will be trained on, and in which order."""
-    for slot in slots.values():
-        role = " (target)" if slot.name == cfg["target"] else ""
-        say(f"{slot.name}: {cfg[slot.name]}, {len(slot.rows):,} training items, loss {slot.loss}{role}")
-    warm = cfg["warm_start_steps"]
-    if warm:
-        turns = [name for step in range(warm) for names in pattern(cfg, slots, step) for name in names]
-        say(f"{warm} warm-start steps of {' and '.join(dict.fromkeys(turns))}")
-    say(f"{cfg['steps']} steps of " + " then ".join("+".join(names) for names in pattern(cfg, slots, warm)))
 
 
 def train_step(parts, at):
@@ -627,7 +606,7 @@ def train_step(parts, at):
             slot, batch = parts.slots[name], my_part(next_batch(parts, name, at.updates[name]))
             with parts.autocast:
                 loss = parts.loss_of(name, **batch)
-            (slot.weight * loss).backward()  # joint: adds to the gradients of the slots before it
+            (cfg[f"{name}_weight"] * loss).backward()  # joint: adds to the gradients of the slots before it
             losses.setdefault(name, []).append(loss.detach())  # not read here: that would wait for a GPU
             at.updates[name] += 1
             at.items += slot.batch
@@ -644,52 +623,46 @@ def run(cfg, say=tell):
     """Train one config to its end -> the result, also in result.json; None if stop_after came first.
 
     SIGINT and SIGTERM end it after the step, saved, with exit code 130 or 143. Under torchrun only process 0
-    returns the result.
+    says anything, writes, and returns the result.
     """
-    if ranks()[0] > 0:
-        say = lambda line: None
+    first = ranks()[0] == 0
+    say = say if first else lambda line: None
     cfg = resolve(cfg, say)
     cfg["shards"] = shard_names(cfg)  # other data, another run
-    with undisturbed(cfg["out_dir"]):
-        return train(cfg, say)
+    parent, name = os.path.split(os.path.abspath(cfg["out_dir"]))
+    busy = f"another process is training into {cfg['out_dir']}: wait for it or choose another --out_dir"
+    with locked(os.path.join(parent, f".{name}.lock"), busy) if first else contextlib.nullcontext():
+        result = train(cfg, first, say)
+    return result if first else None
 
 
-def train(cfg, say):
-    """The run itself, top to bottom; cfg is resolved and out_dir ours alone."""
-    folder, rank = cfg["out_dir"], ranks()[0]
-    if finished := finished_result(cfg):
-        say(f"{folder} is finished; its result again:")
-        return finished if rank == 0 else None
+def train(cfg, first, say):
+    """The run itself, top to bottom; cfg is resolved and out_dir ours alone. first: this is process 0."""
+    folder = cfg["out_dir"]
+    finished, saved = earlier_run(cfg, say)
+    if finished:
+        return finished
 
     # 1. data, model, optimizer, and where an earlier run left off
-    if rank > 0:
-        meet()  # process 0 prepares the shards first
-    parts = set_up(cfg, say)
-    if rank == 0:
-        meet()
-    model, slots, device = parts.model, parts.slots, parts.device
-    target, warm = slots[cfg["target"]], cfg["warm_start_steps"]
-    total = warm + cfg["steps"]
+    parts = set_up(cfg, say, saved)
+    model, slots, device, target = parts.model, parts.slots, parts.device, parts.slots[cfg["target"]]
+    warm, total = cfg["warm_start_steps"], cfg["warm_start_steps"] + cfg["steps"]
     # all of a run's state that is no weight: batches follow from `updates`, no sampler or generator is saved
     at = SimpleNamespace(step=0, best=None, updates=dict.fromkeys(slots, 0), seconds=0.0, items=0)
-    if cfg["resume"]:
-        vars(at).update(load_newest(cfg, model, parts.optimizer, say))
-    meet()  # all have read what process 0 goes on to write
+    if saved:
+        vars(at).update({key: saved[key] for key in vars(at)})
+    if dist.is_initialized():
+        dist.barrier()  # all have read what process 0 goes on to write
     if at.step > total:  # said before anything is written
         raise UserError(f"{folder} is at step {at.step}, beyond the {total} asked for: change --out_dir")
-    if rank == 0:
+    if first:
         begin_folder(cfg, at.step)
-    announce(cfg, slots, say)
-    watched = rank == 0 and say is tell and sys.stdout is not None and sys.stdout.isatty()
-    bar = tqdm(total=total, initial=at.step, disable=not watched, leave=False)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    order = " then ".join("+".join(names) for names in pattern(cfg, slots, warm))
+    say(f"{warm} steps on the auxiliaries alone, then {cfg['steps']} of {order}")
 
     def note(line, **entry):
         """Show a line; what it says goes to log.jsonl as well."""
-        if rank > 0:
-            return
-        show = bar.write if watched else say
-        show(line)
+        say(line)
         path, entry = os.path.join(folder, "log.jsonl"), json.dumps(entry) + "\n"
         with writing(path, len(entry)), open(path, "a", encoding="utf-8") as f:
             f.write(entry)
@@ -700,62 +673,69 @@ def train(cfg, say):
                         target_classes=len(target.meta["classes"]), threads=torch.get_num_threads(),
                         **vars(at))
 
-    # 2. the loop. It turns once more than there are steps: the last is logged and saved like any other
-    catch_signals()
-    first, recent = at.step, {}  # recent: {slot: [(step, loss), ...]} since the last log line, on the device
-    logged = SimpleNamespace(**vars(at))  # as of that line
-    clock = time.perf_counter()
-    while True:
-        moved, done = at.step > first, at.step == total
-        evaluating = moved and at.step > warm and ((at.step - warm) % cfg["eval_interval"] == 0 or done)
-        evaluating = evaluating or (done and at.best is None)  # resumed exactly at its end, never evaluated
-        logging = moved and (at.step % cfg["log_interval"] == 0 or done)
-        stopping = done or 0 < cfg["stop_after"] <= at.step or asked_to_stop()
-        saving = stopping or evaluating or (moved and at.step < warm and at.step % cfg["eval_interval"] == 0)
-        if logging or saving:  # the clock stands still meanwhile
-            synchronize()
-            at.seconds += time.perf_counter() - clock
-            check_losses(recent, cfg)
-        if logging:
-            means = {}
-            for name, values in recent.items():
-                means[name] = (sum(loss for _, loss in values) / len(values)).item()
-            seconds, lr = at.seconds - logged.seconds, learning_rate(cfg, at.step - 1)
-            ms, rate = 1e3 * seconds / (at.step - logged.step), (at.items - logged.items) / seconds
-            shown = " | ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-            note(f"step {at.step}/{total} | {shown} | lr {lr:.1e} | {ms:.0f} ms/step | {rate:,.0f} samples/s",
-                 step=at.step, loss=means, lr=lr, ms_per_step=ms, samples_per_second=rate)
-            recent, logged = {}, SimpleNamespace(**vars(at))
-        if evaluating and rank == 0:
-            now = evaluate(model, target, target.val, device)
-            scores = {f"val_{key}": now[key] for key in ("score", *REPORTED) if key in now}
-            note(f"step {at.step}/{total} | validation {show_score(now)}", step=at.step, **scores)
-            if at.best is None or now["score"] > at.best["score"]:
-                at.best = dict(step=at.step, score=now["score"])
-                save("best.pt")
-        if saving and rank == 0:
-            save("last.pt", keep=os.path.join(folder, "prev.pt"))
-        if stopping:
-            break
-        if logging or saving:
-            clock = time.perf_counter()
+    def validate():
+        """Note how good the target is on validation, and keep the model as best.pt if it never was better."""
+        found = evaluate(model, target, target.val, device)
+        scores = {f"val_{key}": found[key] for key in ("score", *REPORTED) if key in found}
+        keys = [key for key in ("accuracy", "unseen_accuracy", "harmonic_mean") if found.get(key) is not None]
+        shown = ", ".join(f"{key} {found[key]:.4f}" for key in keys or ["score"])
+        note(f"step {at.step}/{total} | validation {shown}", step=at.step, **scores)
+        if at.best is None or found["score"] > at.best["score"]:
+            at.best = dict(step=at.step, score=found["score"])
+            save("best.pt")
 
-        if at.step == warm and cfg["head_from"]:
-            start_head_from(model, slots[cfg["head_from"]], device)
-        for name, values in train_step(parts, at).items():
-            recent.setdefault(name, []).extend((at.step, loss) for loss in values)
-        bar.update()
-    bar.close()
+    # 2. the loop
+    recent, logged = [], SimpleNamespace(**vars(at))  # (step, slot, loss) since, and state as of the last log
+    clock, stopping = time.perf_counter(), at.step == total or 0 < cfg["stop_after"] <= at.step
+    with signals_caught():
+        while not stopping:
+            if at.step == warm and cfg["head_from"]:
+                start_head_from(model, slots[cfg["head_from"]], device)
+            for name, losses in train_step(parts, at).items():
+                recent += [(at.step, name, loss) for loss in losses]  # on the device
+
+            asked = torch.tensor(float(len(SIGNALS)))  # on the CPU, where reading it waits for no GPU
+            add_up(asked)  # whichever process got the signal, all leave the loop after the same step
+            done, main_step = at.step == total, at.step - warm
+            stopping = done or 0 < cfg["stop_after"] <= at.step or asked.item() > 0
+            logging = done or at.step % cfg["log_interval"] == 0
+            evaluating = done or (main_step > 0 and main_step % cfg["eval_interval"] == 0)
+            saving = stopping or evaluating or (main_step < 0 and at.step % cfg["eval_interval"] == 0)
+            if not (logging or saving):
+                continue
+            at.seconds += read_clock(device) - clock  # it stands still until the next step
+            for step, name, loss in recent:
+                if not loss.isfinite():
+                    raise UserError(f"the {name} loss became {loss.item()} in step {step}: lower "
+                                    f"--learning_rate (now {cfg['learning_rate']}); {folder} keeps the "
+                                    "checkpoint before it")
+            if logging and first:
+                means = {}
+                for name in dict.fromkeys(name for _, name, _ in recent):
+                    losses = [loss for _, slot, loss in recent if slot == name]
+                    means[name] = (sum(losses) / len(losses)).item()
+                shown = " | ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+                seconds, lr = at.seconds - logged.seconds, learning_rate(cfg, at.step - 1)
+                ms, rate = 1e3 * seconds / (at.step - logged.step), (at.items - logged.items) / seconds
+                note(f"step {at.step}/{total} | {shown} | lr {lr:.1e} | {ms:.0f} ms/step | {rate:,.0f} "
+                     "samples/s", step=at.step, loss=means, lr=lr, ms_per_step=ms, samples_per_second=rate)
+            if logging:
+                recent, logged = [], SimpleNamespace(**vars(at))
+            if evaluating and first:
+                validate()
+            if saving and first:
+                save("last.pt", keep=os.path.join(folder, "prev.pt"))
+            clock = time.perf_counter()
     if at.step < total:
-        said = f"stopped after step {at.step} of {total}, saved in {folder}"
-        say(f"{said}; the same command with --resume goes on")
+        say(f"stopped after step {at.step} of {total}, saved: the same command with --resume goes on")
         if SIGNALS:
             sys.exit(128 + SIGNALS[0])
-        return None
-    if rank > 0:
+    if at.step < total or not first:
         return None
 
     # 3. the end: the best checkpoint by validation, and the target's test split for the first and only time
+    if at.best is None:  # resumed exactly at its end, never evaluated
+        validate()
     model.load_state_dict(load_checkpoint(os.path.join(folder, "best.pt"))["model"])
     result = score_run(parts, at)
     write_json(os.path.join(folder, "result.json"), result)
@@ -764,18 +744,11 @@ def train(cfg, say):
     return result
 
 
-# what a result says of validation and test, where it applies
-REPORTED = ("accuracy", "balanced_accuracy", "unseen_accuracy", "unseen_among_unseen", "harmonic_mean",
-            "seen_with_offset", "unseen_with_offset")
-
-
-def show_score(found):
-    if found["accuracy"] is None:
-        return f"loss {-found['score']:.4f}"
-    if "harmonic_mean" not in found:
-        return f"accuracy {found['accuracy']:.4f}"
-    return (f"accuracy {found['accuracy']:.4f} | unseen classes: {found['unseen_accuracy']:.4f}, among "
-            f"themselves {found['unseen_among_unseen']:.4f}, harmonic mean {found['harmonic_mean']:.4f}")
+def read_clock(device):
+    """Seconds, once the device has done all that it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def score_run(parts, at):
@@ -813,8 +786,7 @@ def score_run(parts, at):
 
 def save_checkpoint(path, keep=None, **state):
     """Write a checkpoint whole or not at all, and only finite weights; the old one is moved to `keep`."""
-    broken = [name for name, value in state["model"].items() if not value.isfinite().all()]
-    if broken:
+    if broken := [name for name, value in state["model"].items() if not value.isfinite().all()]:
         raise UserError(f"{broken[0]} is no longer finite after step {state['step']}: lower --learning_rate "
                         f"(now {state['config']['learning_rate']}); {path} keeps the checkpoint before it")
     data = io.BytesIO()
@@ -831,8 +803,7 @@ def load_checkpoint(path):
         for key in ("optimizer", "step", "config", "slots", "classes", "target_classes", "best", "updates",
                     "seconds", "items", "threads"):
             saved[key]  # KeyError if it is missing
-        broken = [name for name, value in saved["model"].items() if not value.isfinite().all()]
-        if broken:
+        if broken := [name for name, value in saved["model"].items() if not value.isfinite().all()]:
             raise ValueError(f"{broken[0]} is not finite")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no checkpoint {path}") from None
@@ -854,73 +825,55 @@ def load_model(path):
     return model.eval(), checkpoint
 
 
-def load_newest(cfg, model, optimizer, say):
-    """Load last.pt, or prev.pt where that is damaged -> where the run was, a dict ({}: not begun)."""
-    paths = [os.path.join(cfg["out_dir"], name) for name in ("last.pt", "prev.pt")]
-    paths = [path for path in paths if os.path.exists(path)]
-    if not paths:
-        say(f"nothing to resume in {cfg['out_dir']}: starting from scratch")
-        return {}
-    path = paths[0]
+def earlier_run(cfg, say):
+    """What out_dir holds of this run -> (its result if it is finished, the checkpoint to go on from).
+
+    Either is None if it is not there. UserError for another run, and for this one if it may not go on.
+    """
+    folder = cfg["out_dir"]
+    config, result, *checkpoints = (os.path.join(folder, name) for name in (
+        "config.json", "result.json", "last.pt", "prev.pt"))
     try:
-        saved = load_checkpoint(path)
+        there, found = (read_json(path) if os.path.exists(path) else {} for path in (config, result))
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{folder} has a damaged config.json or result.json ({problem}): delete it") from None
+    if there and "steps" not in differing_keys(there, cfg) and found:
+        say(f"{folder} is finished; its result again:")
+        return found, None
+    checkpoints = [path for path in checkpoints if os.path.exists(path)]
+    if checkpoints and not cfg["resume"]:
+        raise UserError(f"{folder} holds an unfinished run of this config: add --resume, or delete it")
+    if not checkpoints:
+        if cfg["resume"]:
+            say(f"nothing to resume in {folder}: starting from scratch")
+        return None, None
+    try:
+        saved = load_checkpoint(checkpoints[0])
     except UserError as problem:
-        if len(paths) == 1:
+        if len(checkpoints) == 1:
             raise
-        path = paths[1]
-        say(f"{problem}; going back to {path}")
-        saved = load_checkpoint(path)
-
-    differing = differing_keys(saved["config"], cfg, path)
-    if differing:
+        say(f"{problem}; going back to {checkpoints[1]}")
+        saved = load_checkpoint(checkpoints[1])
+    say(f"resuming {folder} at step {saved['step']}")
+    if differing := differing_keys(saved["config"], cfg):
         say(f"changed since step {saved['step']}: {', '.join(differing)}")
-    try:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as problem:
-        why = str(problem).split("\n")[0]
-        raise UserError(f"{path} is of another architecture ({why}): delete it") from None
-    if not cfg["threads"]:
-        torch.set_num_threads(saved["threads"])  # what torch chose then: another number rounds differently
-    say(f"resuming {cfg['out_dir']} at step {saved['step']}")
-    return {key: saved[key] for key in ("step", "best", "updates", "seconds", "items")}
+    return None, saved
 
 
-def differing_keys(there, cfg, where):
-    """The keys, not free to, in which cfg differs from the config found in a file; UserError: another run."""
+def differing_keys(there, cfg):
+    """The keys, not free to, in which cfg differs from the config in out_dir; UserError: another run."""
     keys = (there.keys() | cfg.keys()) - FREE_KEYS
     differing = sorted(key for key in keys if there.get(key) != cfg.get(key))
     refused = [key for key in differing if not cfg["resume"] or key not in FREE_ON_RESUME]
     if refused:
-        raise UserError(f"{where} holds a run of another config (different: {', '.join(refused)}): choose "
-                        "another --out_dir or delete it")
+        raise UserError(f"{cfg['out_dir']} holds a run of another config (different: {', '.join(refused)}): "
+                        "choose another --out_dir or delete it")
     return differing
 
 
 def shard_names(cfg):
     """{slot: the name of its shard folder}, which is a hash of all that decides the data."""
     return {slot: os.path.basename(shard_folder(cfg, slot)[0]) for slot in active_slots(cfg)}
-
-
-def finished_result(cfg):
-    """The result in out_dir if this very config was finished there, else None. Refuses another run."""
-    folder = cfg["out_dir"]
-    path, result_path = os.path.join(folder, "config.json"), os.path.join(folder, "result.json")
-    if not os.path.exists(path):
-        return None
-    try:
-        there = read_json(path)
-        result = read_json(result_path) if os.path.exists(result_path) else {}
-        if not isinstance(there, dict) or not isinstance(result, dict):
-            raise ValueError("not a mapping")
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"{folder} has a damaged config.json or result.json ({problem}): delete it") from None
-    if "steps" not in differing_keys(there, cfg, folder) and result:
-        return result
-    begun = any(os.path.exists(os.path.join(folder, name)) for name in ("last.pt", "prev.pt"))
-    if begun and not cfg["resume"]:
-        raise UserError(f"{folder} holds an unfinished run of this config: add --resume, or delete it")
-    return None
 
 
 def begin_folder(cfg, step):
@@ -938,21 +891,11 @@ def begin_folder(cfg, step):
     path = os.path.join(folder, "log.jsonl")
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as f:
-            lines = f.readlines()
-        for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                if json.loads(line)["step"] <= step and line.endswith("\n"):
-                    kept.append(line)
+            for line in f:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    if json.loads(line)["step"] <= step and line.endswith("\n"):
+                        kept.append(line)
     write_file(path, "".join(kept).encode())
-
-
-def check_losses(losses, cfg):
-    """UserError that names the first of {slot: [(step, loss tensor), ...]} that is not finite."""
-    every = [(step, name, loss) for name, values in losses.items() for step, loss in values]
-    for step, name, loss in sorted(every, key=lambda one: one[0]):
-        if not loss.isfinite():
-            raise UserError(f"the {name} loss became {loss.item()} in step {step}: lower --learning_rate "
-                            f"(now {cfg['learning_rate']}); {cfg['out_dir']} keeps the checkpoint before it")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -962,41 +905,26 @@ def check_losses(losses, cfg):
 SIGNALS = []  # those caught so far
 
 
-def catch_signals():
-    """From now on the first SIGINT or SIGTERM asks for an end after this step, the second ends it now."""
+@contextlib.contextmanager
+def signals_caught():
+    """Meanwhile the first SIGINT or SIGTERM asks for an end after this step, the second ends it now."""
     def on_signal(number, frame):
         SIGNALS.append(number)
         if len(SIGNALS) > 1:
             raise KeyboardInterrupt
 
     SIGNALS.clear()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-
-
-@contextlib.contextmanager
-def undisturbed(out_dir):
-    """No other process may train into out_dir meanwhile, and signals are what they were afterwards."""
-    parent, name = os.path.split(os.path.abspath(out_dir))
-    busy = f"another process is training into {out_dir}: wait for it or choose another --out_dir"
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with locked(os.path.join(parent, f".{name}.lock"), busy) if ranks()[0] == 0 else contextlib.nullcontext():
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def ranks():
     """(the number of this process, how many share the run); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def meet():
-    """Wait until every process is here."""
-    if ranks()[1] > 1:
-        dist.barrier()
 
 
 def add_up(*tensors):
@@ -1022,13 +950,6 @@ def my_part(batch):
     return dict({key: value[rank::world] for key, value in batch.items()}, counts=counts)
 
 
-def asked_to_stop():
-    """Has a signal reached any of the processes? All must leave the loop after the same step."""
-    asked = torch.tensor(float(bool(SIGNALS)))  # on the CPU, where reading it waits for no GPU
-    add_up(asked)
-    return asked.item() > 0
-
-
 # ------------------------------------------------------------------------------------------------------------
 # benchmark: where a step's time goes
 
@@ -1048,56 +969,39 @@ def benchmark(cfg, say=tell, repeats=20):
     best of 20 square matmuls (2 n^3 FLOPs) in this process, at the same dtype and threads. The device waits
     for data until its batch is there: on a CPU all that makes it, on a GPU what the thread did not finish.
     """
-    cfg = resolve(cfg, say)
-    parts = set_up(cfg, say)
-
-    def now():
-        if parts.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def timed_step(name, update):
-        """Seconds of (waiting for data, forward, backward, optimizer)."""
-        times = [now()]
-        batch = next_batch(parts, name, update)
-        times.append(now())
-        with parts.autocast:
-            loss = parts.loss_of(name, **batch)
-        times.append(now())
-        parts.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        times.append(now())
-        torch.nn.utils.clip_grad_norm_(parts.model.parameters(), 1.0)
-        parts.optimizer.step()
-        return np.diff(times + [now()])
-
-    matrix, seconds = torch.randn(2048, 2048, device=parts.device), []
-    for _ in range(20):
-        start = now()
+    parts = set_up(resolve(cfg, say), say)
+    times, matrix = [], torch.randn(2048, 2048, device=parts.device)
+    for _ in range(21):
+        times.append(read_clock(parts.device))
         with parts.autocast:
             matrix @ matrix
-        seconds.append(now() - start)
-    peak = 2 * 2048**3 / min(seconds) / 1e9
+    peak, out = 2 * 2048**3 / np.diff(times).min() / 1e9, {}
     say(f"matmul peak {peak:,.0f} GFLOP/s")
-    out = {}
     for name, slot in parts.slots.items():
-        times = np.array([timed_step(name, update) for update in range(4 + repeats)])  # (steps, 4)
-        first, times = times[0].sum(), times[4:]  # the first holds the compilation, if any
-        low, ms, high = np.percentile(1e3 * times.sum(1), (10, 50, 90))
-        batch = train_batch(slot, cfg["seed"], 4, parts.device)
-        tokens = batch["real"].sum().item() if "real" in batch else slot.batch * batch["tokens"].shape[1]
-        samples, tokens = 1e3 * slot.batch / ms, 1e3 * tokens / ms  # a second
-        gflops = count_flops(parts.model, name, batch) / ms / 1e6
-        shares = (times.sum(0) / times.sum()).round(4).tolist()
+        steps = []  # seconds of each part of a step
+        for update in range(4 + repeats):
+            times = [read_clock(parts.device)]
+            batch = next_batch(parts, name, update)
+            times.append(read_clock(parts.device))
+            with parts.autocast:
+                loss = parts.loss_of(name, **batch)
+            times.append(read_clock(parts.device))
+            parts.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            times.append(read_clock(parts.device))
+            torch.nn.utils.clip_grad_norm_(parts.model.parameters(), 1.0)
+            parts.optimizer.step()
+            times.append(read_clock(parts.device))
+            steps.append(np.diff(times))
+        steps = np.array(steps[4:])  # (repeats, 4); the first are slower, and hold the compilation if any
+        ms = 1e3 * np.median(steps.sum(1))
+        gflops = count_flops(parts.model, name, train_batch(slot, cfg["seed"], 0, parts.device)) / ms / 1e6
+        shares = (steps.sum(0) / steps.sum()).round(4).tolist()
         shares = dict(zip(("waiting for data", "forward", "backward", "optimizer"), shares))
-        out[name] = dict(ms_per_step=ms, ms_p10=low, ms_p90=high, first_step_seconds=first, gflops=gflops,
-                         share=shares, samples_per_second=samples, tokens_per_second=tokens,
-                         fraction_of_peak=gflops / peak)
-        say(f"{name}: {ms:.1f} ms/step (10-90%: {low:.1f}-{high:.1f}; first {first:.1f} s), {samples:,.0f} "
-            f"samples/s, {tokens:,.0f} tokens/s, {gflops:,.0f} GFLOP/s = {gflops / peak:.0%} of peak")
-        say("    " + ", ".join(f"{part} {value:.1%}" for part, value in shares.items()))
-    main_slot = {key: out[cfg["target"]][key] for key in ("ms_per_step", "gflops", "fraction_of_peak")}
-    return dict(main_slot, peak_gflops=peak, peak_memory=peak_memory(), slots=out)
+        out[name] = dict(ms_per_step=ms, gflops=gflops, fraction_of_peak=gflops / peak, share=shares)
+        say(f"{name}: {ms:.1f} ms/step, {gflops:,.0f} GFLOP/s = {gflops / peak:.0%} of peak; "
+            + ", ".join(f"{part} {share:.1%}" for part, share in shares.items()))
+    return dict(out[cfg["target"]], peak_gflops=peak, peak_memory=peak_memory(), slots=out)
 
 
 def main():
