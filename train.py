@@ -658,7 +658,7 @@ def train(cfg, first, say):
     if first:
         begin_folder(cfg, at.step)
     order = " then ".join("+".join(names) for names in pattern(cfg, slots, warm))
-    say(f"{warm} steps on the auxiliaries alone, then {cfg['steps']} of {order}")
+    say((f"{warm} steps on the auxiliaries alone, then " if warm else "") + f"{cfg['steps']} of {order}")
 
     def note(line, **entry):
         """Show a line; what it says goes to log.jsonl as well."""
@@ -834,8 +834,8 @@ def earlier_run(cfg, say):
     config, result, *checkpoints = (os.path.join(folder, name) for name in (
         "config.json", "result.json", "last.pt", "prev.pt"))
     try:
-        there, found = (read_json(path) if os.path.exists(path) else {} for path in (config, result))
-    except (ValueError, RecursionError) as problem:
+        there, found = (dict(read_json(path)) if os.path.exists(path) else {} for path in (config, result))
+    except (ValueError, TypeError, RecursionError) as problem:  # dict(): they are mappings
         raise UserError(f"{folder} has a damaged config.json or result.json ({problem}): delete it") from None
     if there and "steps" not in differing_keys(there, cfg) and found:
         say(f"{folder} is finished; its result again:")
