@@ -434,18 +434,6 @@ def quiet_run(cfg):
 # measures on features (n, D) and labels (n,): torch tensors on the CPU
 
 
-def knn_accuracy(features, labels, new, truth, k=20):
-    """Share of `new` whose k nearest training features (cosine) vote for the truth.
-
-    Votes weigh exp(similarity / 0.07), as in Wu et al. 2018 (arXiv 1805.01978, section 3.4).
-    """
-    a, b = F.normalize(features, dim=1), F.normalize(new, dim=1)
-    similarity, nearest = (b @ a.T).topk(min(k, len(a)), dim=1)
-    votes = torch.zeros(len(b), int(labels.max()) + 1)
-    votes.scatter_add_(1, labels[nearest], (similarity / 0.07).exp())
-    return (votes.argmax(1) == truth).float().mean().item()
-
-
 def few_shot(features, labels, new, truth, shots=(1, 2, 4, 8, 16), draws=3):
     """{shots a class: (mean, standard deviation) of probe accuracy over draws of the training items}."""
     classes, out = int(labels.max()) + 1, {}
@@ -473,14 +461,6 @@ def margins(features, labels, weight, bias):
     true = scores.gather(1, labels[:, None])[:, 0]
     best, rival = scores.scatter(1, labels[:, None], -torch.inf).max(1)
     return (true - best) / (weight[labels] - weight[rival]).norm(dim=1).clamp_min(1e-9)
-
-
-def class_spread(features, labels):
-    """Mean squared distance between class centroids over that of items to their own centroid."""
-    parts = [features[labels == c] for c in labels.unique()]
-    centroids = torch.stack([part.mean(0) for part in parts])
-    own = torch.stack([(part - m).square().sum(1).mean() for part, m in zip(parts, centroids)])
-    return (torch.pdist(centroids).square().mean() / own.mean().clamp_min(1e-12)).item()
 
 
 def cka(a, b):
@@ -646,19 +626,18 @@ def features_of(run_, slot, arrays, rows=None, layer=-1):
 
 
 def analyse(folder):
-    """All analyses of one run -> its report, margins, and answers (n,) on held-out items; draws two."""
+    """All analyses of one run -> its report, margins, and answers (n,) on held-out items."""
     run_ = open_run(folder)
-    target, classes = run_.target, run_.target.meta["classes"]
+    target = run_.target
     tell(f"{folder}: probing every layer, few examples, corruptions, alignment, gradients ...")
     layers = []
     for layer in [*range(len(run_.model.trunk.blocks)), -1]:
         known = features_of(run_, target, target.train, target.rows, layer)
         val = features_of(run_, target, target.val, run_.seen_val, layer)
         new, truth = features_of(run_, target, run_.held, run_.seen, layer)
-        weight, bias = fit_probe(known, val, len(classes))
-        guess = (new @ weight.T + bias).argmax(1)
-        right = (guess == truth).float().mean().item()
-        layers.append(dict(linear=right, knn=knn_accuracy(*known, new, truth)))
+        weight, bias = fit_probe(known, val, len(target.meta["classes"]))
+        right = (new @ weight.T + bias).argmax(1) == truth
+        layers.append(dict(linear=right.float().mean().item()))
     # from here on of the last layer
     margin = margins(new, truth, weight, bias)
     chosen = dict(probe=(weight, bias), unseen_offset=0.0)
@@ -671,12 +650,9 @@ def analyse(folder):
                   unseen_accuracy=scored.get("unseen_accuracy"), layers=layers,
                   few_shot=few_shot(*every, *held),
                   margin=[margin.quantile(q).item() for q in (0.1, 0.5, 0.9)],
-                  class_spread=class_spread(new, truth),
                   robustness=robustness(run_, chosen, scored["accuracy"]),
                   alignment={name: alignment(run_, run_.slots[name]) for name in labelled},
                   gradients=slots_agreement(run_), head=head)
-    draw_confusion(os.path.join(folder, "confusion.png"), truth, guess, classes)
-    draw_pca(os.path.join(folder, "pca.png"), new, truth, classes)
     weight, bias = scored["probe"]  # the label head where there is one
     answers = (held[0] @ weight.T + bias).argmax(1)
     return SimpleNamespace(run=run_, report=report, margin=margin.numpy(), answers=answers.numpy())
@@ -774,8 +750,8 @@ def analyse_all(folders):
         draw_predictions(os.path.join(first.folder, "predictions.png"), same)
     if any(report["gradients"] or report["head"] for report in reports):
         draw_sharing(os.path.join(first.folder, "sharing.png"), reports)
-    print("wrote confusion.png and pca.png of each run; side_by_side.png, curves.png and, where they apply, "
-          f"predictions.png and sharing.png in {first.folder}")
+    print("wrote side_by_side.png, curves.png and, where they apply, predictions.png and sharing.png in "
+          f"{first.folder}")
     print(json.dumps(reports[0] if len(reports) == 1 else reports))
 
 
@@ -1183,31 +1159,6 @@ def draw_compare(path, out):
         ax.set_ylabel(f"{'minus ' if out['measure'] == 'loss' else ''}{out['split']} {out['measure']}")
         title = f"{short_source(out['target'])}, {out['examples']} examples\nwith {show_auxiliaries(out)}"
         ax.set_title(title, fontsize=9)
-
-
-def draw_confusion(path, truth, guess, classes):
-    n = len(classes)
-    counts = torch.bincount(truth * n + guess, minlength=n * n).view(n, n)
-    with figure(path, 6, 5.2) as (fig, ax):
-        image = ax.imshow(counts / counts.sum(1, keepdim=True).clamp_min(1), cmap="Blues", vmin=0)
-        if n <= 30:
-            ax.set_xticks(range(n), classes, rotation=90)
-            ax.set_yticks(range(n), classes)
-        ax.set(xlabel="predicted by the linear probe", ylabel="true class")
-        fig.colorbar(image, label="share of the true class")
-
-
-def draw_pca(path, features, truth, classes):
-    centred = features - features.mean(0)
-    _, size, axes = torch.linalg.svd(centred, full_matrices=False)
-    share = size.square() / size.square().sum()
-    few, truth = len(classes) <= 10, truth[:3000].numpy()
-    with figure(path, 6, 5.2) as (_, ax):
-        shown = ax.scatter(*(axes[:2] @ centred[:3000].T), c=truth, s=6, cmap="tab10" if few else "hsv")
-        if few:
-            ax.legend(shown.legend_elements(num=None)[0], [classes[c] for c in np.unique(truth)], fontsize=7)
-        ax.set(xlabel=f"first principal component ({share[0]:.0%} of the variance)",
-               ylabel=f"second ({share[1]:.0%})")
 
 
 def draw_side_by_side(path, found):
