@@ -46,10 +46,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from model import linear_probe
-from prepare import (LOG_MEL_RANGE, UserError, active_slots, at_least, encode_pictures, encode_recordings,
-                     encode_text, exit_on_user_error, file_sha256, load_bpe, load_split, modality_of,
-                     patchify, plain_name, prepare, print_help, read_config, read_meta, read_picture,
-                     read_recording, read_text, tell, unpatchify, write_file, write_json)
+from prepare import (LOG_MEL_RANGE, UserError, active_slots, at_least, encode_features, encode_pictures,
+                     encode_recordings, encode_text, exit_on_user_error, file_sha256, load_bpe, load_split,
+                     modality_of, patchify, plain_name, prepare, print_help, read_config, read_meta,
+                     read_picture, read_recording, read_text, tell, unpatchify, write_file, write_json)
 from train import (FREE_KEYS, KEYS, SIGNALS, build_model, choose_examples, evaluate, extract, fit_probe,
                    load_checkpoint, load_model, open_slots, pick_device, read_run_config, resolve, run,
                    save_checkpoint, shard_names, train_batch)
@@ -134,9 +134,10 @@ def compare(argv):
     for arm in arms:  # what is wrong shows now, not hours later
         resolve(arm_config(cfg, arm, own["unrelated"]), say=quiet)
     results, chosen, searched = run_arms(cfg, own, arms, seeds, settings, per_seed)
-    # Seeds that are tested on the same speaker are averaged first: the statistics are over speakers. Folds
-    # share most of their training speakers, so they are not independent, and p is if anything too small.
-    folds = [tested_on(dict(cfg, seed=seed)) if per_seed else seed for seed in seeds]
+    folds = list(seeds)  # what each seed is tested on
+    if per_seed:
+        metas = [read_meta(prepare(resolve(dict(cfg, seed=seed), quiet), cfg["target"])) for seed in seeds]
+        folds = [str(meta["splits"]["test"]["files"]["tokens"]) for meta in metas]  # checksums among them
     out = dict(summary(cfg, arms, results, chosen, searched, folds), first_seed=own["first_seed"],
                candidates=settings, command=shlex.join(["python", "probe.py", "compare", *argv]),
                hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
@@ -230,7 +231,11 @@ def run_arms(cfg, own, arms, seeds, settings, per_seed):
 
 
 def summary(cfg, arms, results, chosen, searched, folds):
-    """What compare.json holds. folds: what each seed is tested on; seeds with equal ones are averaged."""
+    """What compare.json holds. folds: what each seed is tested on.
+
+    Seeds that are tested on the same speaker are averaged first: the statistics are over speakers. Folds
+    share most of their training speakers, so they are not independent, and p is if anything too small.
+    """
     split, target, first = "test" if cfg["score_test"] else "val", cfg["target"], results["alone"][0]
     folds = np.unique(folds, return_inverse=True)[1]  # (seeds,) numbers from 0
     out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), split=split,
@@ -257,12 +262,6 @@ def summary(cfg, arms, results, chosen, searched, folds):
             entry["uml_minus"] = paired(units["uml"], units[arm])
         out["arms"][arm] = entry
     return out
-
-
-def tested_on(cfg):
-    """The checksums of the target's test split: equal for two configs that are tested on the same items."""
-    meta = read_meta(prepare(resolve(cfg, say=quiet), cfg["target"]))
-    return " ".join(entry["sha256"] for entry in meta["splits"]["test"]["files"]["tokens"])
 
 
 def score_of(result, split):
@@ -370,7 +369,11 @@ def run_all(configs, progress):
                 same.update({key: 1 for key in updates})
             warm = dict(cfg, **same, out_dir=named("warm", same), stop_after=cfg["warm_start_steps"])
             starting.append((cfg, warm))
-    once = {warm["out_dir"]: warm for _, warm in starting if not is_warm(warm)}
+    once = {}  # {out_dir: config} of the warm starts that have not run to their end yet
+    for _, warm in starting:
+        path = os.path.join(warm["out_dir"], "last.pt")
+        if not os.path.exists(path) or load_checkpoint(path)["step"] < warm["warm_start_steps"]:
+            once[warm["out_dir"]] = warm
     progress.total += len(once)
     run_pool(list(once.values()), progress)
     for cfg, warm in starting:
@@ -380,12 +383,6 @@ def run_all(configs, progress):
         begun.update(config=dict(cfg, shards=shard_names(cfg)))
         save_checkpoint(os.path.join(cfg["out_dir"], "last.pt"), **begun)
     return run_pool(tasks, progress)
-
-
-def is_warm(cfg):
-    """Has this warm start run to its end already?"""
-    path = os.path.join(cfg["out_dir"], "last.pt")
-    return os.path.exists(path) and load_checkpoint(path)["step"] == cfg["warm_start_steps"]
 
 
 def run_pool(configs, progress):
@@ -1054,8 +1051,16 @@ def read_new(folder, path, cfg, name, slot):
         items, names = read_files(path, cfg, name, slot)
         arrays = (encode_pictures if "patch" in slot else encode_recordings)(cfg, items, None)
     else:  # numbers, such as features of a frozen encoder
-        arrays = dict(tokens=read_numbers(folder, path, cfg, name, slot))
-        names = range(len(arrays["tokens"]))
+        try:
+            arrays = encode_features(cfg, np.load(path, allow_pickle=False), None)
+        except (OSError, ValueError, TypeError) as problem:
+            raise UserError(f"{path} is no .npy array of numbers ({problem}), which {name}={cfg[name]} of "
+                            f"{folder} needs") from None
+        found = arrays["tokens"]
+        if found.shape[1:] != (slot["length"], slot["dim"]) or not np.isfinite(found).all() or not len(found):
+            raise UserError(f"{path} must hold finite numbers (n, {slot['length']}, {slot['dim']}), found "
+                            f"{found.shape}")
+        names = range(len(found))
     tokens, real = torch.from_numpy(arrays["tokens"]), None
     if "lengths" in arrays and slot.get("embed") != "conv":  # the stem reads padding as silence
         real = torch.arange(slot["length"]) < torch.from_numpy(arrays["lengths"])[:, None]
@@ -1080,20 +1085,6 @@ def read_files(path, cfg, name, slot):
     if len(read) < len(files):
         tell(f"skipped {len(files) - len(read)} of {len(files)} files: not readable")
     return list(read.values()), list(read)
-
-
-def read_numbers(folder, path, cfg, name, slot):
-    """An .npy array -> (n, T, D) float32."""
-    try:
-        numbers = np.load(path, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError, TypeError, AttributeError) as problem:  # AttributeError: an .npz
-        raise UserError(f"{path} is no .npy array of numbers ({problem}), which {name}={cfg[name]} of "
-                        f"{folder} needs") from None
-    numbers = numbers[:, None] if numbers.ndim == 2 else numbers
-    shape = slot["length"], slot["dim"]
-    if numbers.shape[1:] != shape or not len(numbers) or not np.isfinite(numbers).all():
-        raise UserError(f"{path} must hold finite numbers (n, {shape[0]}, {shape[1]}), found {numbers.shape}")
-    return numbers
 
 
 def embed(folder, path):
@@ -1245,8 +1236,8 @@ def draw_sharing(path, reports):
         right.set_xticks(range(3), ("same first word", "same last word", "neither"), fontsize=8)
         right.set(xlabel="two classes, by their names", xlim=(-0.5, 2.5),
                   ylabel="mean cosine of label head rows")
-        left.axhline(0, ls=":", color="grey", lw=1)
-        right.axhline(0, ls=":", color="grey", lw=1)
+        for ax in (left, right):
+            ax.axhline(0, ls=":", color="grey", lw=1)
 
 
 def draw_theory(path, out):
