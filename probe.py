@@ -273,27 +273,26 @@ def score_of(result, split):
 def verdict(out):
     """One sentence. Help is claimed only above alone AND above the control, each with p < 0.05."""
     d, n = out["arms"]["uml"]["minus_alone"], out.get("folds", out["seeds"])
+    c = out["arms"].get("control", {}).get("uml_minus")
     unit, digits, points = (100, 1, " points") if out["chance"] else (1, 3, "")
     signed = lambda value: f"{unit * value:+.{digits}f}"
     half = d["half"]
     interval = "" if half is None else f" [{signed(d['mean'] - half)}, {signed(d['mean'] + half)}]"
-    said = f"{signed(d['mean'])}{interval}{points}"
+    said = f"uml minus alone is {signed(d['mean'])}{interval}{points}"
     if n < MIN_SEEDS:
         kind = "seeds" if n == out["seeds"] else "speakers"
-        return f"too few {kind} for a verdict ({n}; {MIN_SEEDS} are needed): uml minus alone is {said}"
+        return f"too few {kind} for a verdict ({n}; {MIN_SEEDS} are needed): {said}"
     said += f", p = {d['p']:.3g}"
     if d["p"] >= 0.05:
-        return f"no effect shown: uml minus alone is {said}"
+        return f"no effect shown: {said}"
     if d["mean"] < 0:
-        return f"the unpaired data hurt: uml minus alone is {said}"
-    if "control" not in out["arms"]:
-        return f"uml is above alone by {said}, but no control was run to say why"
-    c = out["arms"]["control"]["uml_minus"]
-    against = f"{signed(c['mean'])} against the control, p = {c['p']:.3g}"
+        return f"the unpaired data hurt: {said}"
+    if c is None:
+        return f"uml is above alone, but no control was run to say why: {said}"
+    said += f", and {signed(c['mean'])} against the control, p = {c['p']:.3g}"
     if c["mean"] <= 0 or c["p"] >= 0.05:
-        return (f"uml is above alone by {said}, but {against}: it is not shown that the auxiliary's "
-                "structure helped")
-    return f"the unpaired data helped: uml minus alone is {said}, and {against}"
+        return f"uml is above alone, but it is not shown that the auxiliary's structure helped: {said}"
+    return f"the unpaired data helped: {said}"
 
 
 def show_auxiliaries(out):
@@ -308,11 +307,10 @@ def short_source(source):
 
 def show_compare(out):
     """Print the comparison as a table, an arm a line, and the verdict."""
-    folds = f" on {out['folds']} speakers" if out["folds"] != out["seeds"] else ""
     chance = f", chance {out['chance']:.4f}" if out["chance"] else ""
     print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary "
-          f"{show_auxiliaries(out)}; {out['seeds']} seeds{folds}, {out['measure']} on the {out['split']} "
-          f"split{chance}")
+          f"{show_auxiliaries(out)}; {out['seeds']} seeds, {out['folds']} test sets, {out['measure']} on the "
+          f"{out['split']} split{chance}")
     print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}"
           f"{'GFLOP':>9}{'s':>7}  setting")
     half = lambda e: "?" if e["half"] is None else f"{e['half']:.4f}"
@@ -528,10 +526,10 @@ def head_geometry(weight, classes):
     cosine = (rows @ rows.T).numpy()[i, j]  # (pairs,)
 
     def gap(cosine, codes):
-        first, last = (codes[i] == codes[j]).T
+        first, last = (codes[i] == codes[j]).T  # (pairs,) each
         return cosine[first != last].mean() - cosine[~first & ~last].mean()
 
-    first, last = (codes[i] == codes[j]).T  # (pairs,) each
+    first, last = (codes[i] == codes[j]).T
     groups = dict(first=first & ~last, last=last & ~first, neither=~first & ~last)
     if not ((first != last).any() and groups["neither"].any()):
         return None
@@ -742,9 +740,7 @@ def analyse_all(folders):
     draw_side_by_side(os.path.join(first.folder, "side_by_side.png"), found)
     draw_curves(os.path.join(first.folder, "curves.png"), found)
     if "patch" in first.target.meta or "mels" in first.target.meta:
-        items = (first.target.folder, first.split)
-        same = [one for one in found if (one.run.target.folder, one.run.split) == items]
-        draw_predictions(os.path.join(first.folder, "predictions.png"), same)
+        draw_predictions(os.path.join(first.folder, "predictions.png"), found)
     if any(report["gradients"] or report["head"] for report in reports):
         draw_sharing(os.path.join(first.folder, "sharing.png"), reports)
     print("wrote side_by_side.png, curves.png and, where they apply, predictions.png and sharing.png in "
@@ -1171,7 +1167,9 @@ def draw_side_by_side(path, found):
 
 def draw_predictions(path, found, rows=4, columns=6):
     """A sheet of held-out items, drawn by lot: each run has a tick, or a cross and what it says instead."""
-    meta, held = found[0].run.target.meta, found[0].run.held
+    first = found[0].run
+    meta, held, items = first.target.meta, first.held, (first.target.folder, first.split)
+    found = [one for one in found if (one.run.target.folder, one.run.split) == items]
     classes, labels, words = meta["classes"], held["labels"], class_words(meta["classes"])
     short = [textwrap.fill(" ".join(own) or name, 24) for own, name in zip(words, classes)]
     chosen = np.random.default_rng(0).permutation(len(labels))[:rows * columns]

@@ -29,9 +29,9 @@ PAGES = ("README.md", os.path.join("assets", "results", "README.md"))
 
 
 def table_of(columns, rows):
-    """Markdown lines."""
-    lines = ["| " + " | ".join(str(cell) for cell in cells) + " |" for cells in (columns, *rows)]
-    return [lines[0], "|---" * len(columns) + "|", *lines[1:]]
+    """Markdown lines. In what follows rows is {name: (title, result)}."""
+    first, *others = ["| " + " | ".join(map(str, cells)) + " |" for cells in (columns, *rows)]
+    return [first, "|---" * len(columns) + "|", *others]
 
 
 def result_of(name):
@@ -58,16 +58,14 @@ def convnet_of(name):
 
 
 def results_table(rows):
-    """rows: {name: (title, result)} -> markdown lines."""
-    columns = ("target", "beside it", "alone", "ConvNet", "control", "uml", "uml - alone (p)",
-               "uml - control (p)", "seeds")
     lines = []
     for name, (title, r) in rows.items():
         alone, control, uml = (r["arms"].get(arm, {}) for arm in ("alone", "control", "uml"))
         shown = percent(alone), convnet_of(name), percent(control), percent(uml)
         above = percent(uml["minus_alone"]), percent(control.get("uml_minus"))
         lines.append([title, show_auxiliaries(r), *shown, *above, r["seeds"]])
-    return table_of(columns, lines)
+    return table_of(["target", "beside it", "alone", "ConvNet", "control", "uml", "uml - alone (p)",
+                     "uml - control (p)", "seeds"], lines)
 
 
 def commands_of(rows):
@@ -186,8 +184,8 @@ def rewrite(page, check):
             lines = make(rows) + (commands_of(rows) if kind == "results" and "results" in page else [])
         return "\n".join([match[1], *lines, match[3]])
 
-    kinds = "results|arms|unseen|curve|holm"
-    return re.sub(rf"(<!-- ((?:{kinds})\b.*?) -->)\n.*?(<!-- /\w+ -->)", block, read_text(page), flags=re.S)
+    blocks = r"(<!-- ((?:results|arms|unseen|curve|holm)\b.*?) -->)\n.*?(<!-- /\w+ -->)"
+    return re.sub(blocks, block, read_text(page), flags=re.S)
 
 
 def main():
@@ -197,11 +195,11 @@ def main():
     for page in PAGES:
         path = os.path.join(ROOT, page)
         text = rewrite(path, check)
-        if check and text != read_text(path):
-            raise UserError(f"{page} is not what the JSON files say: python assets/results/make.py")
         if not check:
             write_file(path, text.encode())
             print(f"rewrote the numbers of {page}")
+        elif text != read_text(path):
+            raise UserError(f"{page} is not what the JSON files say: python assets/results/make.py")
 
 
 if __name__ == "__main__":
