@@ -16,7 +16,6 @@ last line is JSON, except of compare, which writes compare.json.
 Sections: statistics, compare, many runs, measures on features, corruptions, runs side by side, theory,
 exchange, embed, figures, commands.
 """
-import ast
 import contextlib
 import csv
 import difflib
@@ -47,10 +46,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from model import linear_probe
-from prepare import (LOG_MEL_RANGE, UserError, active_slots, at_least, encode_recordings, exit_on_user_error,
-                     file_sha256, load_bpe, load_split, modality_of, patchify, plain_name, prepare,
-                     print_help, read_config, read_meta, read_picture, read_recording, read_text, tell,
-                     unpatchify, write_file, write_json)
+from prepare import (LOG_MEL_RANGE, UserError, active_slots, at_least, encode_features, encode_pictures,
+                     encode_recordings, encode_text, exit_on_user_error, file_sha256, load_bpe, load_split,
+                     modality_of, patchify, plain_name, prepare, print_help, read_config, read_meta,
+                     read_picture, read_recording, read_text, tell, unpatchify, write_file, write_json)
 from train import (FREE_KEYS, KEYS, SIGNALS, build_model, choose_examples, evaluate, extract, fit_probe,
                    load_checkpoint, load_model, open_slots, pick_device, read_run_config, resolve, run,
                    save_checkpoint, shard_names, train_batch)
@@ -68,27 +67,25 @@ def quiet(line):
 
 def t_interval(values):
     """(mean, half width of the 95% t-interval). One value says nothing of the spread: None."""
-    n = len(values)
+    n, mean = len(values), float(np.mean(values))
     if n < 2:
-        return float(np.mean(values)), None
+        return mean, None
     from scipy import stats  # a second, which --help and workers need not wait for
-    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
-    return float(np.mean(values)), float(half)
+    return mean, float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
 
 
 def paired(a, b):
     """The differences a - b seed by seed: mean, 95% half width, p of the t-test and of sign flips."""
+    from scipy import stats
     d = np.asarray(a, float) - np.asarray(b, float)
     mean, half = t_interval(d)
     floor = 2.0 ** (1 - min(len(d), 16))
     if len(d) < 2 or np.ptp(d) == 0:  # no spread to hold the mean against
         p, flip_p = (1.0, 1.0) if len(d) < 2 or mean == 0 else (0.0, floor)
     else:
-        from scipy import stats
         p = float(stats.ttest_1samp(d, 0).pvalue)
-        flips = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=2**16,
-                                       rng=np.random.default_rng(0))
-        flip_p = float(flips.pvalue)
+        flip_p = float(stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=2**16,
+                                              rng=np.random.default_rng(0)).pvalue)
     return dict(mean=mean, half=half, p=p, sign_flip_p=flip_p, sign_flip_floor=floor)
 
 
@@ -112,7 +109,6 @@ ARMS = dict(
     init="trunk warm-started on the auxiliary, then the target alone",
     unrelated="a real auxiliary of another domain")
 SEARCH_SEED = 1000
-MEASURES = dict(accuracy=1, loss=-1)  # what arms are compared by: the first that a result has, times this
 ALSO_SHOWN = ("balanced_accuracy", "unseen_accuracy", "unseen_among_unseen", "harmonic_mean",
               "seen_with_offset", "unseen_with_offset")
 MIN_SEEDS = 6  # with 5 not even the sign-flip test can reach 0.05: its floor is 2 / 2^5 = 0.06
@@ -138,9 +134,10 @@ def compare(argv):
     for arm in arms:  # what is wrong shows now, not hours later
         resolve(arm_config(cfg, arm, own["unrelated"]), say=quiet)
     results, chosen, searched = run_arms(cfg, own, arms, seeds, settings, per_seed)
-    # Seeds that are tested on the same speaker are averaged first: the statistics are over speakers. Folds
-    # share most of their training speakers, so they are not independent, and p is if anything too small.
-    folds = [tested_on(dict(cfg, seed=seed)) if per_seed else seed for seed in seeds]
+    folds = list(seeds)  # what each seed is tested on
+    if per_seed:
+        metas = [read_meta(prepare(resolve(dict(cfg, seed=seed), quiet), cfg["target"])) for seed in seeds]
+        folds = [str(meta["splits"]["test"]["files"]["tokens"]) for meta in metas]  # checksums among them
     out = dict(summary(cfg, arms, results, chosen, searched, folds), first_seed=own["first_seed"],
                candidates=settings, command=shlex.join(["python", "probe.py", "compare", *argv]),
                hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
@@ -210,57 +207,52 @@ def run_arms(cfg, own, arms, seeds, settings, per_seed):
     per_seed: every seed chooses for itself, on its own validation split. Returns {arm: results}, {arm: the
     settings of each seed}, {arm: search scores (searches, candidates)}.
     """
-    folder = os.path.join(cfg["out_dir"], "compare")
-    os.makedirs(folder, exist_ok=True)
     results, chosen, searched = {}, {}, {}
+    search_seeds = seeds if per_seed else [SEARCH_SEED]
+    tries = list(itertools.product(search_seeds, settings)) if len(settings) > 1 else []
+    progress = start_progress(cfg, own, len(arms) * (len(tries) + len(seeds)))
 
     def configs(arm, pairs, **change):
         ratio = results["uml"][0]["flops"] / results["alone"][0]["flops"] if arm == "longer" else 1.0
         return [arm_config(dict(cfg, **setting, seed=seed, **change), arm, own["unrelated"], ratio)
                 for seed, setting in pairs]
 
-    search_seeds = seeds if per_seed else [SEARCH_SEED]
-    tries = list(itertools.product(search_seeds, settings)) if len(settings) > 1 else []
-    progress = SimpleNamespace(jobs=own["jobs"], total=len(arms) * (len(tries) + len(seeds)), spent=[])
     later = [arm for arm in arms if arm not in ("alone", "uml")]  # `longer` needs the others' FLOPs
     for wave in (["alone", "uml"], later):
-        searches = [c for arm in wave for c in configs(arm, tries, score_test=False)]
-        found = iter(run_all(searches, folder, progress))
+        found = iter(run_all([c for arm in wave for c in configs(arm, tries, score_test=False)], progress))
         for arm in wave:
             scores = [score_of(next(found), "val") for _ in tries]
             searched[arm] = np.array(scores).reshape(-1, len(settings))
             best = searched[arm].argmax(1).tolist() or [0]  # one for each search; without, the only setting
             chosen[arm] = [settings[i] for i in best] * (len(seeds) // len(best))
-        runs = [c for arm in wave for c in configs(arm, zip(seeds, chosen[arm]))]
-        found = iter(run_all(runs, folder, progress))
+        found = iter(run_all([c for arm in wave for c in configs(arm, zip(seeds, chosen[arm]))], progress))
         results.update({arm: [next(found) for _ in seeds] for arm in wave})
     return results, chosen, searched
 
 
 def summary(cfg, arms, results, chosen, searched, folds):
-    """What compare.json holds. folds: what each seed is tested on; seeds with equal ones are averaged."""
+    """What compare.json holds. folds: what each seed is tested on.
+
+    Seeds that are tested on the same speaker are averaged first: the statistics are over speakers. Folds
+    share most of their training speakers, so they are not independent, and p is if anything too small.
+    """
     split, target, first = "test" if cfg["score_test"] else "val", cfg["target"], results["alone"][0]
-
-    def by_fold(values):
-        parts = {fold: [value for value, where in zip(values, folds) if where == fold] for fold in folds}
-        return [float(np.mean(part)) for part in parts.values()]
-
-    def mean(arm, key):
-        return float(np.mean([result[key] for result in results[arm]]))
-
-    scores = {arm: [score_of(result, split) for result in results[arm]] for arm in arms}
-    units = {arm: by_fold(scores[arm]) for arm in arms}
+    folds = np.unique(folds, return_inverse=True)[1]  # (seeds,) numbers from 0
     out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), split=split,
-               measure=next(key for key in MEASURES if first.get(f"{split}_{key}") is not None),
+               measure="loss" if first[f"{split}_accuracy"] is None else "accuracy",
                target=f"{target}={cfg[target]}", target_loss=cfg[f"{target}_loss"],
                auxiliaries={slot: f"{cfg[slot]} ({cfg[f'{slot}_loss']})" for slot in auxiliaries_of(cfg)},
-               examples=first["examples"][target], seeds=len(folds), folds=len(units["alone"]),
+               examples=first["examples"][target], seeds=len(folds), folds=int(folds.max()) + 1,
                chance=first["chance"], steps=cfg["steps"], warm_start_steps=cfg["warm_start_steps"], arms={})
+    units = {}  # {arm: a score for each fold}
     for arm in arms:
-        centre, half = t_interval(units[arm])
-        entry = dict(scores=scores[arm], mean=centre, half=half, settings=chosen[arm],
-                     search_scores=searched[arm].tolist(), gflops=mean(arm, "flops") / 1e9,
-                     seconds=mean(arm, "seconds"))
+        scores = [score_of(result, split) for result in results[arm]]
+        units[arm] = np.bincount(folds, scores) / np.bincount(folds)
+        mean, half = t_interval(units[arm])
+        entry = dict(scores=scores, mean=mean, half=half, settings=chosen[arm],
+                     search_scores=searched[arm].tolist(),
+                     gflops=float(np.mean([result["flops"] for result in results[arm]])) / 1e9,
+                     seconds=float(np.mean([result["seconds"] for result in results[arm]])))
         for key in ALSO_SHOWN:
             if results[arm][0].get(f"{split}_{key}") is not None:
                 entry[key] = [result[f"{split}_{key}"] for result in results[arm]]
@@ -272,44 +264,35 @@ def summary(cfg, arms, results, chosen, searched, folds):
     return out
 
 
-def tested_on(cfg):
-    """The checksums of the target's test split: equal for two configs that are tested on the same items."""
-    meta = read_meta(prepare(resolve(cfg, say=quiet), cfg["target"]))
-    return tuple(entry["sha256"] for entry in meta["splits"]["test"]["files"]["tokens"])
-
-
 def score_of(result, split):
     """Accuracy; without labels minus the loss."""
-    for key, sign in MEASURES.items():
-        if result.get(f"{split}_{key}") is not None:
-            return sign * result[f"{split}_{key}"]
+    accuracy = result[f"{split}_accuracy"]
+    return -result[f"{split}_loss"] if accuracy is None else accuracy
 
 
 def verdict(out):
     """One sentence. Help is claimed only above alone AND above the control, each with p < 0.05."""
     d, n = out["arms"]["uml"]["minus_alone"], out.get("folds", out["seeds"])
+    c = out["arms"].get("control", {}).get("uml_minus")
     unit, digits, points = (100, 1, " points") if out["chance"] else (1, 3, "")
-    spread = ""
-    if d["half"] is not None:
-        low, high = unit * (d["mean"] - d["half"]), unit * (d["mean"] + d["half"])
-        spread = f" [{low:+.{digits}f}, {high:+.{digits}f}]"
-    said = f"{unit * d['mean']:+.{digits}f}{spread}{points}"
+    signed = lambda value: f"{unit * value:+.{digits}f}"
+    half = d["half"]
+    interval = "" if half is None else f" [{signed(d['mean'] - half)}, {signed(d['mean'] + half)}]"
+    said = f"uml minus alone is {signed(d['mean'])}{interval}{points}"
     if n < MIN_SEEDS:
         kind = "seeds" if n == out["seeds"] else "speakers"
-        return f"too few {kind} for a verdict ({n}; {MIN_SEEDS} are needed): uml minus alone is {said}"
+        return f"too few {kind} for a verdict ({n}; {MIN_SEEDS} are needed): {said}"
     said += f", p = {d['p']:.3g}"
     if d["p"] >= 0.05:
-        return f"no effect shown: uml minus alone is {said}"
+        return f"no effect shown: {said}"
     if d["mean"] < 0:
-        return f"the unpaired data hurt: uml minus alone is {said}"
-    if "control" not in out["arms"]:
-        return f"uml is above alone by {said}, but no control was run to say why"
-    c = out["arms"]["control"]["uml_minus"]
-    against = f"{unit * c['mean']:+.{digits}f} against the control, p = {c['p']:.3g}"
+        return f"the unpaired data hurt: {said}"
+    if c is None:
+        return f"uml is above alone, but no control was run to say why: {said}"
+    said += f", and {signed(c['mean'])} against the control, p = {c['p']:.3g}"
     if c["mean"] <= 0 or c["p"] >= 0.05:
-        return (f"uml is above alone by {said}, but {against}: it is not shown that the auxiliary's "
-                "structure helped")
-    return f"the unpaired data helped: uml minus alone is {said}, and {against}"
+        return f"uml is above alone, but it is not shown that the auxiliary's structure helped: {said}"
+    return f"the unpaired data helped: {said}"
 
 
 def show_auxiliaries(out):
@@ -324,11 +307,10 @@ def short_source(source):
 
 def show_compare(out):
     """Print the comparison as a table, an arm a line, and the verdict."""
-    folds = f" on {out['folds']} speakers" if out["folds"] != out["seeds"] else ""
     chance = f", chance {out['chance']:.4f}" if out["chance"] else ""
     print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary "
-          f"{show_auxiliaries(out)}; {out['seeds']} seeds{folds}, {out['measure']} on the {out['split']} "
-          f"split{chance}")
+          f"{show_auxiliaries(out)}; {out['seeds']} seeds, {out['folds']} test sets, {out['measure']} on the "
+          f"{out['split']} split{chance}")
     print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}"
           f"{'GFLOP':>9}{'s':>7}  setting")
     half = lambda e: "?" if e["half"] is None else f"{e['half']:.4f}"
@@ -347,39 +329,52 @@ def show_compare(out):
 # many runs: some at a time, finished ones read back, begun ones resumed, equal warm starts shared
 
 
-def run_all(configs, folder, progress):
-    """Run every config to its result; the results in their order. progress: jobs at a time, total, spent.
+def start_progress(cfg, own, total):
+    """Where run_all() keeps runs, how many at a time, and what it counts: how many are done, of how many."""
+    folder = os.path.join(cfg["out_dir"], "compare")
+    os.makedirs(folder, exist_ok=True)
+    return SimpleNamespace(folder=folder, jobs=own["jobs"], total=total, done=0, start=time.perf_counter())
+
+
+def run_all(configs, progress):
+    """Run every config to its result; the results in their order.
 
     A run's folder is named by what decides its result: the config (without paths), this code, the shards and
     init_from. A warm start that arms share runs once; they begin with copies of its checkpoint.
     """
     here = os.path.dirname(os.path.abspath(__file__))
     code = [file_sha256(os.path.join(here, name)) for name in ("prepare.py", "model.py", "train.py")]
-    tasks, warm_of = [], {}  # warm_of: {out_dir of a task: the config of its warm start}
+    tasks, starting = [], []  # starting: [(config, config of its warm start)] of those that have not begun
     for cfg in configs:
         cfg = resolve(cfg, say=quiet)
         files = [os.path.join(prepare(cfg, slot, say=quiet), "meta.json") for slot in active_slots(cfg)]
         if cfg["init_from"]:
             files.append(os.path.join(cfg["init_from"], "best.pt"))
         decides = code + [file_sha256(file) for file in files]
+
+        def named(kind, values):
+            text = json.dumps([values, decides], sort_keys=True)
+            return os.path.join(progress.folder, f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
+
         identity = {key: value for key, value in cfg.items() if key not in FREE_KEYS}
-        cfg.update(out_dir=os.path.join(folder, "run-" + digest(identity, decides)), resume=True)
+        cfg.update(out_dir=named("run", identity), resume=True)
         tasks.append(cfg)
-        if cfg["warm_start_steps"]:
+        if cfg["warm_start_steps"] and not os.path.exists(os.path.join(cfg["out_dir"], "last.pt")):
             # what only the main phase uses is set alike, so that arms agree on the warm start where they can
             same = dict(identity, steps=1, eval_interval=cfg["warm_start_steps"], score_test=False)
             updates = [f"{slot}_updates" for slot in auxiliaries_of(cfg)]
             if not any(cfg[key] for key in updates):  # the arm init warms up as if they had one
                 same.update({key: 1 for key in updates})
-            out_dir = os.path.join(folder, "warm-" + digest(same, decides))
-            warm_of[cfg["out_dir"]] = dict(cfg, **same, out_dir=out_dir, stop_after=cfg["warm_start_steps"])
-    starting = [cfg for cfg in tasks
-                if cfg["out_dir"] in warm_of and not os.path.exists(os.path.join(cfg["out_dir"], "last.pt"))]
-    shared = [warm_of[cfg["out_dir"]] for cfg in starting]
-    once = {warm["out_dir"]: warm for warm in shared if not is_warm(warm)}
+            warm = dict(cfg, **same, out_dir=named("warm", same), stop_after=cfg["warm_start_steps"])
+            starting.append((cfg, warm))
+    once = {}  # {out_dir: config} of the warm starts that have not run to their end yet
+    for _, warm in starting:
+        path = os.path.join(warm["out_dir"], "last.pt")
+        if not os.path.exists(path) or load_checkpoint(path)["step"] < warm["warm_start_steps"]:
+            once[warm["out_dir"]] = warm
     progress.total += len(once)
     run_pool(list(once.values()), progress)
-    for cfg, warm in zip(starting, shared):
+    for cfg, warm in starting:
         os.makedirs(cfg["out_dir"], exist_ok=True)
         shutil.copyfile(os.path.join(warm["out_dir"], "log.jsonl"), os.path.join(cfg["out_dir"], "log.jsonl"))
         begun = load_checkpoint(os.path.join(warm["out_dir"], "last.pt"))
@@ -388,51 +383,35 @@ def run_all(configs, folder, progress):
     return run_pool(tasks, progress)
 
 
-def digest(*values):
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def is_warm(cfg):
-    """Has this warm start run to its end already?"""
-    path = os.path.join(cfg["out_dir"], "last.pt")
-    return os.path.exists(path) and load_checkpoint(path)["step"] == cfg["warm_start_steps"]
-
-
 def run_pool(configs, progress):
-    """The results of configs in their order; each new one makes a line. progress.spent: seconds of those."""
+    """The results of configs in their order; each new one makes a line."""
     new = {cfg["out_dir"]: cfg for cfg in configs
            if not os.path.exists(os.path.join(cfg["out_dir"], "result.json"))}
     found = {cfg["out_dir"]: quiet_run(cfg) for cfg in configs if cfg["out_dir"] not in new}  # read back
     progress.total -= len(configs) - len(new)
 
-    def count(result, seconds):
-        progress.spent.append(seconds)
-        done = len(progress.spent)
-        left = sum(progress.spent) / done * (progress.total - done) / progress.jobs
-        tell(f"{done} of {progress.total} runs finished, about {left / 60:.0f} minutes to go")
-        return result
+    def finished(out_dir, result):
+        found[out_dir] = result
+        progress.done += 1
+        left = (time.perf_counter() - progress.start) * (progress.total / progress.done - 1)
+        tell(f"{progress.done} of {progress.total} runs finished, about {left / 60:.0f} minutes to go")
 
     if progress.jobs == 1 or len(new) < 2:
-        found.update({path: count(*timed_run(cfg)) for path, cfg in new.items()})
+        for out_dir, cfg in new.items():
+            finished(out_dir, quiet_run(cfg))
         return [found[cfg["out_dir"]] for cfg in configs]
     with ProcessPoolExecutor(progress.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(timed_run, cfg): path for path, cfg in new.items()}
+        futures = {pool.submit(quiet_run, cfg): out_dir for out_dir, cfg in new.items()}
         try:
             for future in as_completed(futures):
-                found[futures[future]] = count(*future.result())
-            return [found[cfg["out_dir"]] for cfg in configs]
+                finished(futures[future], future.result())
         except BrokenProcessPool:
             raise UserError(f"a run was killed, perhaps for lack of memory: lower jobs={progress.jobs}; the "
                             "same command goes on") from None
         except BaseException:  # a refusal or Ctrl-C: those at work finish a step and save, no other begins
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def timed_run(cfg):
-    """(the result of a run, its seconds)"""
-    start = time.perf_counter()
-    return quiet_run(cfg), time.perf_counter() - start
+    return [found[cfg["out_dir"]] for cfg in configs]
 
 
 def quiet_run(cfg):
@@ -448,18 +427,6 @@ def quiet_run(cfg):
 
 # ------------------------------------------------------------------------------------------------------------
 # measures on features (n, D) and labels (n,): torch tensors on the CPU
-
-
-def knn_accuracy(features, labels, new, truth, k=20):
-    """Share of `new` whose k nearest training features (cosine) vote for the truth.
-
-    Votes weigh exp(similarity / 0.07), as in Wu et al. 2018 (arXiv 1805.01978, section 3.4).
-    """
-    a, b = F.normalize(features, dim=1), F.normalize(new, dim=1)
-    similarity, nearest = (b @ a.T).topk(min(k, len(a)), dim=1)
-    votes = torch.zeros(len(b), int(labels.max()) + 1)
-    votes.scatter_add_(1, labels[nearest], (similarity / 0.07).exp())
-    return (votes.argmax(1) == truth).float().mean().item()
 
 
 def few_shot(features, labels, new, truth, shots=(1, 2, 4, 8, 16), draws=3):
@@ -487,17 +454,8 @@ def margins(features, labels, weight, bias):
     weight, bias, features = weight * std, bias + weight @ mean, (features - mean) / std
     scores = features @ weight.T + bias  # (n, classes)
     true = scores.gather(1, labels[:, None])[:, 0]
-    rival = scores.scatter(1, labels[:, None], -torch.inf).argmax(1)
-    away = (weight[labels] - weight[rival]).norm(dim=1).clamp_min(1e-9)
-    return (true - scores.gather(1, rival[:, None])[:, 0]) / away
-
-
-def class_spread(features, labels):
-    """Mean squared distance between class centroids over that of items to their own centroid."""
-    parts = [features[labels == c] for c in labels.unique()]
-    centroids = torch.stack([part.mean(0) for part in parts])
-    own = torch.stack([(part - m).square().sum(1).mean() for part, m in zip(parts, centroids)])
-    return (torch.pdist(centroids).square().mean() / own.mean().clamp_min(1e-12)).item()
+    best, rival = scores.scatter(1, labels[:, None], -torch.inf).max(1)
+    return (true - best) / (weight[labels] - weight[rival]).norm(dim=1).clamp_min(1e-9)
 
 
 def cka(a, b):
@@ -517,17 +475,17 @@ def mutual_knn(a, b, k):
     return np.mean([len(set(p) & set(q)) / k for p, q in zip(nearest(a), nearest(b))])
 
 
+def unit_agreement(a, b):
+    """Per unit, how its activations in two slots correlate over classes: two (k, C) centroids -> (C,)."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)
+
+
 def permutation_p(measure, a, b, draws=200, seed=0):
     """(measure(a, b), p): how often shuffled rows of b give at least as much, 1 / (draws + 1) or more."""
     rng, found = np.random.default_rng(seed), measure(a, b)
     null = [measure(a, b[rng.permutation(len(b))]) for _ in range(draws)]
     return found, (1 + sum(value >= found for value in null)) / (draws + 1)
-
-
-def unit_agreement(a, b):
-    """Per unit, how its activations in two slots correlate over classes: two (k, C) centroids -> (C,)."""
-    a, b = a - a.mean(0), b - b.mean(0)
-    return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)
 
 
 def gradient_agreement(model, batches_of_one, batches_of_other):
@@ -567,18 +525,15 @@ def head_geometry(weight, classes):
     rows = F.normalize(weight - weight.mean(0), dim=1)
     cosine = (rows @ rows.T).numpy()[i, j]  # (pairs,)
 
-    def groups(codes):
-        first, last = (codes[i] == codes[j]).T
-        return dict(first=first & ~last, last=last & ~first, neither=~first & ~last)
-
     def gap(cosine, codes):
-        group = groups(codes)
-        return cosine[group["first"] | group["last"]].mean() - cosine[group["neither"]].mean()
+        first, last = (codes[i] == codes[j]).T  # (pairs,) each
+        return cosine[first != last].mean() - cosine[~first & ~last].mean()
 
-    chosen = groups(codes)
-    if not (chosen["neither"].any() and (chosen["first"] | chosen["last"]).any()):
+    first, last = (codes[i] == codes[j]).T
+    groups = dict(first=first & ~last, last=last & ~first, neither=~first & ~last)
+    if not ((first != last).any() and groups["neither"].any()):
         return None
-    found = {name: float(cosine[group].mean()) if group.any() else None for name, group in chosen.items()}
+    found = {name: float(cosine[group].mean()) if group.any() else None for name, group in groups.items()}
     return dict(found, p=permutation_p(gap, cosine, codes)[1])
 
 
@@ -592,23 +547,19 @@ SOUND_CORRUPTIONS = ("noise", "gain", "bandlimit")
 def corrupt_pictures(pictures, kind, severity):
     """One of PICTURE_CORRUPTIONS, severity 1..3, after Hendrycks & Dietterich 2019 (arXiv 1903.12261)."""
     i, size = severity - 1, pictures.shape[1]
+    images = [Image.fromarray(picture.squeeze()) for picture in pictures]  # Pillow's greys have two axes
     if kind == "noise":
-        out = pictures + np.random.default_rng(severity).normal(0, (10, 20, 40)[i], pictures.shape)
+        changed = pictures + np.random.default_rng(severity).normal(0, (10, 20, 40)[i], pictures.shape)
     elif kind == "contrast":
         mean = pictures.mean((1, 2, 3), keepdims=True)
-        out = mean + (pictures - mean) * (0.6, 0.4, 0.2)[i]
-    else:
+        changed = mean + (pictures - mean) * (0.6, 0.4, 0.2)[i]
+    elif kind == "blur":
+        changed = [image.filter(ImageFilter.GaussianBlur((0.7, 1.2, 2.0)[i])) for image in images]
+    else:  # pixelate
         side = max(1, int(size * (0.6, 0.45, 0.3)[i]))
-        out = np.empty_like(pictures)
-        for picture, changed in zip(pictures, out):
-            image = Image.fromarray(picture.squeeze())  # a grey picture has no third axis to Pillow
-            if kind == "blur":
-                image = image.filter(ImageFilter.GaussianBlur((0.7, 1.2, 2.0)[i]))
-            else:  # pixelate
-                image = image.resize((side, side), Image.Resampling.BOX)
-                image = image.resize((size, size), Image.Resampling.NEAREST)
-            changed[:] = np.asarray(image).reshape(picture.shape)
-    return np.clip(out, 0, 255).astype(np.uint8)
+        small = [image.resize((side, side), Image.Resampling.BOX) for image in images]
+        changed = [image.resize((size, size), Image.Resampling.NEAREST) for image in small]
+    return np.clip(np.stack(changed).reshape(pictures.shape), 0, 255).astype(np.uint8)
 
 
 def corrupt_frames(tokens, mels, kind, severity):
@@ -670,19 +621,18 @@ def features_of(run_, slot, arrays, rows=None, layer=-1):
 
 
 def analyse(folder):
-    """All analyses of one run -> its report, margins, and answers (n,) on held-out items; draws two."""
+    """All analyses of one run -> its report, margins, and answers (n,) on held-out items."""
     run_ = open_run(folder)
-    target, classes = run_.target, run_.target.meta["classes"]
+    target = run_.target
     tell(f"{folder}: probing every layer, few examples, corruptions, alignment, gradients ...")
     layers = []
     for layer in [*range(len(run_.model.trunk.blocks)), -1]:
         known = features_of(run_, target, target.train, target.rows, layer)
         val = features_of(run_, target, target.val, run_.seen_val, layer)
         new, truth = features_of(run_, target, run_.held, run_.seen, layer)
-        weight, bias = fit_probe(known, val, len(classes))
-        guess = (new @ weight.T + bias).argmax(1)
-        right = (guess == truth).float().mean().item()
-        layers.append(dict(linear=right, knn=knn_accuracy(*known, new, truth)))
+        weight, bias = fit_probe(known, val, len(target.meta["classes"]))
+        right = (new @ weight.T + bias).argmax(1) == truth
+        layers.append(dict(linear=right.float().mean().item()))
     # from here on of the last layer
     margin = margins(new, truth, weight, bias)
     chosen = dict(probe=(weight, bias), unseen_offset=0.0)
@@ -695,12 +645,9 @@ def analyse(folder):
                   unseen_accuracy=scored.get("unseen_accuracy"), layers=layers,
                   few_shot=few_shot(*every, *held),
                   margin=[margin.quantile(q).item() for q in (0.1, 0.5, 0.9)],
-                  class_spread=class_spread(new, truth),
                   robustness=robustness(run_, chosen, scored["accuracy"]),
                   alignment={name: alignment(run_, run_.slots[name]) for name in labelled},
                   gradients=slots_agreement(run_), head=head)
-    draw_confusion(os.path.join(folder, "confusion.png"), truth, guess, classes)
-    draw_pca(os.path.join(folder, "pca.png"), new, truth, classes)
     weight, bias = scored["probe"]  # the label head where there is one
     answers = (held[0] @ weight.T + bias).argmax(1)
     return SimpleNamespace(run=run_, report=report, margin=margin.numpy(), answers=answers.numpy())
@@ -709,40 +656,39 @@ def analyse(folder):
 def robustness(run_, chosen, clean):
     """{corruption: accuracy at severities 0 (clean) .. 3} of a picture or sound target."""
     meta, tokens = run_.target.meta, run_.held["tokens"][np.arange(len(run_.held["tokens"]))]
-
-    def accuracy(kind, severity):
+    pictures = unpatchify(tokens, meta["patch"]) if "patch" in meta else None
+    kinds = PICTURE_CORRUPTIONS if "patch" in meta else SOUND_CORRUPTIONS if "mels" in meta else ()
+    out = {kind: [clean] for kind in kinds}
+    for kind, severity in itertools.product(kinds, (1, 2, 3)):
         if "patch" in meta:
-            pictures = unpatchify(tokens, meta["patch"])
             changed = patchify(corrupt_pictures(pictures, kind, severity), meta["patch"])
         else:
             changed = corrupt_frames(tokens, meta["mels"], kind, severity)
-        return evaluate(run_.model, run_.target, dict(run_.held, tokens=changed), CPU, chosen)["accuracy"]
-
-    kinds = PICTURE_CORRUPTIONS if "patch" in meta else SOUND_CORRUPTIONS if "mels" in meta else ()
-    return {kind: [clean, *(accuracy(kind, severity) for severity in (1, 2, 3))] for kind in kinds}
+        scored = evaluate(run_.model, run_.target, dict(run_.held, tokens=changed), CPU, chosen)
+        out[kind].append(scored["accuracy"])
+    return out
 
 
 def alignment(run_, other):
     """Do classes lie alike in the target and in another slot, never paired? None if under 4 are common."""
-    held = []  # per slot, the classes that have held-out items
-    for slot in (run_.target, other):
-        counts = slot.meta["splits"][run_.split]["class_counts"]
-        held.append({plain_name(c) for c, count in zip(slot.meta["classes"], counts) if count})
-    names = sorted(held[0] & held[1])
+    a, b = class_centroids(run_, run_.target), class_centroids(run_, other)
+    names = sorted(a.keys() & b.keys())
     if len(names) < 4:
         return None
-    a, b = class_centroids(run_, run_.target, names), class_centroids(run_, other, names)
-    k, units = max(1, len(names) // 8), unit_agreement(a, b)
-    agree, unit_p = permutation_p(lambda p, q: unit_agreement(p, q).mean().item(), a, b)
+    a, b = (torch.stack([centroids[name] for name in names]) for centroids in (a, b))  # (k, C)
+    k = max(1, len(names) // 8)
     cka_value, cka_p = permutation_p(cka, a, b)
     knn_value, knn_p = permutation_p(lambda p, q: mutual_knn(p, q, k), a, b, draws=50)
-    shown = {plain_name(c): c for c in run_.target.meta["classes"]}
-    top = []
-    for unit in units.argsort(descending=True)[:8].tolist():
-        most = [shown[names[int(centroids[:, unit].argmax())]] for centroids in (a, b)]
-        top.append(dict(unit=unit, correlation=units[unit].item(), target_class=most[0], other_class=most[1]))
+    agree, unit_p = permutation_p(lambda p, q: unit_agreement(p, q).mean().item(), a, b)
     return dict(classes=len(names), cka=cka_value, cka_p=cka_p, mutual_knn=knn_value, mutual_knn_p=knn_p, k=k,
-                unit_agreement=agree, unit_p=unit_p, units=top)
+                unit_agreement=agree, unit_p=unit_p)
+
+
+def class_centroids(run_, slot):
+    """{plain name of a class: mean feature (C,) of its held-out items} in one slot."""
+    arrays = run_.held if slot is run_.target else load_split(slot.folder, run_.split)
+    features, labels = features_of(run_, slot, arrays)
+    return {plain_name(slot.meta["classes"][c]): features[labels == c].mean(0) for c in labels.unique()}
 
 
 def slots_agreement(run_):
@@ -767,57 +713,16 @@ def slots_agreement(run_):
                    for state, model in models.items()} for pair, both in pairs.items()}
 
 
-def class_centroids(run_, slot, names):
-    """(k, C) mean features of the held-out items of each named class in one slot; classes by plain name."""
-    arrays = run_.held if slot is run_.target else load_split(slot.folder, run_.split)
-    number = {plain_name(c): i for i, c in enumerate(slot.meta["classes"])}
-    rows = np.flatnonzero(np.isin(arrays["labels"], [number[name] for name in names]))
-    features, labels = features_of(run_, slot, arrays, rows)
-    return torch.stack([features[labels == number[name]].mean(0) for name in names])
-
-
-HEAD_ROWS = dict(first="same first word", last="same last word", neither="neither", p="p, classes shuffled")
-
-
-def show_side_by_side(reports):
-    """Print the analyses of one or more runs: a table with one column a run, then the alignments."""
-    def row(label, values):
-        shown = ["-" if v is None else v if isinstance(v, str) else f"{v:.4f}" for v in values]
-        print(f"{label:30}" + "".join(f"{value:>18}" for value in shown))
-
-    row("run", [r["name"][-17:] for r in reports])
-    for key in ("split", "accuracy", "unseen_accuracy"):
-        row(key.replace("_", " "), [r[key] for r in reports])
-    for i, layers in enumerate(itertools.zip_longest(*(r["layers"] for r in reports), fillvalue={})):
-        for key in ("linear", "knn"):
-            row(f"layer {i} {key}", [layer.get(key) for layer in layers])
-    for k in sorted({k for r in reports for k in r["few_shot"]}):
-        found = [r["few_shot"].get(k) for r in reports]
-        row(f"few-shot {k} (std of draws)", [each and "{:.4f} +-{:.4f}".format(*each) for each in found])
-    for i, name in enumerate(("10%", "median", "90%")):
-        row(f"margin {name}", [r["margin"][i] for r in reports])
-    row("class spread", [r["class_spread"] for r in reports])
-    for kind in dict.fromkeys(kind for r in reports for kind in r["robustness"]):
-        for severity in (1, 2, 3):
-            row(f"{kind} {severity}", [r["robustness"].get(kind, [None] * 4)[severity] for r in reports])
-    for pair in dict.fromkeys(pair for r in reports for pair in r["gradients"]):
-        pulls = [r["gradients"].get(pair, dict(fresh=[], best=[])) for r in reports]
-        for i, state in itertools.product(range(max(len(pull["best"]) for pull in pulls)), ("fresh", "best")):
-            row(f"gradient {pair} {i + 1} {state}", [dict(enumerate(pull[state])).get(i) for pull in pulls])
-    for key, label in HEAD_ROWS.items() if any(r["head"] for r in reports) else ():
-        row(f"head: {label}", [r["head"] and r["head"][key] for r in reports])
-    for report in reports:
-        for name, found in report["alignment"].items():
-            if found is None:
-                print(f"{report['name']}: {name} shares fewer than 4 classes with the target")
-                continue
-            print(f"{report['name']}: class centroids of {name} and the target, {found['classes']} classes: "
-                  f"CKA {found['cka']:.3f} (p {found['cka_p']:.3f}), "
-                  f"mutual {found['k']}-NN {found['mutual_knn']:.3f} (p {found['mutual_knn_p']:.3f}), "
-                  f"units' agreement {found['unit_agreement']:.3f} (p {found['unit_p']:.3f})")
-            for unit in found["units"]:
-                print(f"    unit {unit['unit']:4}  correlation {unit['correlation']:.3f}  most active for "
-                      f"'{unit['target_class']}' in the target, '{unit['other_class']}' in {name}")
+def flat(report, label=""):
+    """A nested report as {label: value}: {"layers": [{"knn": 0.7}]} -> {"layers 0 knn": 0.7}."""
+    if not isinstance(report, (dict, list, tuple)):
+        return {label: report}
+    names = dict(margin=("10%", "median", "90%"), few_shot=("mean", "std")).get(label.split(" ")[0])
+    parts = report.items() if isinstance(report, dict) else zip(names or itertools.count(), report)
+    rows = {}
+    for key, part in parts:
+        rows.update(flat(part, f"{label} {key}".strip()))
+    return rows
 
 
 def analyse_all(folders):
@@ -827,17 +732,19 @@ def analyse_all(folders):
         open_run(folder)  # what is wrong with the last one shows now, not minutes later
     found = [analyse(folder) for folder in folders]
     reports, first = [one.report for one in found], found[0].run
-    show_side_by_side(reports)
+    columns = [flat(report) for report in reports]
+    for label in dict.fromkeys(label for column in columns for label in column):
+        values = [column.get(label) for column in columns]
+        shown = ["-" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v)[-17:] for v in values]
+        print(f"{label:34}" + "".join(f"{value:>18}" for value in shown))
     draw_side_by_side(os.path.join(first.folder, "side_by_side.png"), found)
     draw_curves(os.path.join(first.folder, "curves.png"), found)
     if "patch" in first.target.meta or "mels" in first.target.meta:
-        items = (first.target.folder, first.split)
-        same = [one for one in found if (one.run.target.folder, one.run.split) == items]
-        draw_predictions(os.path.join(first.folder, "predictions.png"), same)
+        draw_predictions(os.path.join(first.folder, "predictions.png"), found)
     if any(report["gradients"] or report["head"] for report in reports):
         draw_sharing(os.path.join(first.folder, "sharing.png"), reports)
-    print("wrote confusion.png and pca.png of each run; side_by_side.png, curves.png and, where they apply, "
-          f"predictions.png and sharing.png in {first.folder}")
+    print("wrote side_by_side.png, curves.png and, where they apply, predictions.png and sharing.png in "
+          f"{first.folder}")
     print(json.dumps(reports[0] if len(reports) == 1 else reports))
 
 
@@ -930,15 +837,18 @@ def exact_theory(repetitions):
     gain = np.linalg.eigvalsh(n_y * j_y)  # J_XY - J_X, since informations of independent samples add up
     print(f"1. J_XY - J_X has eigenvalues from {gain[0]:.1f} to {gain[-1]:.1f}: all positive, so adding Y "
           "helps in every direction")
-    # the five directions that X sees at all
-    x_seen, y_seen = (a_c[:, :5], a_x, noise), (b_c[:, :5], b_y, noise)
+    x_seen, y_seen = (a_c[:, :5], a_x, noise), (b_c[:, :5], b_y, noise)  # what X sees at all
+
+    def bound(n, y):
+        """Trace of the Cramer-Rao bound with n samples of X and y of Y."""
+        return np.trace(np.linalg.inv(n * information(*x_seen) + y * information(*y_seen)))
+
     rows = []
-    for label, sides in (("X alone", [(*x_seen, n_x)]), ("Y alone", [(*y_seen, n_y)]),
-                         ("X and Y, unpaired", [(*x_seen, n_x), (*y_seen, n_y)])):
-        bound = np.trace(np.linalg.inv(sum(n * information(*world) for *world, n in sides)))
+    for label, n, y in (("X alone", n_x, 0), ("Y alone", 0, n_y), ("X and Y, unpaired", n_x, n_y)):
+        sides = [(*world, count) for world, count in ((x_seen, n), (y_seen, y)) if count]
         measured, error = monte_carlo(sides, repetitions)
-        rows.append(dict(data=label, bound=bound, measured=measured, error=error))
-        print(f"   {label:18} trace of the covariance: Cramer-Rao {bound:.5f}, "
+        rows.append(dict(data=label, bound=bound(n, y), measured=measured, error=error))
+        print(f"   {label:18} trace of the covariance: Cramer-Rao {bound(n, y):.5f}, "
               f"measured {measured:.5f} +- {error:.5f}")
 
     print("2. information about the worst direction: no number of X samples identifies what X is blind to")
@@ -954,13 +864,9 @@ def exact_theory(repetitions):
     curves = {noise_y: [best_rate(w, noise, noise_y) for w in strengths] for noise_y in (0.25, 0.5, 1.0)}
     slope = np.polyfit(np.log(strengths[:8]), np.log(curves[0.5][:8]), 1)[0]
     print(f"   the best rate grows as strength^{slope:.2f}; quieter Y is worth more")
-
-    def variance(n, y):
-        return np.trace(np.linalg.inv(n * information(*x_seen) + y * information(*y_seen)))
-
     budget = list(range(0, 401, 25))
     return dict(traces=rows, loewner_gain=[gain[0], gain[-1]], blind=blind, slope=slope, budget=budget,
-                variance={n: [variance(n, y) for y in budget] for n in (50, 200)},
+                variance={n: [bound(n, y) for y in budget] for n in (50, 200)},
                 strengths=strengths.tolist(), curves=curves,
                 exchange_rates=[None if np.isinf(r) else r for r in rates])
 
@@ -1007,8 +913,7 @@ def learned_world(n_x, n_y, seed, steps=4000, shuffle=False):
     encode = nn.Sequential(nn.Linear(128, 10), nn.ReLU(), nn.Linear(10, 10))  # shared
     decode = nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 128))  # shared
     head = nn.ModuleDict({side: nn.Linear(128, 50) for side in "xy"})
-    modules = nn.ModuleList([embed, encode, decode, head])
-    optimizer = torch.optim.Adam(modules.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(nn.ModuleList([embed, encode, decode, head]).parameters(), lr=1e-3)
 
     def loss_of(side, items):
         rebuilt = head[side](decode(encode(embed[side](items))))
@@ -1062,11 +967,6 @@ def fit_exchange(n_x, n_y, scores):
     return best
 
 
-def exchange_rate(fit, n_y):
-    """How many x examples one more y example is worth at n_y of them: rho gamma n_y^(gamma - 1)."""
-    return fit["rho"] * fit["gamma"] * n_y ** (fit["gamma"] - 1)
-
-
 def mean_words(cfg, slot):
     """Words in a training item of a text slot, on average; None for other modalities."""
     folder = prepare(cfg, slot, say=quiet)
@@ -1079,60 +979,50 @@ def mean_words(cfg, slot):
 
 
 def read_grid(argv):
-    """argv of exchange -> (config, own keys, the target's list, the auxiliary's): lists are (key, values)."""
+    """argv of exchange -> (config, own keys, the target's key, its values, the auxiliary's key, values)."""
     texts = dict(arg[2:].split("=", 1) for arg in argv if arg.startswith("--") and "=[" in arg)
-    rest = [arg for arg in argv if arg[2:].split("=")[0] not in texts]
-    cfg = read_run_config(rest, dict(KEYS, **COMPARE_KEYS))
+    cfg = read_run_config([arg for arg in argv if "=[" not in arg], dict(KEYS, **COMPARE_KEYS))
     own = own_keys(cfg)
-    try:
-        lists = {key: sorted({int(value) for value in ast.literal_eval(text)}) for key, text in texts.items()}
-    except (SyntaxError, ValueError, TypeError):
-        raise UserError("the lists of exchange must hold whole numbers, found "
-                        f"{' '.join(texts.values())}") from None
-    x_key, y_keys = f"{cfg['target']}_examples", [f"{slot}_examples" for slot in auxiliaries_of(cfg)]
-    if len(lists) != 2 or x_key not in lists or not lists.keys() & set(y_keys):
+    x_key, y_keys = f"{cfg['target']}_examples", {f"{slot}_examples" for slot in auxiliaries_of(cfg)}
+    if len(texts) != 2 or x_key not in texts or not texts.keys() & y_keys:
         raise UserError(f"exchange takes exactly two lists, --{x_key}=[200,...] and "
                         "--SLOT_examples=[0,1000,...] of an auxiliary")
-    (y_key,) = lists.keys() - {x_key}
-    if len(lists[x_key]) < 3 or len(lists[y_key]) < 2 or min(lists[x_key]) < 1 or min(lists[y_key]) < 0:
+    (y_key,) = texts.keys() - {x_key}
+    try:
+        x, y = (sorted({int(value) for value in texts[key].strip("[]").split(",")}) for key in (x_key, y_key))
+    except ValueError:
+        raise UserError(f"the lists of exchange must hold whole numbers, found {texts}") from None
+    if len(x) < 3 or len(y) < 2 or x[0] < 1 or y[0] < 0:
         raise UserError(f"no grid to fit: {x_key} needs three values above 0, {y_key} two of at least 0 (a "
-                        f"number for 'all'), found {lists}")
-    return cfg, own, (x_key, lists[x_key]), (y_key, lists[y_key])
+                        f"number for 'all'), found {x} and {y}")
+    return cfg, own, x_key, x, y_key, y
 
 
 def exchange(argv):
     """Train a grid of two example counts and fit it: what is an example of one worth in the other?"""
-    cfg, own, (x_key, counts_x), (y_key, counts_y) = read_grid(argv)
+    cfg, own, x_key, counts_x, y_key, counts_y = read_grid(argv)
     cells = list(itertools.product(counts_x, counts_y))
     runs = [dict(cfg, **{x_key: x, y_key: y, "seed": seed}) for x, y in cells for seed in own["seeds"]]
     open_slots(resolve(runs[-1]), say=quiet)  # too many examples show now, not hours later
-    folder = os.path.join(cfg["out_dir"], "compare")
-    os.makedirs(folder, exist_ok=True)
-    results = run_all(runs, folder, SimpleNamespace(jobs=own["jobs"], total=len(runs), spent=[]))
+    results = run_all(runs, start_progress(cfg, own, len(runs)))
     split = "test" if cfg["score_test"] else "val"
     scores = np.array([score_of(r, split) for r in results]).reshape(len(cells), -1)
+    path = os.path.join(cfg["out_dir"], "exchange.json")
     out = dict(kind="exchange", cells=cells, scores=scores.tolist(),
                command=shlex.join(["python", "probe.py", "exchange", *argv]))
-    write_json(os.path.join(cfg["out_dir"], "exchange.json"), out)  # what was measured stays, fitted or not
+    write_json(path, out)  # what was measured stays, fitted or not
 
     n_x, n_y = np.array(cells, float).T
     fit, at = fit_exchange(n_x, n_y, scores.mean(1)), float(np.median(n_y[n_y > 0]))
-    rng, rates = np.random.default_rng(0), []
-    n = len(own["seeds"])
-    for _ in range(100 if n > 2 else 0):  # two seeds have three distinct resamples: no interval
-        resampled = scores[:, rng.integers(0, n, n)].mean(1)
-        with contextlib.suppress(UserError):  # a resample in which more examples never scored better
-            rates.append(exchange_rate(fit_exchange(n_x, n_y, resampled), at))
-    interval = np.percentile(rates, (2.5, 97.5)).tolist() if len(rates) > 50 else None
-    rate, words = exchange_rate(fit, at), mean_words(cfg, y_key.removesuffix("_examples"))
-    out.update(fit=fit, at=at, rate=rate, interval=interval, words_per_item=words)
+    rate = fit["rho"] * fit["gamma"] * at ** (fit["gamma"] - 1)  # of one more y, at this many of them
+    words = mean_words(cfg, y_key.removesuffix("_examples"))
+    out.update(fit=fit, at=at, rate=rate, words_per_item=words)
     print(f"score = {fit['b0']:.3f} + {fit['b1']:.3f} log({x_key} + {fit['rho']:.3g} {y_key}^{fit['gamma']})"
           f", residual {fit['residual']:.4f}")
-    resampled = f" [{interval[0]:.3g}, {interval[1]:.3g}] over resampled seeds" if interval else ""
-    print(f"at {at:,.0f} {y_key}, one of them is worth {rate:.3g} {x_key}{resampled}")
+    print(f"at {at:,.0f} {y_key}, one of them is worth {rate:.3g} {x_key}")
     if words and rate:
         print(f"one {cfg['target']} example is worth {words / rate:,.0f} words")
-    write_json(os.path.join(cfg["out_dir"], "exchange.json"), out)
+    write_json(path, out)
     draw_exchange(os.path.join(cfg["out_dir"], "exchange.png"), cells, scores.mean(1), fit, x_key, y_key)
     return out
 
@@ -1141,62 +1031,56 @@ def exchange(argv):
 # embed: features and predictions for files the run has never seen
 
 
-def read_texts(path, bpe, length):
-    """A text file, one item a line -> (tokens (n, T), real (n, T), the lines)."""
-    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"{path} is empty: expected one text a line")
-    coded = [bpe.encode_ordinary(line) for line in lines]
-    if cut := sum(len(ids) > length for ids in coded):
-        tell(f"{cut} of {len(lines)} texts are cut at {length} tokens")
-    tokens = torch.zeros(len(coded), length, dtype=torch.long)
-    for row, ids in zip(tokens, coded):
-        row[:len(ids)] = torch.tensor(ids[:length])
-    return tokens, torch.arange(length) < torch.tensor([[len(ids)] for ids in coded]), lines
-
-
-def read_files(path, cfg, name, slot):
-    """A folder of pictures or recordings -> (tokens (n, T, D), real (n, T) or None, the files)."""
-    if not os.path.isdir(path):
-        raise UserError(f"{path} is no folder: embed takes a folder of files for the {name} slot")
-    files = [os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names]
-    files = sorted(file for file in files if not os.path.basename(file).startswith("."))
-    items, names = [], []
-    for file in files:
-        with contextlib.suppress(UserError):
-            if "patch" in slot:
-                items.append(read_picture(cfg, file, slot["dim"] // slot["patch"] ** 2))
-            else:
-                items.append(read_recording(cfg, file))
-            names.append(file)
-    if not names:
-        raise UserError(f"folder {path} holds no readable files for the {name} slot ({len(files)} others)")
-    if len(names) < len(files):
-        tell(f"skipped {len(files) - len(names)} of {len(files)} files: not readable")
-    if "patch" in slot:
-        return torch.from_numpy(patchify(np.stack(items), slot["patch"])), None, names
-    arrays = encode_recordings(cfg, items, None)
-    real = torch.arange(slot["length"]) < torch.from_numpy(arrays["lengths"])[:, None]
-    return torch.from_numpy(arrays["tokens"]), real, names
-
-
 def read_new(folder, path, cfg, name, slot):
     """New items for a slot of a run -> (tokens as stored, real (n, T) bool or None, a name for each item)."""
     if modality_of(name) == "text" and slot["kind"] == "discrete":
         check_shards(folder, cfg)  # the BPE lies with the shards
-        return read_texts(path, load_bpe(prepare(cfg, name)), slot["length"])
-    if "patch" in slot or "mels" in slot:
-        return read_files(path, cfg, name, slot)
-    try:  # numbers, such as features of a frozen encoder
-        tokens = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
-    except (OSError, ValueError, TypeError, AttributeError) as problem:  # AttributeError: an .npz
-        raise UserError(f"{path} is no .npy array of numbers ({problem}), which {name}={cfg[name]} of "
-                        f"{folder} needs") from None
-    tokens = tokens[:, None] if tokens.dim() == 2 else tokens
-    if tokens.shape[1:] != (slot["length"], slot["dim"]) or not len(tokens) or not tokens.isfinite().all():
-        raise UserError(f"{path} must hold finite numbers (n, {slot['length']}, {slot['dim']}), found "
-                        f"{tuple(tokens.shape)}")
-    return tokens, None, range(len(tokens))
+        names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        if not names:
+            raise UserError(f"{path} is empty: expected one text a line")
+        arrays = encode_text(cfg, names, load_bpe(prepare(cfg, name)))
+        first = np.unique(arrays["item"], return_index=True)[1]  # a long text has several windows
+        if cut := int((np.bincount(arrays["item"]) > 1).sum()):
+            tell(f"{cut} of {len(names)} texts are cut at {slot['length']} tokens")
+        arrays = dict(tokens=arrays["tokens"][first].astype(np.int64), lengths=arrays["lengths"][first])
+    elif "patch" in slot or "mels" in slot:
+        items, names = read_files(path, cfg, name, slot)
+        arrays = (encode_pictures if "patch" in slot else encode_recordings)(cfg, items, None)
+    else:  # numbers, such as features of a frozen encoder
+        try:
+            arrays = encode_features(cfg, np.load(path, allow_pickle=False), None)
+        except (OSError, ValueError, TypeError) as problem:
+            raise UserError(f"{path} is no .npy array of numbers ({problem}), which {name}={cfg[name]} of "
+                            f"{folder} needs") from None
+        found = arrays["tokens"]
+        if found.shape[1:] != (slot["length"], slot["dim"]) or not np.isfinite(found).all() or not len(found):
+            raise UserError(f"{path} must hold finite numbers (n, {slot['length']}, {slot['dim']}), found "
+                            f"{found.shape}")
+        names = range(len(found))
+    tokens, real = torch.from_numpy(arrays["tokens"]), None
+    if "lengths" in arrays and slot.get("embed") != "conv":  # the stem reads padding as silence
+        real = torch.arange(slot["length"]) < torch.from_numpy(arrays["lengths"])[:, None]
+    return tokens, real, names
+
+
+def read_files(path, cfg, name, slot):
+    """A folder of pictures or recordings -> (what could be read, the files it is from)."""
+    if not os.path.isdir(path):
+        raise UserError(f"{path} is no folder: embed takes a folder of files for the {name} slot")
+    files = [os.path.join(parent, file) for parent, _, found in os.walk(path) for file in found
+             if not file.startswith(".")]
+    read = {}
+    for file in sorted(files):
+        with contextlib.suppress(UserError):
+            if "patch" in slot:
+                read[file] = read_picture(cfg, file, slot["dim"] // slot["patch"] ** 2)
+            else:
+                read[file] = read_recording(cfg, file)
+    if not read:
+        raise UserError(f"folder {path} holds no readable files for the {name} slot ({len(files)} others)")
+    if len(read) < len(files):
+        tell(f"skipped {len(files) - len(read)} of {len(files)} files: not readable")
+    return list(read.values()), list(read)
 
 
 def embed(folder, path):
@@ -1208,12 +1092,10 @@ def embed(folder, path):
     cfg, name = checkpoint["config"], checkpoint["config"]["target"]
     slot, classes = checkpoint["slots"][name], checkpoint["classes"][:checkpoint["target_classes"]]
     tokens, real, names = read_new(folder, path, cfg, name, slot)
-    parts, scores = [], None
+    chunks = zip(tokens.split(500), itertools.repeat(None) if real is None else real.split(500))
+    scores = None
     with torch.no_grad():  # not inference_mode: a linear probe may be fitted in here
-        for i in range(0, len(tokens), 500):
-            is_real = None if real is None else real[i:i + 500]
-            parts.append(model.features(name, tokens[i:i + 500], is_real))
-        features = torch.cat(parts)
+        features = torch.cat([model.features(name, *chunk) for chunk in chunks])
         if "label" in slot["loss"]:
             scores = model.label_scores(name, features)[:, :len(classes)]
         elif len(classes) > 1:  # no label head of its own: a linear probe on the run's training examples
@@ -1254,43 +1136,16 @@ def figure(path, width, height, **grid):
 def draw_compare(path, out):
     """Every seed a point, every arm a column, means with their 95% intervals."""
     with figure(path, 1.5 + 1.3 * len(out["arms"]), 4.2) as (_, ax):
-        for i, (arm, e) in enumerate(out["arms"].items()):
+        for i, e in enumerate(out["arms"].values()):
             places = i + np.linspace(-0.12, 0.12, out["seeds"])
             ax.plot(places, e["scores"], "o", ms=4, alpha=0.6, color=f"C{i}")
             ax.errorbar(i + 0.27, e["mean"], e["half"] or 0, fmt="s", ms=5, capsize=4, color="black")
-        ax.set_xticks(range(len(out["arms"])), out["arms"])
         if out["chance"]:
             ax.axhline(out["chance"], ls=":", color="grey", lw=1)
-        sign = "minus " if MEASURES[out["measure"]] < 0 else ""
-        ax.set_ylabel(f"{sign}{out['split']} {out['measure']}")
+        ax.set_xticks(range(len(out["arms"])), out["arms"])
+        ax.set_ylabel(f"{'minus ' if out['measure'] == 'loss' else ''}{out['split']} {out['measure']}")
         title = f"{short_source(out['target'])}, {out['examples']} examples\nwith {show_auxiliaries(out)}"
         ax.set_title(title, fontsize=9)
-
-
-def draw_confusion(path, truth, guess, classes):
-    counts = torch.zeros(len(classes), len(classes))
-    counts.index_put_((truth, guess), torch.ones(len(truth)), accumulate=True)
-    with figure(path, 6, 5.2) as (fig, ax):
-        shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
-        image = ax.imshow(shares.numpy(), cmap="Blues", vmin=0)
-        if len(classes) <= 30:
-            ax.set_xticks(range(len(classes)), classes, rotation=90)
-            ax.set_yticks(range(len(classes)), classes)
-        ax.set(xlabel="predicted by the linear probe", ylabel="true class")
-        fig.colorbar(image, label="share of the true class")
-
-
-def draw_pca(path, features, truth, classes):
-    centred = features - features.mean(0)
-    _, size, axes = torch.linalg.svd(centred, full_matrices=False)
-    flat, share = (centred[:3000] @ axes[:2].T).numpy(), (size.square() / size.square().sum())[:2].tolist()
-    few, truth = len(classes) <= 10, truth[:3000].numpy()
-    with figure(path, 6, 5.2) as (_, ax):
-        shown = ax.scatter(*flat.T, c=truth, s=6, cmap="tab10" if few else "hsv")
-        if few:
-            ax.legend(shown.legend_elements(num=None)[0], [classes[c] for c in np.unique(truth)], fontsize=7)
-        ax.set(xlabel=f"first principal component ({share[0]:.0%} of the variance)",
-               ylabel=f"second ({share[1]:.0%})")
 
 
 def draw_side_by_side(path, found):
@@ -1312,10 +1167,12 @@ def draw_side_by_side(path, found):
 
 def draw_predictions(path, found, rows=4, columns=6):
     """A sheet of held-out items, drawn by lot: each run has a tick, or a cross and what it says instead."""
-    meta, held = found[0].run.target.meta, found[0].run.held
+    first = found[0].run
+    meta, held, items = first.target.meta, first.held, (first.target.folder, first.split)
+    found = [one for one in found if (one.run.target.folder, one.run.split) == items]
     classes, labels, words = meta["classes"], held["labels"], class_words(meta["classes"])
+    short = [textwrap.fill(" ".join(own) or name, 24) for own, name in zip(words, classes)]
     chosen = np.random.default_rng(0).permutation(len(labels))[:rows * columns]
-    short = lambda number: textwrap.fill(" ".join(words[number]) or classes[number], 24)
     height = rows * (1.35 + 0.32 * len(found))
     with figure(path, 1.9 * columns, height, nrows=rows, ncols=columns) as (_, axes):
         for ax, i in zip(axes.flat, chosen):
@@ -1324,11 +1181,11 @@ def draw_predictions(path, found, rows=4, columns=6):
                 ax.imshow(unpatchify(tokens, meta["patch"])[0].squeeze(), cmap="gray", vmin=0, vmax=255)
             else:
                 ax.imshow(tokens[0].reshape(-1, meta["mels"]).T, origin="lower", aspect="auto")
-            ax.set_title(short(labels[i]), fontsize=7)
+            ax.set_title(short[labels[i]], fontsize=7)
             ax.set(xticks=[], yticks=[])
             for line, one in enumerate(found):
                 right = one.answers[i] == labels[i]
-                said = f"✓ {one.run.name}" if right else f"✗ {one.run.name}: {short(one.answers[i])}"
+                said = f"✓ {one.run.name}" if right else f"✗ {one.run.name}: {short[one.answers[i]]}"
                 ax.text(0.5, -0.06 - 0.27 * line, textwrap.fill(said, 32), transform=ax.transAxes, fontsize=6,
                         ha="center", va="top", color="#1a6e2e" if right else "#a02020",
                         weight="normal" if right else "bold")
@@ -1356,30 +1213,29 @@ def draw_curves(path, found):
 
 def draw_sharing(path, reports):
     """Left: how gradients of slots agree, hollow before and full after training; right: the label head."""
-    bars = [(run_, f"{pair}\nblock {block + 1}", ends) for run_, report in enumerate(reports)
-            for pair, pull in report["gradients"].items()
-            for block, ends in enumerate(zip(pull["fresh"], pull["best"]))]
-    names = list(dict.fromkeys(name for _, name, _ in bars))
-    how = [(mark, f"C{i}") for i, mark in enumerate("os^Dv*")]  # not by colour alone
+    bars = [{f"{pair}\nblock {block + 1}": ends for pair, pull in report["gradients"].items()
+             for block, ends in enumerate(zip(pull["fresh"], pull["best"]))} for report in reports]
+    names = list(dict.fromkeys(name for own in bars for name in own))
     wide, groups = max(2, len(names)), ("first", "last", "neither")
     with figure(path, 6.5 + 0.9 * wide, 3.6, ncols=2, width_ratios=[wide, 4]) as (_, (left, right)):
-        for i, name, ends in bars:
-            (mark, color), x = how[i % 6], names.index(name) + 0.6 * ((i + 1) / (len(reports) + 1) - 0.5)
-            left.plot([x, x], ends, mark + "-", color=color, lw=1)
-            left.plot(x, ends[0], mark, color=color, mfc="white")
-        for (mark, color), report in zip(itertools.cycle(how), reports):
-            if head := report["head"]:
-                heights = [math.nan if head[key] is None else head[key] for key in groups]
+        for i, (report, own) in enumerate(zip(reports, bars)):
+            mark, color = "os^Dv*"[i % 6], f"C{i % 6}"  # not by colour alone
+            for name, ends in own.items():
+                x = names.index(name) + 0.6 * ((i + 1) / (len(reports) + 1) - 0.5)
+                left.plot([x, x], ends, mark + "-", color=color, lw=1)
+                left.plot(x, ends[0], mark, color=color, mfc="white")
+            if report["head"]:
+                heights = np.array([report["head"][key] for key in groups], float)  # None becomes nan
                 right.plot(heights, mark, color=color, label=report["name"])
                 right.legend(fontsize=7)
         left.set_xticks(range(len(names)), names, fontsize=7)
         left.set(ylabel="cosine of gradients", xlim=(-0.5, wide - 0.5), ylim=(-1.05, 1.05))
         left.set_title("hollow: fresh weights, full: best", fontsize=9)
-        right.set_xticks(range(3), [HEAD_ROWS[key] for key in groups], fontsize=8)
+        right.set_xticks(range(3), ("same first word", "same last word", "neither"), fontsize=8)
         right.set(xlabel="two classes, by their names", xlim=(-0.5, 2.5),
                   ylabel="mean cosine of label head rows")
-        left.axhline(0, ls=":", color="grey", lw=1)
-        right.axhline(0, ls=":", color="grey", lw=1)
+        for ax in (left, right):
+            ax.axhline(0, ls=":", color="grey", lw=1)
 
 
 def draw_theory(path, out):
@@ -1414,7 +1270,7 @@ def draw_exchange(path, cells, means, fit, x_key, y_key):
         ax.set(xscale="log", xlabel=x_key, ylabel=y_key, xlim=(n_x.min() / 1.3, n_x.max() * 1.3),
                ylim=(-0.06 * n_y.max(), 1.06 * n_y.max()))
         ax.set_title("curves of equal score of the fit; measured means as numbers", fontsize=9)
-        ax.set_xticks(sorted(set(n_x)), [f"{n:,.0f}" for n in sorted(set(n_x))])
+        ax.set_xticks(np.unique(n_x), [f"{n:,.0f}" for n in np.unique(n_x)])
         ax.minorticks_off()
 
 

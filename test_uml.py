@@ -899,8 +899,6 @@ def test_measures_know_their_answers():
     assert B.mutual_knn(a, turned, 5) == 1 and B.mutual_knn(a, noise, 5) < 0.4
     assert (B.unit_agreement(a, 2 * a + 1) > 0.999).all() and B.unit_agreement(a, noise).abs().mean() < 0.3
     assert B.permutation_p(B.cka, a, turned)[1] < 0.01 and B.permutation_p(B.cka, a, noise)[1] > 0.05
-    assert B.class_spread(split, labels) > 20 * B.class_spread(noise, labels)
-    assert B.knn_accuracy(split, labels, split, labels) > 0.9
     assert B.few_shot(split, labels, split, labels, shots=(4,))[4][0] == 1
     x, truth = torch.tensor([[-1.0], [1.0], [3.0], [-3.0]]), torch.tensor([0, 1, 1, 0])
     margin = B.margins(x, truth, torch.tensor([[0.0], [2.0]]), torch.zeros(2))
@@ -1014,8 +1012,8 @@ def test_probe_reads_runs_side_by_side(pair, monkeypatch, capsys):
     assert set(uml["gradients"]) == {"image-image", "text-text", "image-text"} and not alone["gradients"]
     assert [len(uml["gradients"]["image-text"][state]) for state in ("fresh", "best")] == [2, 2]
     assert uml["head"]["first"] is not None and alone["head"]
-    figures = {"confusion.png", "pca.png", "side_by_side.png", "predictions.png", "curves.png", "sharing.png"}
-    assert figures <= set(os.listdir(pair.uml)) and os.path.exists(f"{pair.alone}/pca.png")
+    figures = {"side_by_side.png", "predictions.png", "curves.png", "sharing.png"}
+    assert figures <= set(os.listdir(pair.uml))
     assert all(np.std(Image.open(f"{pair.uml}/{name}").convert("L")) > 5 for name in figures)  # not blank
 
 def test_embed_takes_files_of_any_mode_and_sees_what_the_run_saw(data, pair, tmp_path):

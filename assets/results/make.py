@@ -28,8 +28,10 @@ from probe import figure, short_source, show_auxiliaries
 PAGES = ("README.md", os.path.join("assets", "results", "README.md"))
 
 
-def row_of(cells):
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+def table_of(columns, rows):
+    """Markdown lines. In what follows rows is {name: (title, result)}."""
+    first, *others = ["| " + " | ".join(map(str, cells)) + " |" for cells in (columns, *rows)]
+    return [first, "|---" * len(columns) + "|", *others]
 
 
 def result_of(name):
@@ -40,14 +42,13 @@ def result_of(name):
 
 
 def percent(entry):
-    """'71.2 ± 1.3' of a mean and its half width."""
-    half = "" if entry.get("half") is None else f" ± {100 * entry['half']:.1f}"
+    """'71.2 ± 1.3' of a mean, '**+5.6** ± 1.0 (2e-06)' of a difference, '-' of nothing."""
+    if not entry:
+        return "-"
+    half = "" if entry["half"] is None else f" ± {100 * entry['half']:.1f}"
+    if "p" in entry:
+        return f"**{100 * entry['mean']:+.1f}**{half} ({entry['p']:.1g})"
     return f"{100 * entry['mean']:.1f}{half}"
-
-
-def difference(d):
-    half = "" if d["half"] is None else f" ± {100 * d['half']:.1f}"
-    return f"**{100 * d['mean']:+.1f}**{half} ({d['p']:.1g})"
 
 
 def convnet_of(name):
@@ -57,53 +58,40 @@ def convnet_of(name):
 
 
 def results_table(rows):
-    """rows: {name: (title, result)} -> markdown lines."""
-    columns = ("target", "beside it", "alone", "ConvNet", "control", "uml", "uml - alone (p)",
-               "uml - control (p)", "seeds")
-    lines = [row_of(columns), "|---" * len(columns) + "|"]
+    lines = []
     for name, (title, r) in rows.items():
-        arms = r["arms"]
-        shown = [percent(arms[arm]) if arm in arms else "-" for arm in ("alone", "control", "uml")]
-        above = difference(arms["control"]["uml_minus"]) if "control" in arms else "-"
-        shown.insert(1, convnet_of(name))
-        gain = difference(arms["uml"]["minus_alone"])
-        lines.append(row_of([title, show_auxiliaries(r), *shown, gain, above, r["seeds"]]))
-    return lines
+        alone, control, uml = (r["arms"].get(arm, {}) for arm in ("alone", "control", "uml"))
+        shown = percent(alone), convnet_of(name), percent(control), percent(uml)
+        above = percent(uml["minus_alone"]), percent(control.get("uml_minus"))
+        lines.append([title, show_auxiliaries(r), *shown, *above, r["seeds"]])
+    return table_of(["target", "beside it", "alone", "ConvNet", "control", "uml", "uml - alone (p)",
+                     "uml - control (p)", "seeds"], lines)
 
 
 def commands_of(rows):
-    lines = ["", "<details><summary>commands and hardware</summary>", ""]
-    lines += [f"- {title}: `{r['command']}` ({r['hardware']})" for title, r in rows.values()]
-    return lines + ["", "</details>"]
+    lines = [f"- {title}: `{r['command']}` ({r['hardware']})" for title, r in rows.values()]
+    return ["", "<details><summary>commands and hardware</summary>", "", *lines, "", "</details>"]
 
 
 def arms_table(rows):
-    lines = [row_of(["", "arm", "accuracy", "uml minus it (p)", "GFLOP", "setting"]), "|---" * 6 + "|"]
+    lines = []
     for title, r in rows.values():
         for arm, entry in r["arms"].items():
+            minus = r["arms"]["uml"]["minus_alone"] if arm == "alone" else entry.get("uml_minus")
             setting = ", ".join(f"{key}={value}" for key, value in entry["settings"][0].items())
-            minus = "-"
-            if arm == "alone":
-                minus = difference(r["arms"]["uml"]["minus_alone"])
-            elif "uml_minus" in entry:
-                minus = difference(entry["uml_minus"])
-            lines.append(row_of([title, arm, percent(entry), minus, f"{entry['gflops']:,.0f}", setting]))
-    return lines
+            lines.append([title, arm, percent(entry), percent(minus), f"{entry['gflops']:,.0f}", setting])
+    return table_of(["", "arm", "accuracy", "uml minus it (p)", "GFLOP", "setting"], lines)
 
 
 def unseen_table(rows):
-    keys = dict(unseen_among_unseen="unseen among themselves", unseen_accuracy="unseen among all",
-                unseen_with_offset="unseen with the offset", seen_with_offset="seen with the offset",
-                harmonic_mean="harmonic mean")
-    lines = [row_of(["", "arm", "seen among all", *keys.values()]), "|---" * (3 + len(keys)) + "|"]
+    keys = dict(mean="seen among all", unseen_among_unseen="unseen among themselves",
+                unseen_accuracy="unseen among all", unseen_with_offset="unseen with the offset",
+                seen_with_offset="seen with the offset", harmonic_mean="harmonic mean")
+    lines = []
     for title, r in rows.values():
-        for arm in ("alone", "control", "uml"):
-            if arm not in r["arms"]:
-                continue
-            entry = r["arms"][arm]
-            shown = [f"{100 * np.mean(entry[key]):.1f}" for key in keys]
-            lines.append(row_of([title, arm, f"{100 * entry['mean']:.1f}", *shown]))
-    return lines
+        for arm in [arm for arm in ("alone", "control", "uml") if arm in r["arms"]]:
+            lines.append([title, arm, *(f"{100 * np.mean(r['arms'][arm][key]):.1f}" for key in keys)])
+    return table_of(["", "arm", *keys.values()], lines)
 
 
 def per_class(r):
@@ -115,10 +103,9 @@ def worth(results):
     """One sentence: how many examples a class alone needs for what uml has, along the line through alone's
     means (logarithmic in examples). UserError where alone's line does not rise."""
     shots = np.log([per_class(r) for r in results])
-    alone = np.array([r["arms"]["alone"]["mean"] for r in results])
+    alone = [r["arms"]["alone"]["mean"] for r in results]
     if not (np.diff(alone) > 0).all():
-        raise UserError(f"alone's accuracies {alone.round(3).tolist()} do not rise: nothing can "
-                        "be read off their line")
+        raise UserError(f"alone's accuracies {alone} do not rise: nothing can be read off their line")
 
     def needed(accuracy):
         if accuracy < alone[0]:
@@ -135,9 +122,9 @@ def draw_curve(path, results):
     """Accuracy against labelled examples a class, a line an arm: what unpaired data saves is the distance."""
     with figure(path, 6, 3.8) as (_, ax):
         for arm, style in (("alone", "C0-"), ("uml", "C1--"), ("control", "C2:")):
-            points = [(per_class(r), r["arms"][arm]) for r in results if arm in r["arms"]]
-            shots, means, halves = zip(*((s, e["mean"], e["half"] or 0) for s, e in points))
-            ax.errorbar(shots, means, halves, fmt=style, marker="o", ms=4, capsize=3, label=arm)
+            points = [(per_class(r), r["arms"][arm]["mean"], r["arms"][arm]["half"] or 0)
+                      for r in results if arm in r["arms"]]
+            ax.errorbar(*zip(*points), fmt=style, marker="o", ms=4, capsize=3, label=arm)
         ax.axhline(results[0]["chance"], ls=":", color="grey", lw=1)
         ax.set(xscale="log", xlabel="labelled examples a class", ylabel="test accuracy", ylim=(0, None))
         ax.set_title(f"{short_source(results[0]['target'])} with {show_auxiliaries(results[0])}", fontsize=9)
@@ -159,22 +146,21 @@ def draw_letters(path):
         above.set_title("pictures: scans of typefaces, each with a label", fontsize=10)
         below.set_title("text: what the Unicode database says of letters, each with a label", fontsize=10)
         for i, document in enumerate(texts["items"][told]):
-            shown, row, column = textwrap.shorten(document, 62, placeholder=" ..."), i // 2, i % 2
-            below.text(0.02 + 0.5 * column, 0.92 - 0.17 * row, shown, fontsize=8, family="monospace",
-                       va="top")
-        for ax in (above, below):
-            ax.axis("off")
+            shown, x, y = textwrap.shorten(document, 62, placeholder=" ..."), i % 2, i // 2
+            below.text(0.02 + 0.5 * x, 0.92 - 0.17 * y, shown, fontsize=8, family="monospace", va="top")
+        above.axis("off")
+        below.axis("off")
 
 
 def holm(tabled):
     """One sentence: the rows whose uml - alone, or its negative, stays below 0.05 after the correction."""
-    ordered, kept = sorted(tabled, key=lambda row: row[1]["arms"]["uml"]["minus_alone"]["p"]), []
-    for i, (title, r) in enumerate(ordered):
-        d = r["arms"]["uml"]["minus_alone"]
-        if d["p"] > 0.05 / (len(ordered) - i):
+    found = [(title, r["arms"]["uml"]["minus_alone"]) for title, r in tabled]
+    kept = []
+    for i, (title, d) in enumerate(sorted(found, key=lambda row: row[1]["p"])):
+        if d["p"] > 0.05 / (len(found) - i):
             break
         kept.append(title + (" (harm)" if d["mean"] < 0 else ""))
-    return (f"The p of these {len(ordered)} rows are not corrected for their number. After Holm's correction "
+    return (f"The p of these {len(found)} rows are not corrected for their number. After Holm's correction "
             f"these differences to alone stay below 0.05: {'; '.join(kept)}.")
 
 
@@ -198,8 +184,8 @@ def rewrite(page, check):
             lines = make(rows) + (commands_of(rows) if kind == "results" and "results" in page else [])
         return "\n".join([match[1], *lines, match[3]])
 
-    kinds = "results|arms|unseen|curve|holm"
-    return re.sub(rf"(<!-- ((?:{kinds})\b.*?) -->)\n.*?(<!-- /\w+ -->)", block, read_text(page), flags=re.S)
+    blocks = r"(<!-- ((?:results|arms|unseen|curve|holm)\b.*?) -->)\n.*?(<!-- /\w+ -->)"
+    return re.sub(blocks, block, read_text(page), flags=re.S)
 
 
 def main():
@@ -209,11 +195,11 @@ def main():
     for page in PAGES:
         path = os.path.join(ROOT, page)
         text = rewrite(path, check)
-        if check and text != read_text(path):
-            raise UserError(f"{page} is not what the JSON files say: python assets/results/make.py")
         if not check:
             write_file(path, text.encode())
             print(f"rewrote the numbers of {page}")
+        elif text != read_text(path):
+            raise UserError(f"{page} is not what the JSON files say: python assets/results/make.py")
 
 
 if __name__ == "__main__":
