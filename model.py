@@ -27,6 +27,9 @@ OBJECTIVES = ("next", "reconstruct", "label")
 # the conv stem: a picture's patches, or a recording's log-mel frames -> one vector
 
 
+FLOOR = 2.3  # in standard deviations of a mel, about 40 dB
+
+
 class ConvStem(nn.Module):
     """A small ConvNet whose last positions are joined into ONE vector: to the trunk a picture is like a word.
 
@@ -69,6 +72,8 @@ class ConvStem(nn.Module):
             picture = picture.reshape(B, -1, grid * p, grid * p)  # (B, c, S, S)
         else:
             picture = tokens.reshape(B, 1, -1, self.mels)  # (B, 1, frames, mels)
+            # what lies FLOOR below the loudest is silence, like padding: hiss is not what is said
+            picture = picture.maximum(picture.amax((2, 3), keepdim=True) - FLOOR)
         # every picture at the same brightness and contrast: ink and paper are not what a letter is; every mel
         # of a recording at the same mean: what voice and microphone add all along is not what is said
         mean = picture.mean((1, 2, 3) if self.patch else 2, keepdim=True)

@@ -467,8 +467,8 @@ def class_files(path):
     if parts:
         known = [classes.get(part, set()) for part in {*parts, "train", "test"}]
         if odd := set.union(*known) - set.intersection(*known):
-            raise UserError(f"{path} must have both train/ and test/, with the same classes, or neither: they "
-                            f"differ in {', '.join(sorted(odd)[:5])}")
+            raise UserError(f"{path} must have both train/ and test/, with the same classes, or neither: "
+                            f"they differ in {', '.join(sorted(odd)[:5])}")
     return found
 
 

@@ -714,7 +714,7 @@ def slots_agreement(run_):
 
 
 def flat(report, label=""):
-    """A nested report as {label: value}: {"layers": [{"knn": 0.7}]} -> {"layers 0 knn": 0.7}."""
+    """A nested report as {label: value}: {"layers": [{"linear": 0.7}]} -> {"layers 0 linear": 0.7}."""
     if not isinstance(report, (dict, list, tuple)):
         return {label: report}
     names = dict(margin=("10%", "median", "90%"), few_shot=("mean", "std")).get(label.split(" ")[0])

@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+from model import FLOOR
 from prepare import exit_on_user_error, load_split, unpatchify, write_json
 from train import KEYS, learning_rate, make_optimizer, open_slots, read_run_config, resolve, train_batch
 
@@ -41,14 +42,14 @@ def convnet(norm, stride, classes, planes, channels=(16, 32, 64)):
 def planes_of(slot, tokens):
     """Pictures (B, c, S, S), or log-mels (B, 1, frames, mels)."""
     mean, std = (torch.tensor(slot.meta[key]) for key in ("mean", "std"))  # one a colour, or one a mel
-    if "mels" in slot.meta:
-        mean, std = mean[:1], std[:1]
     repeat = tokens.shape[2] // len(mean)
     tokens = (tokens.float() - mean.repeat(repeat)) / std.repeat(repeat)
     if "patch" in slot.meta:
         return unpatchify(tokens, slot.meta["patch"]).permute(0, 3, 1, 2)
     planes = tokens.reshape(len(tokens), 1, -1, slot.meta["mels"])
-    return planes - planes.mean(2, keepdim=True)  # every mel at the same mean, as in the stem
+    # silence below 40 dB, and every mel at the same mean, as in the stem
+    planes = planes.maximum(planes.amax((2, 3), keepdim=True) - FLOOR)
+    return planes - planes.mean(2, keepdim=True)
 
 
 @torch.no_grad()

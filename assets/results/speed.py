@@ -5,9 +5,9 @@
 
 A step is forward, backward, clipping and AdamW on the same batch: next-token regression on 64 tokens of 16
 numbers, batch 64, 4 layers, 4 heads, fp32. Absolute times drift on a shared machine; ratios of neighbouring
-steps do not. The others are written here as their authors build them: GPT-2's block as nanoGPT has it (GELU, no
-dropout, no biases), and PyTorch's own encoder layer, which the method's release uses, as wide as ours and at
-its default of 2,048.
+steps do not. The others are written here as their authors build them: GPT-2's block as nanoGPT has it (GELU,
+no dropout, no biases), and PyTorch's own encoder layer, which the method's release uses, as wide as ours and
+at its default of 2,048.
 """
 import json
 import math
