@@ -308,9 +308,10 @@ def short_source(source):
 def show_compare(out):
     """Print the comparison as a table, an arm a line, and the verdict."""
     chance = f", chance {out['chance']:.4f}" if out["chance"] else ""
+    speakers = f" on {out['folds']} speakers" if out["folds"] != out["seeds"] else ""
     print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary "
-          f"{show_auxiliaries(out)}; {out['seeds']} seeds, {out['folds']} test sets, {out['measure']} on the "
-          f"{out['split']} split{chance}")
+          f"{show_auxiliaries(out)}; {out['seeds']} seeds{speakers}, {out['measure']} on the {out['split']} "
+          f"split{chance}")
     print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}"
           f"{'GFLOP':>9}{'s':>7}  setting")
     half = lambda e: "?" if e["half"] is None else f"{e['half']:.4f}"
