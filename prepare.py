@@ -911,10 +911,10 @@ def write_splits(cfg, folder, source, split, say):
         for part in PARTS:
             rows, files = np.flatnonzero(split == part), {}
             class_counts = np.zeros(len(source["classes"]), np.int64)
-            for arrays in encoded_chunks(cfg, source, rows, bpe, bar):
+            for arrays in encoded_chunks(cfg, source, rows, bpe, info, bar):
                 cut += arrays.pop("cut", 0)
-                if part == "train" and bpe is None:
-                    sums = sums + token_sums(info, arrays["tokens"], arrays.get("lengths"))
+                chunk_sums = arrays.pop("sums", 0)
+                sums = sums + chunk_sums if part == "train" else sums
                 if "labels" in arrays:
                     class_counts += np.bincount(arrays["labels"], minlength=len(class_counts))
                 info["arrays"] = {name: dict(dtype=array.dtype.name, shape=list(array.shape[1:]))
@@ -941,13 +941,13 @@ def write_splits(cfg, folder, source, split, say):
     return info
 
 
-def encoded_chunks(cfg, source, rows, bpe, bar):
+def encoded_chunks(cfg, source, rows, bpe, info, bar):
     """encode_chunk() of rows, CHUNK at a time, in their order; threads work no more than a few ahead."""
     workers, running = cfg["workers"] or os.cpu_count(), []
     pool = concurrent.futures.ThreadPoolExecutor(workers)  # what takes time in items leaves Python's lock
     try:
         for start in range(0, len(rows), CHUNK):
-            running.append(pool.submit(encode_chunk, cfg, source, rows[start:start + CHUNK], bpe))
+            running.append(pool.submit(encode_chunk, cfg, source, rows[start:start + CHUNK], bpe, info))
             ahead = workers + 2 if start + CHUNK < len(rows) else 0
             while len(running) > ahead:
                 count, arrays = running.pop(0).result()  # raises what is wrong with the first bad item
@@ -958,7 +958,7 @@ def encoded_chunks(cfg, source, rows, bpe, bar):
         pool.shutdown(cancel_futures=True)  # a bad item or Ctrl-C waits only for the chunks at work
 
 
-def encode_chunk(cfg, source, rows, bpe):
+def encode_chunk(cfg, source, rows, bpe, info):
     """Make and encode the items of rows -> (how many these are, their arrays {name: (k, ...)})."""
     made = [(row, item) for row, item in zip(rows, source["items"][rows]) if item is not None]
     if not made:  # all were skipped
@@ -968,6 +968,8 @@ def encode_chunk(cfg, source, rows, bpe):
     of_item = np.array(kept)[arrays.pop("item", slice(None))]  # a text may have become several rows
     if source["labels"] is not None:
         arrays["labels"] = source["labels"][of_item].astype(np.int32)
+    if bpe is None:  # here, in a thread: for large pictures this takes as long as reading them
+        arrays["sums"] = token_sums(info, arrays["tokens"], arrays.get("lengths"))
     return len(rows), arrays
 
 
@@ -979,8 +981,10 @@ def token_sums(info, tokens, lengths):
     period = info.get("mels", tokens.shape[-1] // info.get("patch", 1)**2)
     if lengths is not None:
         tokens = tokens[np.arange(tokens.shape[1]) < lengths[:, None]]
-    flat = tokens.reshape(-1, period).astype(np.float64)
-    return np.stack([np.full(period, len(flat)), flat.sum(0), (flat * flat).sum(0)])
+    flat = tokens.reshape(-1, tokens.shape[-1])  # never as a whole in float64: that is eight times as much
+    squares = np.einsum("nd,nd->d", flat, flat, dtype=np.float64)
+    sums = [np.full(len(squares), len(flat)), flat.sum(0, dtype=np.float64), squares]
+    return np.reshape(sums, (3, -1, period)).sum(1)
 
 
 def append(folder, part, arrays, files, shard_bytes):
