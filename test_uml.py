@@ -267,7 +267,7 @@ def test_threads_stay_close_to_what_is_written_and_the_first_bad_item_counts(mon
     def read():
         source = dict(encode="features", items=P.Items(200, make), labels=None)
         bar = SimpleNamespace(update=quiet)
-        chunks = P.encoded_chunks(dict(workers=3), source, np.arange(200), None, bar)
+        chunks = P.encoded_chunks(dict(workers=3), source, np.arange(200), None, dict(), bar)
         for written, _ in enumerate(chunks, 1):
             time.sleep(0.1 if written == 1 else 0)  # time enough to run ahead, for threads that do
             assert len(made) <= 4 * (written + 3 + 2)
