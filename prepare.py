@@ -913,8 +913,9 @@ def write_splits(cfg, folder, source, split, say):
             class_counts = np.zeros(len(source["classes"]), np.int64)
             for arrays in encoded_chunks(cfg, source, rows, bpe, info, bar):
                 cut += arrays.pop("cut", 0)
-                chunk_sums = arrays.pop("sums", 0)
-                sums = sums + chunk_sums if part == "train" else sums
+                of_chunk = arrays.pop("sums", 0)
+                if part == "train":  # the others must not tell the model anything
+                    sums = sums + of_chunk
                 if "labels" in arrays:
                     class_counts += np.bincount(arrays["labels"], minlength=len(class_counts))
                 info["arrays"] = {name: dict(dtype=array.dtype.name, shape=list(array.shape[1:]))
