@@ -21,11 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-OBJECTIVES = ("next", "reconstruct", "label")
-
 # ------------------------------------------------------------------------------------------------------------
 # the conv stem: a picture's patches, or a recording's log-mel frames -> one vector
-
 
 FLOOR = 2.3  # in standard deviations of a mel, about 40 dB
 
@@ -178,8 +175,8 @@ class UML(nn.Module):
     def add_slot(self, name, slot, width):
         """Embed, head, positions and buffers of one slot."""
         loss, objectives = f"{name}_loss='{slot['loss']}'", slot["loss"].split("+")
-        if unknown := set(objectives) - set(OBJECTIVES):
-            raise ValueError(f"{loss}: '{unknown.pop()}' is none of {', '.join(OBJECTIVES)}")
+        if unknown := set(objectives) - {"next", "reconstruct", "label"}:
+            raise ValueError(f"{loss}: '{unknown.pop()}' is none of next, reconstruct, label")
         if "next" in objectives and slot["length"] < 2:
             raise ValueError(f"{loss}: 'next' needs more than one token a sequence")
         conv = slot.get("embed") == "conv"

@@ -1098,11 +1098,11 @@ def test_exchange_runs_a_grid(data, tmp_path, monkeypatch):
     assert {"exchange.json", "exchange.png"} <= set(os.listdir(tmp_path / "o"))
 
 @cases("module, keys", [(P, P.PREPARE_KEYS), (T, T.KEYS), (B, B.COMPARE_KEYS)])
-def test_help_lists_the_keys(module, keys, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [module.__file__, "--help"])
-    module.main()
-    said = capsys.readouterr().out
-    assert all(f"  {key} = " in said for key in keys) and "Sections" in said
+def test_help_lists_the_keys_and_waits_for_torch_only_in_probe(module, keys):
+    command = [sys.executable, "-X", "importtime", module.__file__, "--help"]  # importtime writes to stderr
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert all(f"  {key} = " in done.stdout for key in keys) and "Sections" in done.stdout
+    assert ("torch" in done.stderr) == (module is B)
 
 # -- README -------------------------------------------------------------------------------------------------
 def test_the_readmes_commands_name_files_keys_and_sources_that_exist():

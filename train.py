@@ -34,13 +34,7 @@ if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
     libc.mallopt(-3, 1 << 30) and libc.mallopt(-1, -1)  # M_MMAP_THRESHOLD, and M_TRIM_THRESHOLD off
 
 import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from model import OBJECTIVES, UML, linear_probe
 from prepare import (LOG_MEL_RANGE, MODALITIES, PREPARE_KEYS, SLOT_NAME, UserError, above, active_slots,
                      at_least, below, exit_on_user_error, load_split, locked, modality_of,
                      one_of, patchify, peak_memory, plain_name, prepare, print_help, read_config, read_json,
@@ -51,8 +45,8 @@ CHECKPOINT_FORMAT = 4  # raise it when what a checkpoint holds, or what its weig
 # ------------------------------------------------------------------------------------------------------------
 # config: these keys and prepare.py's make a run; sample_configs/*.py set some, --key=value overrides any
 
-objectives = (f"one or more of {', '.join(OBJECTIVES)}, joined by '+'",
-              lambda value: set(value.split("+")) <= set(OBJECTIVES))
+objectives = ("one or more of next, reconstruct, label, joined by '+'",
+              lambda value: set(value.split("+")) <= {"next", "reconstruct", "label"})
 SLOT_KEYS = {f"{slot}_{end}": key for slot, (loss, _) in MODALITIES.items() for end, key in dict(
     loss=(loss, f"objectives of the {slot} slot", objectives),
     weight=(1.0, f"factor on the {slot} loss", above(0)),
@@ -109,6 +103,18 @@ KEYS = dict(
 FREE_KEYS = {"out_dir", "resume", "stop_after", "benchmark", "log_interval", "raw_dir", "data_dir", "verify",
              "workers"}
 FREE_ON_RESUME = FREE_KEYS | {"eval_interval", "device", "steps", "threads"}
+
+if __name__ == "__main__" and ("--help" in sys.argv or "-h" in sys.argv or len(sys.argv) == 1):
+    exit_on_user_error(lambda: print_help(__doc__, KEYS))
+    sys.exit()  # before torch is loaded, which takes more than a second
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import UML, linear_probe
 
 
 def read_run_config(argv, keys=KEYS):
@@ -1005,8 +1011,6 @@ def benchmark(cfg, say=tell, repeats=20):
 
 
 def main():
-    if "--help" in sys.argv or "-h" in sys.argv or len(sys.argv) == 1:
-        return print_help(__doc__, KEYS)
     cfg = read_run_config(sys.argv[1:])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun says so; gloo on CPU, NCCL on GPU
         dist.init_process_group(timeout=datetime.timedelta(days=1))  # process 0 may prepare for hours
