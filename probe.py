@@ -889,7 +889,8 @@ LEARNED = {
     "alone": dict(n_x=10000, n_y=0), "longer": dict(n_x=5000, n_y=0, steps=8000),
     "uml": dict(n_x=5000, n_y=5000), "control": dict(n_x=5000, n_y=5000, shuffle=True),
     "uml 1:9": dict(n_x=1000, n_y=9000), "control 1:9": dict(n_x=1000, n_y=9000, shuffle=True),
-    "alone linear": dict(n_x=10000, n_y=0, relu=False), "uml linear": dict(n_x=5000, n_y=5000, relu=False)}
+    "alone linear": dict(n_x=10000, n_y=0, relu=False), "uml linear": dict(n_x=5000, n_y=5000, relu=False),
+    "control linear": dict(n_x=5000, n_y=5000, shuffle=True, relu=False)}
 
 
 def learned_world(n_x, n_y, seed, steps=4000, shuffle=False, relu=True):
@@ -1025,9 +1026,12 @@ def exchange(argv):
     fit, at = fit_exchange(n_x, n_y, scores.mean(1)), float(np.median(n_y[n_y > 0]))
     rate = fit["rho"] * fit["gamma"] * at ** (fit["gamma"] - 1)  # of one more y, at this many of them
     words = mean_words(cfg, y_key.removesuffix("_examples"))
-    out.update(fit=fit, at=at, rate=rate, words_per_item=words)
+    explained = 1 - fit["residual"] ** 2 / scores.mean(1).var()
+    out.update(fit=fit, at=at, rate=rate, words_per_item=words, explained=explained)
     print(f"score = {fit['b0']:.3f} + {fit['b1']:.3f} log({x_key} + {fit['rho']:.3g} {y_key}^{fit['gamma']})"
-          f", residual {fit['residual']:.4f}")
+          f", residual {fit['residual']:.4f}, {explained:.0%} of the variance explained")
+    if explained < 0.9:
+        print("warning: the grid does not follow this law, so the rate below means little")
     print(f"at {at:,.0f} {y_key}, one of them is worth {rate:.3g} {x_key}")
     if words and rate:
         print(f"one {cfg['target']} example is worth {words / rate:,.0f} words")
