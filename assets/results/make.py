@@ -63,7 +63,8 @@ def results_table(rows):
         alone, control, uml = (r["arms"].get(arm, {}) for arm in ("alone", "control", "uml"))
         shown = percent(alone), convnet_of(name), percent(control), percent(uml)
         above = percent(uml["minus_alone"]), percent(control.get("uml_minus"))
-        lines.append([title, show_auxiliaries(r), *shown, *above, r["seeds"]])
+        speakers = f" on {r['folds']} speakers" if r.get("folds", r["seeds"]) != r["seeds"] else ""
+        lines.append([title, show_auxiliaries(r), *shown, *above, f"{r['seeds']}{speakers}"])
     return table_of(["target", "beside it", "alone", "ConvNet", "control", "uml", "uml - alone (p)",
                      "uml - control (p)", "seeds"], lines)
 
@@ -78,8 +79,9 @@ def arms_table(rows):
     for title, r in rows.values():
         for arm, entry in r["arms"].items():
             minus = r["arms"]["uml"]["minus_alone"] if arm == "alone" else entry.get("uml_minus")
-            setting = ", ".join(f"{key}={value}" for key, value in entry["settings"][0].items())
-            lines.append([title, arm, percent(entry), percent(minus), f"{entry['gflops']:,.0f}", setting])
+            settings = [", ".join(f"{key}={value}" for key, value in one.items()) for one in entry["settings"]]
+            lines.append([title, arm, percent(entry), percent(minus), f"{entry['gflops']:,.0f}",
+                          " or ".join(dict.fromkeys(settings))])
     return table_of(["", "arm", "accuracy", "uml minus it (p)", "GFLOP", "setting"], lines)
 
 
