@@ -45,8 +45,9 @@ CHECKPOINT_FORMAT = 4  # raise it when what a checkpoint holds, or what its weig
 # ------------------------------------------------------------------------------------------------------------
 # config: these keys and prepare.py's make a run; sample_configs/*.py set some, --key=value overrides any
 
-objectives = ("one or more of next, reconstruct, label, joined by '+'",
-              lambda value: set(value.split("+")) <= {"next", "reconstruct", "label"})
+OBJECTIVES = ("next", "reconstruct", "label")  # as in model.py, which --help does not wait for
+objectives = (f"one or more of {', '.join(OBJECTIVES)}, joined by '+'",
+              lambda value: set(value.split("+")) <= set(OBJECTIVES))
 SLOT_KEYS = {f"{slot}_{end}": key for slot, (loss, _) in MODALITIES.items() for end, key in dict(
     loss=(loss, f"objectives of the {slot} slot", objectives),
     weight=(1.0, f"factor on the {slot} loss", above(0)),

@@ -12,7 +12,8 @@ from sentences about the same `classes`; no sentence belongs to a picture):
     python train.py sample_configs/features.py --image_examples=58
     python train.py sample_configs/features.py --image_examples=58 --text= --out_dir=out/features_alone
 With one labelled emoji of each of 58 classes, EfficientNet-Lite0 and MiniLM features, seeds 0 to 7: test
-accuracy 0.26 +- 0.02, without text 0.23 +- 0.02 (emoji_frozen_1; emoji_frozen_again_1: +1.6, fresh seeds).
+accuracy 0.26 +- 0.02, without text 0.23 +- 0.02 (emoji_frozen_1.json, with its command: 300 steps at a lower
+rate; emoji_frozen_again_1: +1.6, fresh seeds).
 """
 image = "npz:image.npz"
 text = "npz:text.npz"

@@ -22,12 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 from model import ConvStem
 from prepare import PREPARE_KEYS, at_least, exit_on_user_error, patchify, prepare, read_config, write_json
+from probe import quiet
 
 NETS, STEPS, PICTURES, SIZES = ("squeezenet1_1", "shufflenet_v2_x0_5", "resnet18"), 30, 3000, (32, 224)
-
-
-def quiet(line):
-    """What prepare() gets as `say`: it prints nothing."""
 
 
 def time_stem():
@@ -83,8 +80,7 @@ def time_reading(rounds=3):
                     read_with_torchvision(os.path.join(root, "pictures"), size, workers if workers > 1 else 0)
                     middle = time.perf_counter()
                     flags = [f"--image=folder:{root}/pictures", f"--image_size={size}", "--patch_size=8",
-                             f"--data_dir={root}/shards{turn}", f"--workers={workers}"]
-                    flags[-2] += f"_{workers}"
+                             f"--data_dir={root}/shards{turn}_{workers}", f"--workers={workers}"]
                     prepare(read_config(flags, PREPARE_KEYS), "image", quiet)
                     end = time.perf_counter()
                     rates.setdefault(f"ImageFolder, {workers} workers", []).append(PICTURES / (middle - start))
