@@ -1014,12 +1014,17 @@ def benchmark(cfg, say=tell, repeats=20):
 def main():
     cfg = read_run_config(sys.argv[1:])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun says so; gloo on CPU, NCCL on GPU
+        # Before there is a group, or this module's defaults keep hold of it (torch loads it while training):
+        # its threads would outlive destroy_process_group, and now and then abort the process as it ends.
+        import torch.distributed.nn
         dist.init_process_group(timeout=datetime.timedelta(days=1))  # process 0 may prepare for hours
-    result = benchmark(cfg) if cfg["benchmark"] else run(cfg)
+    try:
+        result = benchmark(cfg) if cfg["benchmark"] else run(cfg)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     if result is not None:
         tell(json.dumps(result))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
