@@ -621,14 +621,15 @@ def read_picture(cfg, path, channels=3):
     try:
         with Image.open(path) as picture:
             picture.draft("RGB", (size, size))  # lets the JPEG decoder skip resolution nobody will see
-            picture = ImageOps.exif_transpose(picture)
+            ImageOps.exif_transpose(picture, in_place=True)
             if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit greys: 65535 becomes 255
                 grey = (np.asarray(picture).astype(np.float64) / 257).clip(0, 255)
                 picture = Image.fromarray(grey.astype(np.uint8))
             if "A" in picture.getbands() or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            picture = picture.convert("RGB" if channels == 3 else "L")
+            mode = "RGB" if channels == 3 else "L"
+            picture = picture if picture.mode == mode else picture.convert(mode)  # that would copy it
             picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
             return np.asarray(picture).reshape(size, size, channels)
     except Exception as problem:  # Pillow's decoders raise nearly every kind; all mean the same to the user

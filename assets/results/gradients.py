@@ -1,0 +1,73 @@
+"""Do two modalities pull the trunk the same way, and does it change while it learns? For uml and control.
+
+    python assets/results/gradients.py sample_configs/numbers_audio_text.py --threads=1
+    python assets/results/gradients.py sample_configs/letters_text.py --threads=1 --seed=1
+
+A run stops at some steps of the warm start and of the steps after it, and goes on. At each the cosine of the
+gradients of the target and of each auxiliary is taken on every block of the trunk, as `probe.py` does of a
+finished run, and that of every slot with itself, which noise alone keeps from 1. Into out_dir: gradients.json
+and gradients.png. Validation data are not read for this, test data not at all.
+"""
+import os
+import sys
+
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+import train
+from prepare import exit_on_user_error, tell, write_json
+from probe import figure, slots_agreement
+
+POINTS = 10  # where a run is looked at: the end of the warm start, and so many after it, even in steps
+
+
+def look(cfg):
+    """The gradients of a run that stopped -> slots_agreement(): at its fresh weights and at those it has."""
+    model, checkpoint = train.load_model(os.path.join(cfg["out_dir"], "last.pt"))
+    slots, classes = train.open_slots(checkpoint["config"], say=lambda line: None)
+    run_ = train.SimpleNamespace(cfg=checkpoint["config"], model=model, slots=slots, classes=classes,
+                                 target=slots[cfg["target"]])
+    return slots_agreement(run_)
+
+
+def follow(cfg):
+    """One run, looked at now and then -> ([step, ...], {pair: (steps, blocks)}); step 0: fresh weights."""
+    warm, steps, found = cfg["warm_start_steps"], [0], {}
+    for k in range(POINTS + 1):
+        stop = max(1, warm + cfg["steps"] * k // POINTS)
+        train.run(dict(cfg, stop_after=stop, resume=True), say=lambda line: None)
+        steps.append(stop)
+        for pair, ends in look(cfg).items():
+            found.setdefault(pair, [ends["fresh"]]).append(ends["best"])
+        tell(f"{cfg['out_dir']}, step {stop}: "
+             + ", ".join(f"{pair} {np.mean(values[-1]):+.2f}" for pair, values in found.items()))
+    return steps, found
+
+
+def draw(path, out):
+    """A panel an arm: each pair of slots over the steps, mean over blocks; dashed: the end of the warm start."""
+    with figure(path, 10, 3.4, ncols=2, sharey=True) as (_, axes):
+        for ax, (arm, found) in zip(axes, out["arms"].items()):
+            for i, (pair, values) in enumerate(found.items()):
+                ax.plot(out["steps"], np.mean(values, 1), "os^Dv"[i % 5] + "-", label=pair)
+            ax.axvline(out["warm_start_steps"], color="grey", ls="--", lw=1)
+            ax.axhline(0, color="grey", ls=":", lw=1)
+            ax.set(title=arm, xlabel="step, warm start included", ylim=(-1.05, 1.05))
+        axes[0].set_ylabel("cosine of gradients")
+        axes[0].legend(fontsize=8)
+
+
+def main():
+    argv = sys.argv[1:]
+    cfg = train.read_run_config(argv)
+    out = dict(kind="gradients", command="python assets/results/gradients.py " + " ".join(argv), arms={},
+               seed=cfg["seed"], warm_start_steps=cfg["warm_start_steps"])
+    for arm in ("uml", "control"):
+        folder = os.path.join(cfg["out_dir"], arm)
+        out["steps"], out["arms"][arm] = follow(dict(cfg, control=arm == "control", out_dir=folder))
+    write_json(os.path.join(cfg["out_dir"], "gradients.json"), out)
+    draw(os.path.join(cfg["out_dir"], "gradients.png"), out)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
