@@ -629,7 +629,8 @@ def read_picture(cfg, path, channels=3):
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             mode = "RGB" if channels == 3 else "L"
-            picture = picture if picture.mode == mode else picture.convert(mode)  # that would copy it
+            if picture.mode != mode:  # convert() copies where it has nothing to change
+                picture = picture.convert(mode)
             picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
             return np.asarray(picture).reshape(size, size, channels)
     except Exception as problem:  # Pillow's decoders raise nearly every kind; all mean the same to the user

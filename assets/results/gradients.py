@@ -3,30 +3,37 @@
     python assets/results/gradients.py sample_configs/numbers_audio_text.py --threads=1
     python assets/results/gradients.py sample_configs/letters_text.py --threads=1 --seed=1
 
-A run stops at some steps of the warm start and of the steps after it, and goes on. At each the cosine of the
-gradients of the target and of each auxiliary is taken on every block of the trunk, as `probe.py` does of a
-finished run, and that of every slot with itself, which noise alone keeps from 1. Into out_dir: gradients.json
-and gradients.png. Validation data are not read for this, test data not at all.
+A run stops at the end of its warm start and ten times after it, and goes on. At each stop the cosine of the
+gradients of the target and of each auxiliary is taken on every block of the trunk, from training batches, as
+`probe.py` does of a finished run, and that of every slot with itself, which noise alone keeps from 1. Into
+out_dir: gradients.json and gradients.png.
 """
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 import train
-from prepare import exit_on_user_error, tell, write_json
-from probe import figure, slots_agreement
+from prepare import UserError, exit_on_user_error, tell, write_json
+from probe import figure, quiet, slots_agreement
 
-POINTS = 10  # where a run is looked at: the end of the warm start, and so many after it, even in steps
+POINTS = 10  # stops after the warm start, evenly spaced
 
 
 def look(cfg):
-    """The gradients of a run that stopped -> slots_agreement(): at its fresh weights and at those it has."""
+    """The gradients of a run that stopped -> slots_agreement(): at its fresh weights and at those it has.
+
+    UserError where it is past the stop: an earlier call went on, and these weights are not of that step.
+    """
     model, checkpoint = train.load_model(os.path.join(cfg["out_dir"], "last.pt"))
-    slots, classes = train.open_slots(checkpoint["config"], say=lambda line: None)
-    run_ = train.SimpleNamespace(cfg=checkpoint["config"], model=model, slots=slots, classes=classes,
-                                 target=slots[cfg["target"]])
+    if checkpoint["step"] != cfg["stop_after"]:
+        raise UserError(f"{cfg['out_dir']} holds a run at step {checkpoint['step']}, {cfg['stop_after']} is "
+                        "wanted: delete it, or choose another --out_dir")
+    slots, classes = train.open_slots(checkpoint["config"], quiet)
+    run_ = SimpleNamespace(cfg=checkpoint["config"], model=model, slots=slots, classes=classes,
+                           target=slots[cfg["target"]])
     return slots_agreement(run_)
 
 
@@ -34,8 +41,9 @@ def follow(cfg):
     """One run, looked at now and then -> ([step, ...], {pair: (steps, blocks)}); step 0: fresh weights."""
     warm, steps, found = cfg["warm_start_steps"], [0], {}
     for k in range(POINTS + 1):
-        stop = max(1, warm + cfg["steps"] * k // POINTS)
-        train.run(dict(cfg, stop_after=stop, resume=True), say=lambda line: None)
+        stop = max(1, warm + cfg["steps"] * k // POINTS)  # stop_after=0 would run on
+        cfg = dict(cfg, stop_after=stop, resume=True)
+        train.run(cfg, quiet)
         steps.append(stop)
         for pair, ends in look(cfg).items():
             found.setdefault(pair, [ends["fresh"]]).append(ends["best"])
@@ -45,7 +53,7 @@ def follow(cfg):
 
 
 def draw(path, out):
-    """A panel an arm: each pair of slots over the steps, mean over blocks; dashed: the end of the warm start."""
+    """A panel an arm: each pair of slots over the steps, mean over blocks; dashed: the warm start ends."""
     with figure(path, 10, 3.4, ncols=2, sharey=True) as (_, axes):
         for ax, (arm, found) in zip(axes, out["arms"].items()):
             for i, (pair, values) in enumerate(found.items()):
