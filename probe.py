@@ -1,64 +1,53 @@
-"""probe.py: what did a run learn, and did unpaired data help? Frozen features, and train.run.
+"""probe.py: what did a run learn, and did the unpaired data help?
 
-    python probe.py out/letters_text [out/letters_alone ...]         # analyses of finished runs, side by side
-    python probe.py compare sample_configs/letters_text.py --seeds=3 # alone, uml, control: with the verdict
-    python probe.py embed out/letters_text /my/pictures              # features and predictions for new files
-    python probe.py theory                                           # the linear world, exactly and learned
-    python probe.py exchange CONFIG '--image_examples=[508,1016,2032]' '--text_examples=[0,1000,3943]'
+    python probe.py out/letters_text out/letters_alone             # analyse finished runs, side by side
+    python probe.py compare sample_configs/letters_text.py         # alone, uml and control, with a verdict
+    python probe.py embed out/letters_text /my/pictures            # features and predictions for new files
+    python probe.py --help                                         # every key of compare, and its arms
 
-compare and exchange take every key of train.py and those that --help lists, exchange two of them as lists.
+Analyses use frozen features of the target's test split (of validation, if the run must never open test).
+Probes are fitted on the run's own training examples, their penalty is chosen on validation, and items of
+unseen classes are left out. Only few-shot probes, which draw from the whole training split, and alignment
+take in every class. The last line an analysis prints is JSON.
 
-Analyses read the target's test split (val, if the run was told never to open test). Probes are fitted on the
-run's own training examples, their penalty is chosen on validation, and items of unseen classes are left out.
-Only few-shot probes (penalty 1, draws from the whole training split) and alignment take in all classes. The
-last line is JSON, except of compare, which writes compare.json.
-
-Sections: statistics, compare, many runs, measures on features, corruptions, runs side by side, theory,
-exchange, embed, figures, commands.
+Sections: statistics, compare, many runs, measures, corruptions, analyses, embed, figures, commands.
 """
 import contextlib
 import csv
-import difflib
 import hashlib
 import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import shlex
-import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch loads OpenMP; train.py says why
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
-from model import linear_probe
-from prepare import (LOG_MEL_RANGE, UserError, active_slots, at_least, encode_features, encode_pictures,
-                     encode_recordings, encode_text, exit_on_user_error, file_sha256, load_bpe, load_split,
-                     modality_of, patchify, plain_name, prepare, print_help, read_config, read_meta,
-                     read_picture, read_recording, read_text, tell, unpatchify, write_file, write_json)
-from train import (FREE_KEYS, KEYS, SIGNALS, build_model, choose_examples, evaluate, extract, fit_probe,
-                   load_checkpoint, load_model, open_slots, pick_device, read_run_config, resolve, run,
-                   save_checkpoint, shard_names, train_batch)
-
-CPU = torch.device("cpu")
+from prepare import (LEVELS_PER_DB, UserError, active_slots, at_least, encode_features, encode_pictures,
+                     encode_recordings, encode_text, exit_on_user_error, file_sha256, levels_of, load_bpe,
+                     log_mel_of, modality_of, patchify, plain_name, prepare, print_help, read_config,
+                     read_meta, read_picture, read_recording, read_text, real_places, tell, unpatchify,
+                     write_file, write_json)
+from train import (FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, choose_examples, evaluate, extract,
+                   fit_probe, linear_probe, load_model, open_slots, pick_device, read_run_config, resolve,
+                   shard_names)
+from train import run as train_run
 
 
 def quiet(line):
-    """What work within work gets as `say`: it prints nothing."""
+    """A `say` that prints nothing."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -66,80 +55,140 @@ def quiet(line):
 
 
 def t_interval(values):
-    """(mean, half width of the 95% t-interval). One value says nothing of the spread: None."""
+    """Mean of the values (n,) and half the width of its 95% t-interval; half is None for a single value."""
     n, mean = len(values), float(np.mean(values))
     if n < 2:
         return mean, None
-    from scipy import stats  # a second, which --help and workers need not wait for
-    return mean, float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    from scipy import stats  # takes a second to load, and --help need not wait for it
+    standard_error = np.std(values, ddof=1) / math.sqrt(n)
+    return mean, float(stats.t.ppf(0.975, n - 1) * standard_error)
 
 
 def paired(a, b):
-    """The differences a - b seed by seed: mean, 95% half width, p of the t-test and of sign flips."""
+    """Differences of scores a (n,) - b (n,), seed by seed -> mean, half of the 95% interval, p of the t-test.
+
+    sign_flip_p: how often random signs before the differences bring their mean as far from 0; it needs no
+    normal distribution. sign_flip_floor: the smallest value it can take with n differences.
+    """
     from scipy import stats
-    d = np.asarray(a, float) - np.asarray(b, float)
-    mean, half = t_interval(d)
-    floor = 2.0 ** (1 - min(len(d), 16))
-    if len(d) < 2 or np.ptp(d) == 0:  # no spread to hold the mean against
-        p, flip_p = (1.0, 1.0) if len(d) < 2 or mean == 0 else (0.0, floor)
-    else:
-        p = float(stats.ttest_1samp(d, 0).pvalue)
-        flip_p = float(stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=2**16,
-                                              rng=np.random.default_rng(0)).pvalue)
+    differences = np.asarray(a, float) - np.asarray(b, float)
+    n = len(differences)
+    mean, half = t_interval(differences)
+    p, flip_p, floor = 1.0, 1.0, 2.0 ** (1 - min(n, 16))
+    if np.ptp(differences) > 0:
+        p = float(stats.ttest_1samp(differences, 0).pvalue)
+        flips = stats.permutation_test((differences,), np.mean, permutation_type="samples",
+                                       n_resamples=2**16, rng=np.random.default_rng(0))
+        flip_p = float(flips.pvalue)
+    elif n > 1 and mean != 0:  # the same difference every time
+        p, flip_p = 0.0, floor
     return dict(mean=mean, half=half, p=p, sign_flip_p=flip_p, sign_flip_floor=floor)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# compare: the same config, seeds, target examples and target updates, with and without the unpaired data
+# compare: the same config with and without the unpaired data, in several arms
 
 COMPARE_KEYS = dict(
     seeds=(8, "runs an arm", at_least(1)),
     first_seed=(0, "seed of the first run of an arm, the others follow", at_least(0)),
-    arms=("alone,uml,control", "compare: also apart, longer, init, unrelated"),
-    unrelated=("", "compare: the source of the auxiliary in the arm 'unrelated'"),
-    search=("0.5,1,2", "compare: candidates of each arm, chosen on validation with a seed that is not "
-                       "reported: factors on learning_rate, or settings "
-                       "'learning_rate=1e-3,weight_decay=0.5;learning_rate=...'"),
+    arms=("alone,uml,control", "arms to train; alone and uml are always among them"),
+    unrelated=("", "the source of the auxiliary in the arm 'unrelated'"),
+    search=("0.5,1,2", "candidates of each arm, chosen on validation with a seed never reported: factors on "
+            "learning_rate, or settings 'learning_rate=1e-3,weight_decay=0.5;learning_rate=...'"),
     jobs=(0, "runs at a time (0: on a GPU one, else one a core, of one thread each)", at_least(0)),
 )
-ARMS = dict(
-    alone="the target only", uml="the config as it stands", control="auxiliary with its structure destroyed",
-    apart="every slot with a trunk of its own, only the label head shared",
-    longer="alone, with all the FLOPs of uml",
-    init="trunk warm-started on the auxiliary, then the target alone",
-    unrelated="a real auxiliary of another domain")
-SEARCH_SEED = 1000
-ALSO_SHOWN = ("balanced_accuracy", "unseen_accuracy", "unseen_among_unseen", "harmonic_mean",
-              "seen_with_offset", "unseen_with_offset")
-MIN_SEEDS = 6  # with 5 not even the sign-flip test can reach 0.05: its floor is 2 / 2^5 = 0.06
+
+
+def auxiliaries_of(cfg):
+    """The names of all slots but the target."""
+    return [slot for slot in active_slots(cfg) if slot != cfg["target"]]
+
+
+def target_only(cfg, options):
+    """Changes that take every auxiliary out."""
+    return {slot: "" for slot in auxiliaries_of(cfg)}
+
+
+def target_only_for_longer(cfg, options):
+    """Changes that take every auxiliary out and spend uml's FLOPs on more steps."""
+    changes = target_only(cfg, options)
+    for key in ("steps", "eval_interval"):
+        changes[key] = round(cfg[key] * options["flops_ratio"])
+    return changes
+
+
+def warm_start_only(cfg, options):
+    """Changes that let the auxiliaries train in the warm start and never after it."""
+    if not cfg["warm_start_steps"]:
+        raise UserError("arm 'init' needs warm_start_steps above 0")
+    changes = {f"{slot}_updates": 0 for slot in auxiliaries_of(cfg)}
+    return dict(changes, schedule="alternate")
+
+
+def unrelated_source(cfg, options):
+    """Changes that give every auxiliary another source, whose classes are not the target's."""
+    if not options["unrelated"]:
+        raise UserError("arm 'unrelated' needs --unrelated=SOURCE")
+    changes = dict(head_from="")
+    for slot in auxiliaries_of(cfg):
+        changes.update({slot: options["unrelated"], f"{slot}_loss": "next"})
+    return changes
+
+
+# arm: (one line for --help, the changes it makes to the config). The changes are a dict, or a function of the
+# config and of the options from own_keys() that returns one.
+ARMS = {
+    "alone": ("the target only", target_only),
+    "uml": ("the config as it stands", {}),
+    "control": ("the auxiliary with its structure destroyed", dict(control=True)),
+    "apart": ("every slot with a trunk of its own, only the label head shared", dict(apart=True)),
+    "longer": ("alone, with all the FLOPs of uml", target_only_for_longer),
+    "init": ("trunk warm-started on the auxiliary, then the target alone", warm_start_only),
+    "unrelated": ("a real auxiliary of another domain", unrelated_source),
+}
+
+
+def arm_config(cfg, arm, options):
+    """cfg changed into one arm. UserError if cfg or the options lack what the arm needs."""
+    _, changes = ARMS[arm]
+    if callable(changes):
+        changes = changes(cfg, options)
+    return dict(cfg, **changes)
+
+
+SEARCH_SEED = 1000  # settings are chosen with this seed, which is never reported
+MIN_SEEDS = 6  # with 5 the sign-flip test cannot reach 0.05: its floor is 2 / 2^5 = 0.06
+ALSO_SHOWN = [key for key in REPORTED if key != "accuracy"]  # of a result, where it has them
 
 
 def compare(argv):
-    """Search each arm on validation, then run every seed, test split scored once; tables and the verdict."""
+    """Choose settings for every arm on validation, train every seed, score the test split once a run.
+
+    Writes compare.json and compare.png, prints the table and the verdict -> what compare.json holds. After
+    Ctrl-C or a kill the same command goes on. UserError for a config or keys that do not fit.
+    """
     cfg = read_run_config(argv, dict(KEYS, **COMPARE_KEYS))
     if len(active_slots(cfg)) < 2:
         raise UserError("compare needs a config with a target and an auxiliary: probe.py compare CONFIG")
-    own = own_keys(cfg)
-    seeds, wanted = own["seeds"], {"alone", "uml", *own["arms"].split(",")}
-    if unknown := wanted - set(ARMS):
+    options = own_keys(cfg)
+    wanted = {"alone", "uml", *options["arms"].split(",")}
+    if unknown := wanted - ARMS.keys():
         raise UserError(f"unknown arm '{min(unknown)}' (there are: {', '.join(ARMS)})")
     arms = [arm for arm in ARMS if arm in wanted]
-    settings = candidates(own["search"], cfg)
-    # Under "each" every speaker is tested in turn, so no seed is free of test data: each chooses on its own
-    # validation speaker.
+    settings = candidates(options["search"], cfg)
+    # With audio_test_group="each" every speaker is the test speaker of some seed. One choice of settings for
+    # all seeds would have seen test data, so there every seed chooses on its own validation speaker.
     per_seed = cfg["audio_test_group"] == "each" and modality_of(cfg["target"]) == "audio"
-    if SEARCH_SEED in seeds and len(settings) > 1 and not per_seed:
-        raise UserError(f"seed {SEARCH_SEED} is the one that chooses settings: pick another first_seed than "
-                        f"{own['first_seed']}")
-    for arm in arms:  # what is wrong shows now, not hours later
-        resolve(arm_config(cfg, arm, own["unrelated"]), say=quiet)
-    results, chosen, searched = run_arms(cfg, own, arms, seeds, settings, per_seed)
-    folds = list(seeds)  # what each seed is tested on
-    if per_seed:
-        metas = [read_meta(prepare(resolve(dict(cfg, seed=seed), quiet), cfg["target"])) for seed in seeds]
-        folds = [str(meta["splits"]["test"]["files"]["tokens"]) for meta in metas]  # checksums among them
-    out = dict(summary(cfg, arms, results, chosen, searched, folds), first_seed=own["first_seed"],
-               candidates=settings, command=shlex.join(["python", "probe.py", "compare", *argv]),
+    if SEARCH_SEED in options["seeds"] and len(settings) > 1 and not per_seed:
+        raise UserError(f"seed {SEARCH_SEED} chooses settings and is not reported: lower first_seed or seeds")
+    for arm in arms:  # refuse now what would fail hours later
+        resolve(arm_config(cfg, arm, options), say=quiet)
+
+    results, chosen, searched = run_arms(cfg, options, arms, settings, per_seed)
+    folds = test_folds(cfg, options["seeds"]) if per_seed else np.arange(len(options["seeds"]))
+    out = summary(cfg, arms, results, chosen, searched, folds)
+    out.update(first_seed=options["first_seed"], candidates=settings,
+               command=shlex.join(["python", "probe.py", "compare", *argv]),
                hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
                config={key: value for key, value in cfg.items() if key not in KEYS or value != KEYS[key][0]})
     out["verdict"] = verdict(out)
@@ -151,104 +200,103 @@ def compare(argv):
 
 
 def own_keys(cfg):
-    """Take the keys of compare and exchange out of cfg; seeds as a range."""
-    own = {key: cfg.pop(key) for key in COMPARE_KEYS}
+    """Move the keys of compare out of cfg into a dict, seeds as a range; set the keys compare decides."""
+    options = {key: cfg.pop(key) for key in COMPARE_KEYS}
     if cfg["seed"] != KEYS["seed"][0]:
         raise UserError(f"seed={cfg['seed']} is set run by run here: did you mean --seeds={cfg['seed']} or "
                         f"--first_seed={cfg['seed']}?")
-    cfg.update(stop_after=0, benchmark=False)  # keys of single runs
-    if not own["jobs"]:
-        on_cpu = pick_device(cfg)[0].type == "cpu"
-        cfg["threads"] = cfg["threads"] or int(on_cpu)
-        own["jobs"] = max(1, torch.get_num_threads() // cfg["threads"]) if on_cpu else 1  # torch counts cores
-    own["seeds"] = range(own["first_seed"], own["first_seed"] + own["seeds"])
-    return own
+    cfg["stop_after"] = 0
+    if options["jobs"] == 0 and pick_device(cfg)[0].type == "cpu":
+        cfg["threads"] = cfg["threads"] or 1
+        options["jobs"] = torch.get_num_threads() // cfg["threads"]  # torch counts the cores
+    options["jobs"] = max(1, options["jobs"])
+    options["seeds"] = range(options["first_seed"], options["first_seed"] + options["seeds"])
+    options["flops_ratio"] = 1.0  # FLOPs of uml over those of alone, once both are trained
+    return options
 
 
 def candidates(text, cfg):
-    """'0.5,1,2' -> [{learning_rate: ...}, ...]; 'learning_rate=1e-3,text_updates=2;...' -> these settings."""
+    """The settings that a search tries, a list of dicts such as {"learning_rate": 0.001}.
+
+    text: factors on the config's learning rate such as '0.5,1,2', or settings 'KEY=VALUE,...;KEY=VALUE,...'.
+    """
+    settings = []
     if "=" not in text:
         try:
-            return [dict(learning_rate=cfg["learning_rate"] * float(factor)) for factor in text.split(",")]
+            factors = [float(factor) for factor in text.split(",")]
         except ValueError:
             raise UserError(f"search='{text}' must be numbers joined by commas, or settings by ';'") from None
-    out = []
+        return [dict(learning_rate=cfg["learning_rate"] * factor) for factor in factors]
     for part in text.split(";"):
         pairs = [pair.strip() for pair in part.split(",")]
-        read = read_config([f"--{pair}" for pair in pairs], KEYS)
-        out.append({key: read[key] for key in (pair.split("=")[0] for pair in pairs)})
-    return out
+        values = read_config([f"--{pair}" for pair in pairs], KEYS)  # the other keys at their defaults
+        names = [pair.split("=")[0] for pair in pairs]
+        settings.append({name: values[name] for name in names})
+    return settings
 
 
-def auxiliaries_of(cfg):
-    return [slot for slot in active_slots(cfg) if slot != cfg["target"]]
+def run_arms(cfg, options, arms, settings, per_seed):
+    """Choose each arm's settings among the candidates, then train every seed with them.
 
-
-def arm_config(cfg, arm, unrelated="", flops_ratio=1.0):
-    """cfg changed into one arm of the comparison."""
-    if arm == "init" and not cfg["warm_start_steps"]:
-        raise UserError("arm 'init' needs warm_start_steps above 0")
-    if arm == "unrelated" and not unrelated:
-        raise UserError("arm 'unrelated' needs --unrelated=SOURCE")
-    auxiliaries = auxiliaries_of(cfg)
-    off = {slot: "" for slot in auxiliaries}
-    longer = {key: round(cfg[key] * flops_ratio) for key in ("steps", "eval_interval")}
-    idle = {f"{slot}_updates": 0 for slot in auxiliaries}
-    other = {slot: unrelated for slot in auxiliaries}
-    unlabelled = {f"{slot}_loss": "next" for slot in auxiliaries}  # its classes are not the target's
-    changes = dict(alone=off, uml={}, control=dict(control=True), apart=dict(apart=True), longer=off | longer,
-                   init=dict(idle, schedule="alternate"), unrelated=dict(other | unlabelled, head_from=""))
-    return dict(cfg, **changes[arm])
-
-
-def run_arms(cfg, own, arms, seeds, settings, per_seed):
-    """Every arm: its candidate settings on validation, then every seed with the best of them.
-
-    per_seed: every seed chooses for itself, on its own validation split. Returns {arm: results}, {arm: the
-    settings of each seed}, {arm: search scores (searches, candidates)}.
+    per_seed: every seed chooses for itself. Returns three dicts by arm: the results, one a seed; the
+    settings, one a seed; the search scores, an array (searches, candidates).
     """
-    results, chosen, searched = {}, {}, {}
+    seeds = options["seeds"]
     search_seeds = seeds if per_seed else [SEARCH_SEED]
-    tries = list(itertools.product(search_seeds, settings)) if len(settings) > 1 else []
-    progress = start_progress(cfg, own, len(arms) * (len(tries) + len(seeds)))
-
-    def configs(arm, pairs, **change):
-        ratio = results["uml"][0]["flops"] / results["alone"][0]["flops"] if arm == "longer" else 1.0
-        return [arm_config(dict(cfg, **setting, seed=seed, **change), arm, own["unrelated"], ratio)
-                for seed, setting in pairs]
-
-    later = [arm for arm in arms if arm not in ("alone", "uml")]  # `longer` needs the others' FLOPs
-    for wave in (["alone", "uml"], later):
-        found = iter(run_all([c for arm in wave for c in configs(arm, tries, score_test=False)], progress))
+    if len(settings) == 1:
+        search_seeds = []  # nothing to choose
+    progress = start_progress(cfg, options, len(arms) * (len(search_seeds) * len(settings) + len(seeds)))
+    results, chosen, searched = {}, {}, {}
+    # longer comes last, because it needs the FLOPs of alone and uml; all others may train side by side
+    for wave in ([arm for arm in arms if arm != "longer"], [arm for arm in arms if arm == "longer"]):
+        if results:
+            options["flops_ratio"] = results["uml"][0]["flops"] / results["alone"][0]["flops"]
+        trials = []
+        for arm, seed, setting in itertools.product(wave, search_seeds, settings):
+            trials.append(arm_config(cfg | setting | dict(seed=seed, score_test=False), arm, options))
+        scores = [score_of(result, "val") for result in run_all(trials, progress)]
+        scores = np.reshape(scores, (len(wave), len(search_seeds), len(settings)))
+        runs = []
+        for arm, arm_scores in zip(wave, scores):
+            best = [settings[i] for i in arm_scores.argmax(1)] or settings  # of each search
+            searched[arm] = arm_scores
+            chosen[arm] = best if len(best) == len(seeds) else best * len(seeds)  # or one search for all
+            for seed, setting in zip(seeds, chosen[arm]):
+                runs.append(arm_config(cfg | setting | dict(seed=seed), arm, options))
+        finished = iter(run_all(runs, progress))
         for arm in wave:
-            scores = [score_of(next(found), "val") for _ in tries]
-            searched[arm] = np.array(scores).reshape(-1, len(settings))
-            best = searched[arm].argmax(1).tolist() or [0]  # one for each search; without, the only setting
-            chosen[arm] = [settings[i] for i in best] * (len(seeds) // len(best))
-        found = iter(run_all([c for arm in wave for c in configs(arm, zip(seeds, chosen[arm]))], progress))
-        results.update({arm: [next(found) for _ in seeds] for arm in wave})
+            results[arm] = [next(finished) for _ in seeds]
     return results, chosen, searched
 
 
-def summary(cfg, arms, results, chosen, searched, folds):
-    """What compare.json holds. folds: what each seed is tested on.
+def test_folds(cfg, seeds):
+    """The test speaker of each seed, as a number (seeds,) from 0."""
+    checksums = []
+    for seed in seeds:
+        folder = prepare(resolve(dict(cfg, seed=seed), quiet), cfg["target"], quiet)
+        checksums.append(str(read_meta(folder)["splits"]["test"]["files"]["tokens"]))
+    return np.unique(checksums, return_inverse=True)[1]
 
-    Seeds that are tested on the same speaker are averaged first: the statistics are over speakers. Folds
-    share most of their training speakers, so they are not independent, and p is if anything too small.
+
+def summary(cfg, arms, results, chosen, searched, folds):
+    """What compare.json holds, but for the verdict. folds (seeds,): a number for what each is tested on.
+
+    Seeds that are tested on the same speaker are averaged first: the statistics are over speakers. These
+    share most of their training data, so they are not independent, and p is if anything too small.
     """
     split, target, first = "test" if cfg["score_test"] else "val", cfg["target"], results["alone"][0]
-    folds = np.unique(folds, return_inverse=True)[1]  # (seeds,) numbers from 0
-    out = dict(kind="compare", name=os.path.basename(cfg["out_dir"]), split=split,
-               measure="loss" if first[f"{split}_accuracy"] is None else "accuracy",
-               target=f"{target}={cfg[target]}", target_loss=cfg[f"{target}_loss"],
-               auxiliaries={slot: f"{cfg[slot]} ({cfg[f'{slot}_loss']})" for slot in auxiliaries_of(cfg)},
-               examples=first["examples"][target], seeds=len(folds), folds=int(folds.max()) + 1,
-               chance=first["chance"], steps=cfg["steps"], warm_start_steps=cfg["warm_start_steps"], arms={})
-    units = {}  # {arm: a score for each fold}
+    out = dict(
+        kind="compare", name=os.path.basename(cfg["out_dir"]), split=split,
+        measure="loss" if first[f"{split}_accuracy"] is None else "accuracy",
+        target=f"{target}={cfg[target]}", target_loss=cfg[f"{target}_loss"],
+        auxiliaries={slot: f"{cfg[slot]} ({cfg[f'{slot}_loss']})" for slot in auxiliaries_of(cfg)},
+        examples=first["examples"][target], seeds=len(folds), folds=int(folds.max()) + 1,
+        chance=first["chance"], steps=cfg["steps"], warm_start_steps=cfg["warm_start_steps"], arms={})
+    fold_means = {}  # {arm: (folds,)}
     for arm in arms:
         scores = [score_of(result, split) for result in results[arm]]
-        units[arm] = np.bincount(folds, scores) / np.bincount(folds)
-        mean, half = t_interval(units[arm])
+        fold_means[arm] = np.bincount(folds, scores) / np.bincount(folds)
+        mean, half = t_interval(fold_means[arm])
         entry = dict(scores=scores, mean=mean, half=half, settings=chosen[arm],
                      search_scores=searched[arm].tolist(),
                      gflops=float(np.mean([result["flops"] for result in results[arm]])) / 1e9,
@@ -257,50 +305,57 @@ def summary(cfg, arms, results, chosen, searched, folds):
             if results[arm][0].get(f"{split}_{key}") is not None:
                 entry[key] = [result[f"{split}_{key}"] for result in results[arm]]
         if arm != "alone":
-            entry["minus_alone"] = paired(units[arm], units["alone"])
+            entry["minus_alone"] = paired(fold_means[arm], fold_means["alone"])
         if arm not in ("uml", "alone"):
-            entry["uml_minus"] = paired(units["uml"], units[arm])
+            entry["uml_minus"] = paired(fold_means["uml"], fold_means[arm])
         out["arms"][arm] = entry
     return out
 
 
 def score_of(result, split):
-    """Accuracy; without labels minus the loss."""
+    """The accuracy of a run's result on a split; minus the loss where the target has no labels."""
     accuracy = result[f"{split}_accuracy"]
     return -result[f"{split}_loss"] if accuracy is None else accuracy
 
 
 def verdict(out):
-    """One sentence. Help is claimed only above alone AND above the control, each with p < 0.05."""
-    d, n = out["arms"]["uml"]["minus_alone"], out.get("folds", out["seeds"])
-    c = out["arms"].get("control", {}).get("uml_minus")
-    unit, digits, points = (100, 1, " points") if out["chance"] else (1, 3, "")
-    signed = lambda value: f"{unit * value:+.{digits}f}"
-    half = d["half"]
-    interval = "" if half is None else f" [{signed(d['mean'] - half)}, {signed(d['mean'] + half)}]"
-    said = f"uml minus alone is {signed(d['mean'])}{interval}{points}"
-    if n < MIN_SEEDS:
-        kind = "seeds" if n == out["seeds"] else "speakers"
-        return f"too few {kind} for a verdict ({n}; {MIN_SEEDS} are needed): {said}"
-    said += f", p = {d['p']:.3g}"
-    if d["p"] >= 0.05:
+    """One sentence on what compare.json says. Help is claimed only where uml is above alone AND above the
+    control, each with p < 0.05."""
+    alone, control = out["arms"]["uml"]["minus_alone"], out["arms"].get("control", {}).get("uml_minus")
+    count = out.get("folds", out["seeds"])
+
+    def signed(value):
+        """An accuracy in points, a loss as it is."""
+        return f"{100 * value:+.1f}" if out["chance"] else f"{value:+.3f}"
+
+    said = f"uml minus alone is {signed(alone['mean'])}"
+    if alone["half"] is not None:
+        said += f" [{signed(alone['mean'] - alone['half'])}, {signed(alone['mean'] + alone['half'])}]"
+    if out["chance"]:
+        said += " points"
+    if count < MIN_SEEDS:
+        kind = "seeds" if count == out["seeds"] else "speakers"
+        return f"too few {kind} for a verdict ({count}; {MIN_SEEDS} are needed): {said}"
+    said += f", p = {alone['p']:.3g}"
+    if alone["p"] >= 0.05:
         return f"no effect shown: {said}"
-    if d["mean"] < 0:
+    if alone["mean"] < 0:
         return f"the unpaired data hurt: {said}"
-    if c is None:
+    if control is None:
         return f"uml is above alone, but no control was run to say why: {said}"
-    said += f", and {signed(c['mean'])} against the control, p = {c['p']:.3g}"
-    if c["mean"] <= 0 or c["p"] >= 0.05:
+    said += f", and {signed(control['mean'])} against the control, p = {control['p']:.3g}"
+    if control["mean"] <= 0 or control["p"] >= 0.05:
         return f"uml is above alone, but it is not shown that the auxiliary's structure helped: {said}"
     return f"the unpaired data helped: {said}"
 
 
 def show_auxiliaries(out):
+    """'text=letters (label)' from what compare.json holds."""
     return ", ".join(f"{slot}={short_source(source)}" for slot, source in out["auxiliaries"].items())
 
 
 def short_source(source):
-    """'folder:/my/pictures' -> 'folder:pictures': what a table or title shows."""
+    """'folder:/my/pictures' -> 'folder:pictures', for tables and titles."""
     name, colon, path = source.partition(":")
     return name + colon + os.path.basename(path.rstrip("/"))
 
@@ -314,153 +369,164 @@ def show_compare(out):
           f"split{chance}")
     print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}"
           f"{'GFLOP':>9}{'s':>7}  setting")
-    half = lambda e: "?" if e["half"] is None else f"{e['half']:.4f}"
-    for arm, e in out["arms"].items():
-        line = f"{arm:10}{e['mean']:10.4f} +- {half(e)}"
-        if d := e.get("minus_alone"):
-            line += (f"{d['mean']:+11.4f} +- {half(d)}{d['p']:10.3g}{d['sign_flip_p']:12.3g} "
-                     f"({d['sign_flip_floor']:.3g})")
-        settings = [", ".join(f"{k}={v}" for k, v in setting.items()) for setting in e["settings"]]
-        line = f"{line:80}{e['gflops']:9,.0f}{e['seconds']:7.0f}  {' or '.join(dict.fromkeys(settings))}"
-        print(line + "".join(f"; {key} {np.mean(e[key]):.4f}" for key in ALSO_SHOWN if key in e))
+
+    def half(entry):
+        return "?" if entry["half"] is None else f"{entry['half']:.4f}"
+
+    for arm, entry in out["arms"].items():
+        line = f"{arm:10}{entry['mean']:10.4f} +- {half(entry)}"
+        if minus := entry.get("minus_alone"):
+            line += (f"{minus['mean']:+11.4f} +- {half(minus)}{minus['p']:10.3g}"
+                     f"{minus['sign_flip_p']:12.3g} ({minus['sign_flip_floor']:.3g})")
+        settings = {}  # a dict keeps each once and in order: most seeds of an arm have the same
+        for setting in entry["settings"]:
+            settings[", ".join(f"{key}={value}" for key, value in setting.items())] = True
+        line = f"{line:80}{entry['gflops']:9,.0f}{entry['seconds']:7.0f}  {' or '.join(settings)}"
+        for key in ALSO_SHOWN:
+            if key in entry:
+                line += f"; {key} {np.mean(entry[key]):.4f}"
+        print(line)
     print("verdict: " + out["verdict"])
 
 
 # ------------------------------------------------------------------------------------------------------------
-# many runs: some at a time, finished ones read back, begun ones resumed, equal warm starts shared
+# many runs: finished ones are read back, begun ones go on, and several may train at a time
 
 
-def start_progress(cfg, own, total):
-    """Where run_all() keeps runs, how many at a time, and what it counts: how many are done, of how many."""
+@dataclass
+class Progress:
+    """Where the runs of a comparison are kept, and how many of them are done."""
+    folder: str
+    jobs: int   # runs at a time
+    total: int  # runs to train, without those that were finished before
+    done: int = 0
+    start: float = field(default_factory=time.perf_counter)  # seconds
+
+    def one_more(self):
+        """Count a run that has just finished, and say how long the others may take."""
+        self.done += 1
+        seconds_a_run = (time.perf_counter() - self.start) / self.done
+        minutes = seconds_a_run * (self.total - self.done) / 60
+        tell(f"{self.done} of {self.total} runs finished, about {minutes:.0f} minutes to go")
+
+
+def start_progress(cfg, options, total):
+    """The Progress of `total` runs, kept in OUT_DIR/compare. options: from own_keys()."""
     folder = os.path.join(cfg["out_dir"], "compare")
     os.makedirs(folder, exist_ok=True)
-    return SimpleNamespace(folder=folder, jobs=own["jobs"], total=total, done=0, start=time.perf_counter())
+    return Progress(folder, options["jobs"], total)
 
 
 def run_all(configs, progress):
-    """Run every config to its result; the results in their order.
+    """Run every config to its end -> their results, in the order of the configs.
 
-    A run's folder is named by what decides its result: the config (without paths), this code, the shards and
-    init_from. A warm start that arms share runs once; they begin with copies of its checkpoint.
+    Runs that an earlier, interrupted call finished are read back; those it began go on from their last
+    checkpoint. Equal configs are one run.
     """
-    here = os.path.dirname(os.path.abspath(__file__))
-    code = [file_sha256(os.path.join(here, name)) for name in ("prepare.py", "model.py", "train.py")]
-    tasks, starting = [], []  # starting: [(config, config of its warm start)] of those that have not begun
+    configs = [resolve(cfg, say=quiet) for cfg in configs]
+    waiting = {}  # {folder: config} of the runs that are not finished
     for cfg in configs:
-        cfg = resolve(cfg, say=quiet)
-        files = [os.path.join(prepare(cfg, slot, say=quiet), "meta.json") for slot in active_slots(cfg)]
-        if cfg["init_from"]:
-            files.append(os.path.join(cfg["init_from"], "best.pt"))
-        decides = code + [file_sha256(file) for file in files]
-
-        def named(kind, values):
-            text = json.dumps([values, decides], sort_keys=True)
-            return os.path.join(progress.folder, f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
-
-        identity = {key: value for key, value in cfg.items() if key not in FREE_KEYS}
-        cfg.update(out_dir=named("run", identity), resume=True)
-        tasks.append(cfg)
-        if cfg["warm_start_steps"] and not os.path.exists(os.path.join(cfg["out_dir"], "last.pt")):
-            # what only the main phase uses is set alike, so that arms agree on the warm start where they can
-            same = dict(identity, steps=1, eval_interval=cfg["warm_start_steps"], score_test=False)
-            updates = [f"{slot}_updates" for slot in auxiliaries_of(cfg)]
-            if not any(cfg[key] for key in updates):  # the arm init warms up as if they had one
-                same.update({key: 1 for key in updates})
-            warm = dict(cfg, **same, out_dir=named("warm", same), stop_after=cfg["warm_start_steps"])
-            starting.append((cfg, warm))
-    once = {}  # {out_dir: config} of the warm starts that have not run to their end yet
-    for _, warm in starting:
-        path = os.path.join(warm["out_dir"], "last.pt")
-        if not os.path.exists(path) or load_checkpoint(path)["step"] < warm["warm_start_steps"]:
-            once[warm["out_dir"]] = warm
-    progress.total += len(once)
-    run_pool(list(once.values()), progress)
-    for cfg, warm in starting:
-        os.makedirs(cfg["out_dir"], exist_ok=True)
-        shutil.copyfile(os.path.join(warm["out_dir"], "log.jsonl"), os.path.join(cfg["out_dir"], "log.jsonl"))
-        begun = load_checkpoint(os.path.join(warm["out_dir"], "last.pt"))
-        begun.update(config=dict(cfg, shards=shard_names(cfg)))
-        save_checkpoint(os.path.join(cfg["out_dir"], "last.pt"), **begun)
-    return run_pool(tasks, progress)
+        cfg.update(out_dir=run_folder(cfg, progress.folder), resume=True)
+        if not os.path.exists(os.path.join(cfg["out_dir"], "result.json")):
+            waiting[cfg["out_dir"]] = cfg
+    progress.total -= len(configs) - len(waiting)
+    if progress.jobs > 1:
+        run_in_processes(waiting.values(), progress)
+    else:
+        for cfg in waiting.values():
+            train_run(cfg, quiet)
+            progress.one_more()
+    return [train_run(cfg, quiet) for cfg in configs]  # of a finished run this only reads the result
 
 
-def run_pool(configs, progress):
-    """The results of configs in their order; each new one makes a line."""
-    new = {cfg["out_dir"]: cfg for cfg in configs
-           if not os.path.exists(os.path.join(cfg["out_dir"], "result.json"))}
-    found = {cfg["out_dir"]: quiet_run(cfg) for cfg in configs if cfg["out_dir"] not in new}  # read back
-    progress.total -= len(configs) - len(new)
+def run_folder(cfg, parent):
+    """PARENT/run-HASH of a resolved config. The hash is of all that decides the result of the run.
 
-    def finished(out_dir, result):
-        found[out_dir] = result
-        progress.done += 1
-        left = (time.perf_counter() - progress.start) * (progress.total / progress.done - 1)
-        tell(f"{progress.done} of {progress.total} runs finished, about {left / 60:.0f} minutes to go")
-
-    if progress.jobs == 1 or len(new) < 2:
-        for out_dir, cfg in new.items():
-            finished(out_dir, quiet_run(cfg))
-        return [found[cfg["out_dir"]] for cfg in configs]
-    with ProcessPoolExecutor(progress.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(quiet_run, cfg): out_dir for out_dir, cfg in new.items()}
-        try:
-            for future in as_completed(futures):
-                finished(futures[future], future.result())
-        except BrokenProcessPool:
-            raise UserError(f"a run was killed, perhaps for lack of memory: lower jobs={progress.jobs}; the "
-                            "same command goes on") from None
-        except BaseException:  # a refusal or Ctrl-C: those at work finish a step and save, no other begins
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [found[cfg["out_dir"]] for cfg in configs]
+    That is: the config without paths and logging, the shards (meta.json holds their checksums), the weights
+    that init_from names, and TRAINING_VERSION for the code. So an edited comment changes nothing.
+    """
+    decisive = {key: value for key, value in cfg.items() if key not in FREE_KEYS}
+    files = [os.path.join(prepare(cfg, slot, say=quiet), "meta.json") for slot in active_slots(cfg)]
+    if cfg["init_from"]:
+        files.append(os.path.join(cfg["init_from"], "best.pt"))
+    checksums = [file_sha256(file) for file in files]
+    text = json.dumps([TRAINING_VERSION, decisive, checksums], sort_keys=True)
+    return os.path.join(parent, f"run-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
 
 
-def quiet_run(cfg):
-    """One run in a worker; a worker that was told to stop begins nothing more."""
-    if SIGNALS:
-        sys.exit(128 + SIGNALS[0])
+def run_in_processes(configs, progress):
+    """Run `python train.py` for every config, progress.jobs at a time; each prints into FOLDER.log.
+
+    However this ends, runs at work get SIGTERM: they finish their step and save. UserError if one fails.
+    """
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+    waiting = list(configs)
+    working = {}  # {path of the log: process}
     try:
-        return run(cfg, say=quiet)
-    except KeyboardInterrupt:  # before run() caught signals itself
-        SIGNALS.append(signal.SIGINT)
-        raise
+        while waiting or working:
+            while waiting and len(working) < progress.jobs:
+                cfg = waiting.pop(0)
+                keys = [f"--{key}={value}" for key, value in cfg.items()]
+                log = cfg["out_dir"] + ".log"
+                with open(log, "wb") as file:
+                    # In a session of its own it does not get Ctrl-C. Our SIGTERM would be a second signal,
+                    # and a second signal ends a run without saving.
+                    working[log] = subprocess.Popen([sys.executable, script, *keys], stdout=file, stderr=file,
+                                                    start_new_session=True)
+            time.sleep(0.1)
+            for log in [log for log, process in working.items() if process.poll() is not None]:
+                code = working.pop(log).returncode
+                if code != 0:
+                    last_line = read_text(log).strip().split("\n")[-1].removeprefix("error: ")
+                    raise UserError(f"a run ended with exit code {code} (-9: killed, perhaps for lack of "
+                                    f"memory; lower jobs={progress.jobs}), see {log}: {last_line}")
+                progress.one_more()
+    finally:
+        for process in working.values():
+            process.terminate()
+            process.wait()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# measures on features (n, D) and labels (n,): torch tensors on the CPU
+# measures on features (n, C) and labels (n,): torch tensors on the CPU
 
 
 def few_shot(features, labels, new, truth, shots=(1, 2, 4, 8, 16), draws=3):
-    """{shots a class: (mean, standard deviation) of probe accuracy over draws of the training items}."""
+    """Accuracy on new (m, C), truth (m,) of probes fitted on few examples a class: {examples: {mean, std}}.
+
+    mean and standard deviation are over draws of the examples from features (n, C), labels (n,).
+    """
     classes, out = int(labels.max()) + 1, {}
     for k in shots:
-        if k > torch.bincount(labels, minlength=classes).min() or k * classes > 2500:
-            break  # some class has fewer examples, or the probes would take minutes
-        right = []
+        if k > torch.bincount(labels).min() or k * classes > 2500:  # too few, or it would take minutes
+            break
+        accuracies = []
         for draw in range(draws):
             rows = choose_examples(labels.numpy(), len(labels), k * classes, draw, "few-shot")
-            weight, bias = linear_probe(features[rows], labels[rows], classes)
-            right.append(((new @ weight.T + bias).argmax(1) == truth).float().mean().item())
-        out[k] = (float(np.mean(right)), float(np.std(right, ddof=1)))
+            weight, bias = linear_probe(features[rows], labels[rows], classes, l2=1.0)
+            accuracies.append(((new @ weight.T + bias).argmax(1) == truth).float().mean().item())
+        out[k] = dict(mean=float(np.mean(accuracies)), std=float(np.std(accuracies, ddof=1)))
     return out
 
 
 def margins(features, labels, weight, bias):
-    """Distances (n,) of items to the boundary with the best other class; positive where classified right.
+    """Distances (n,) of items to the boundary with the best wrong class; positive where classified right.
 
-    (score of the truth - score of the rival) / |difference of their weights|, on standardised features, so
-    that runs of different feature scale compare. Gupta et al. 2025 (section 5): unpaired data widens them.
+    That is (score of the truth - score of the rival) / |difference of their weights|, for a linear classifier
+    weight (classes, C), bias (classes,). Features are standardised first, so that runs of different feature
+    scale compare. Gupta et al. 2025 (section 5): unpaired data widens margins.
     """
     mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
-    weight, bias, features = weight * std, bias + weight @ mean, (features - mean) / std
+    features = (features - mean) / std
+    weight, bias = weight * std, bias + weight @ mean  # the same scores, from standardised features
     scores = features @ weight.T + bias  # (n, classes)
-    true = scores.gather(1, labels[:, None])[:, 0]
-    best, rival = scores.scatter(1, labels[:, None], -torch.inf).max(1)
-    return (true - best) / (weight[labels] - weight[rival]).norm(dim=1).clamp_min(1e-9)
+    true_score = scores.gather(1, labels[:, None])[:, 0]
+    rival_score, rival = scores.scatter(1, labels[:, None], -torch.inf).max(1)
+    return (true_score - rival_score) / (weight[labels] - weight[rival]).norm(dim=1).clamp_min(1e-9)
 
 
 def cka(a, b):
-    """Linear centred kernel alignment of two (k, D) matrices, row by row; 1 for rotations of each other.
+    """Linear centred kernel alignment of two (k, C) matrices, row by row; 1 for rotations of each other.
 
     Kornblith et al. 2019 (arXiv 1905.00414, section 3).
     """
@@ -469,84 +535,45 @@ def cka(a, b):
 
 
 def mutual_knn(a, b, k):
-    """Share of a row's k nearest rows (cosine) that a and b have in common (Huh et al. 2024, 2405.07987)."""
-    def nearest(m):
-        m = F.normalize(m - m.mean(0), dim=1)
-        return (m @ m.T).fill_diagonal_(-2).topk(k, dim=1).indices.tolist()
-    return np.mean([len(set(p) & set(q)) / k for p, q in zip(nearest(a), nearest(b))])
+    """Share of a row's k nearest rows (by cosine) on which a (n, C) and b (n, C) agree (arXiv 2405.07987)."""
+    nearest = []
+    for rows in (a, b):
+        rows = torch.nn.functional.normalize(rows - rows.mean(0), dim=1)
+        cosines = (rows @ rows.T).fill_diagonal_(-2)  # no row is its own neighbour
+        nearest.append(cosines.topk(k, dim=1).indices.tolist())
+    return np.mean([len(set(of_a) & set(of_b)) / k for of_a, of_b in zip(*nearest)])
 
 
 def unit_agreement(a, b):
-    """Per unit, how its activations in two slots correlate over classes: two (k, C) centroids -> (C,)."""
+    """Correlation over classes of each unit's mean activations in two slots, (k, C) and (k, C) -> (C,)."""
     a, b = a - a.mean(0), b - b.mean(0)
     return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)
 
 
 def permutation_p(measure, a, b, draws=200, seed=0):
-    """(measure(a, b), p): how often shuffled rows of b give at least as much, 1 / (draws + 1) or more."""
-    rng, found = np.random.default_rng(seed), measure(a, b)
-    null = [measure(a, b[rng.permutation(len(b))]) for _ in range(draws)]
-    return found, (1 + sum(value >= found for value in null)) / (draws + 1)
-
-
-def gradient_agreement(model, batches_of_one, batches_of_other):
-    """Cosine of two mean gradients on each trunk block: a list of floats, below 0 where they conflict.
-
-    Batches are keyword arguments of UML.forward, `slot` among them. Yu et al. 2020 (arXiv 2001.06782). Means
-    first, one cosine then: the noise of single batches would draw the cosine of each pair towards 0.
-    """
-    def flat(batches):
-        model.zero_grad()
-        for batch in batches:
-            model(**batch).backward()  # adds up; a cosine is blind to the scale
-        blocks = [torch.cat([p.grad.flatten() for p in block.parameters()]) for block in model.trunk.blocks]
-        model.zero_grad()
-        return blocks
-    pairs = zip(flat(batches_of_one), flat(batches_of_other))
-    return [F.cosine_similarity(one, other, dim=0).item() for one, other in pairs]
+    """measure(a, b), and its p: how often shuffled rows of b give at least as much."""
+    rng = np.random.default_rng(seed)
+    value = measure(a, b)
+    shuffled = [measure(a, b[rng.permutation(len(b))]) for _ in range(draws)]
+    return value, (1 + sum(other >= value for other in shuffled)) / (draws + 1)
 
 
 def class_words(classes):
     """The words of each class name, without those that all names share: a list of lists."""
     words = [name.replace("_", " ").split() for name in classes]
-    common = set.intersection(*map(set, words)) if len(words) > 2 else set()
-    return [[word for word in own if word not in common] for own in words]
-
-
-def head_geometry(weight, classes):
-    """Do classes that share a word have like rows in the label head? weight (k, C), classes: k names.
-
-    Cosines of two rows, less the mean row -> dict: their mean over pairs of classes with only the "first"
-    word in common, only the "last", and "neither"; p that sharing one is worth nothing, from shuffled
-    classes (Mantel 1967). None where no pair shares just one.
-    """
-    ends = [(own[0], own[-1]) if own else ("", "") for own in class_words(classes)]
-    codes = np.stack([np.unique(words, return_inverse=True)[1] for words in zip(*ends)], 1)  # (k, 2) numbers
-    i, j = np.triu_indices(len(codes), 1)
-    rows = F.normalize(weight - weight.mean(0), dim=1)
-    cosine = (rows @ rows.T).numpy()[i, j]  # (pairs,)
-
-    def gap(cosine, codes):
-        first, last = (codes[i] == codes[j]).T  # (pairs,) each
-        return cosine[first != last].mean() - cosine[~first & ~last].mean()
-
-    first, last = (codes[i] == codes[j]).T
-    groups = dict(first=first & ~last, last=last & ~first, neither=~first & ~last)
-    if not ((first != last).any() and groups["neither"].any()):
-        return None
-    found = {name: float(cosine[group].mean()) if group.any() else None for name, group in groups.items()}
-    return dict(found, p=permutation_p(gap, cosine, codes)[1])
+    shared = set(words[0]).intersection(*words) if len(words) > 2 else set()
+    return [[word for word in name if word not in shared] for name in words]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# corruptions of pictures (n, S, S, c) and recordings (n, T, group*mels) uint8, three severities each
+# corruptions of pictures (n, S, S, c) and recordings (n, T, group * mels), uint8, each in three severities
 
 PICTURE_CORRUPTIONS = ("noise", "blur", "contrast", "pixelate")
 SOUND_CORRUPTIONS = ("noise", "gain", "bandlimit")
 
 
 def corrupt_pictures(pictures, kind, severity):
-    """One of PICTURE_CORRUPTIONS, severity 1..3, after Hendrycks & Dietterich 2019 (arXiv 1903.12261)."""
+    """One of PICTURE_CORRUPTIONS, severity 1 to 3, after Hendrycks & Dietterich 2019 (arXiv 1903.12261)."""
     i, size = severity - 1, pictures.shape[1]
     images = [Image.fromarray(picture.squeeze()) for picture in pictures]  # Pillow's greys have two axes
     if kind == "noise":
@@ -560,573 +587,286 @@ def corrupt_pictures(pictures, kind, severity):
         side = max(1, int(size * (0.6, 0.45, 0.3)[i]))
         small = [image.resize((side, side), Image.Resampling.BOX) for image in images]
         changed = [image.resize((size, size), Image.Resampling.NEAREST) for image in small]
-    return np.clip(np.stack(changed).reshape(pictures.shape), 0, 255).astype(np.uint8)
+    return np.stack(changed).reshape(pictures.shape).clip(0, 255).astype(np.uint8)
 
 
 def corrupt_frames(tokens, mels, kind, severity):
-    """Noise (20, 10, 0 dB SNR), gain (-6, -12, -18 dB) or bandlimit (the lower 80, 60, 40% of the mels)."""
-    i, (low, high) = severity - 1, LOG_MEL_RANGE
-    log_mel = tokens.reshape(*tokens.shape[:2], -1, mels) / 255 * (high - low) + low  # (n, T, group, mels)
+    """One of SOUND_CORRUPTIONS, severity 1 to 3: noise (signal to noise 20, 10, 0 dB), gain (-6, -12, -18 dB)
+    or bandlimit (only the lower 80, 60, 40% of the mels stay)."""
+    i = severity - 1
+    levels = tokens.reshape(*tokens.shape[:2], -1, mels)  # (n, T, group, mels)
     if kind == "noise":
-        heard = tokens.reshape(log_mel.shape).any(3, keepdims=True)  # padding is 0, recorded silence is not
-        power = np.exp(log_mel).mean((1, 2, 3), where=heard, keepdims=True) / 10 ** ((2, 1, 0)[i])
-        noise = np.random.default_rng(severity).exponential(1, log_mel.shape)
-        log_mel = np.log(np.exp(log_mel) + power * noise)
+        is_real = levels.any(3, keepdims=True)  # padding is 0 throughout, recorded silence is not
+        power = np.exp(log_mel_of(levels))
+        mean_power = power.mean((1, 2, 3), where=is_real, keepdims=True)
+        noise = np.random.default_rng(severity).exponential(mean_power / (100, 10, 1)[i], levels.shape)
+        levels = levels_of(np.log(power + noise))
     elif kind == "gain":
-        log_mel = log_mel - (6, 12, 18)[i] * math.log(10) / 10
+        levels = (levels - (6, 12, 18)[i] * LEVELS_PER_DB).round().clip(0, 255)
     else:  # bandlimit
-        log_mel = np.where(np.arange(mels) < mels * (0.8, 0.6, 0.4)[i], log_mel, low)
-    levels = ((log_mel - low) / (high - low) * 255).round().clip(0, 255)
+        levels = np.where(np.arange(mels) < mels * (0.8, 0.6, 0.4)[i], levels, 0)
     return levels.astype(np.uint8).reshape(tokens.shape)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# runs side by side
+# analyses of finished runs, side by side
+
+
+@dataclass
+class Run:
+    """A finished run: its best model, and the data its analyses may read."""
+    folder: str
+    name: str               # the last part of folder
+    cfg: dict
+    slots: dict             # {name: train.Slot}
+    classes: list           # names of the label head's rows
+    model: torch.nn.Module  # the UML of best.pt, on the CPU
+    target: Slot
+    split: str              # "test", or "val" if the run was told never to open test
+    held: dict              # that split of the target: tokens, labels, perhaps lengths
+    seen: np.ndarray        # rows of `held` whose class had labelled training examples
+    seen_val: np.ndarray    # the same of the validation split
+
+
+@dataclass
+class Analysis:
+    """What analyse() says of a run."""
+    run: Run
+    report: dict          # what is printed
+    margins: np.ndarray   # of the held-out items of seen classes
+    answers: np.ndarray   # the class that the run gives each held-out item
+
+
+def open_run(folder):
+    """The Run in a folder. UserError if it is not finished, or if its data has changed since."""
+    if not os.path.exists(os.path.join(folder, "result.json")):
+        raise UserError(f"{folder} holds no finished run (no result.json): train one first, for example "
+                        "`python train.py sample_configs/letters_text.py`, or finish it with --resume")
+    model, checkpoint = load_model(os.path.join(folder, "best.pt"))
+    cfg = checkpoint["config"]
+    check_shards(folder, cfg)
+    slots, classes = open_slots(cfg, quiet)
+    target = slots[cfg["target"]]
+    if len(target.meta["classes"]) < 2:
+        raise UserError(f"{folder}: the target {target.name}={cfg[target.name]} has no classes to probe for")
+    split = "test" if cfg["score_test"] else "val"
+    held = target.split(split)
+    seen = np.flatnonzero(~np.isin(held["labels"], target.unseen))
+    seen_val = np.flatnonzero(~np.isin(target.split("val")["labels"], target.unseen))
+    name = os.path.basename(os.path.normpath(folder))
+    return Run(folder, name, cfg, slots, classes, model, target, split, held, seen, seen_val)
 
 
 def check_shards(folder, cfg):
-    """Refuse a run whose data has changed: a new draw would let training items into its test."""
+    """UserError if a run's data has changed: a new draw could put its training items into its test split."""
     for slot, name in shard_names(cfg).items():
         if name != cfg["shards"][slot]:
             raise UserError(f"{folder} was trained on {cfg['shards'][slot]}, but {slot}={cfg[slot]} has "
                             "changed since: train it again")
 
 
-def open_run(folder):
-    """A finished run: its config, slots, best model, and the split its analyses may read."""
-    if not os.path.exists(os.path.join(folder, "result.json")):
-        if os.path.exists(os.path.join(folder, "last.pt")):
-            raise UserError(f"the run in {folder} is not finished: wait for it, or go on with --resume")
-        raise UserError(f"{folder} holds no finished run (no result.json): train one first, for example "
-                        "`python train.py sample_configs/letters_text.py`")
-    model, checkpoint = load_model(os.path.join(folder, "best.pt"))
-    cfg = checkpoint["config"]
-    check_shards(folder, cfg)
-    slots, classes = open_slots(cfg, say=quiet)
-    split, target = "test" if cfg["score_test"] else "val", slots[cfg["target"]]
-    if len(target.meta["classes"]) < 2:
-        raise UserError(f"{folder}: the target {target.name}={cfg[target.name]} has no classes to probe for")
-    held = load_split(target.folder, split)
-    # rows of items whose class had labelled examples
-    seen, seen_val = (np.flatnonzero(~np.isin(part["labels"], target.banned)) for part in (held, target.val))
-    return SimpleNamespace(folder=folder, name=os.path.basename(os.path.normpath(folder)), slots=slots,
-                           model=model, target=target, split=split, held=held, seen=seen, seen_val=seen_val,
-                           cfg=cfg, classes=classes)
+def features_of(run, slot, arrays, rows=None, layer=-1):
+    """Features (n, C) and labels (n,) of some rows of a split (None: of all), from a layer of the trunk."""
+    labels = arrays["labels"] if rows is None else arrays["labels"][rows]
+    return extract(run.model, slot, arrays, rows, layer), torch.from_numpy(labels).long()
 
 
-def features_of(run_, slot, arrays, rows=None, layer=-1):
-    """(features (n, C), labels (n,)) of some rows of a split."""
-    rows = np.arange(len(arrays["tokens"])) if rows is None else rows
-    labels = torch.from_numpy(arrays["labels"][rows]).long()
-    return extract(run_.model, slot, arrays, rows, CPU, layer), labels
-
-
-def analyse(folder):
-    """All analyses of one run -> its report, margins, and answers (n,) on held-out items."""
-    run_ = open_run(folder)
-    target = run_.target
-    tell(f"{folder}: probing every layer, few examples, corruptions, alignment, gradients ...")
+def analyse(run):
+    """All analyses of one Run -> Analysis."""
+    tell(f"{run.folder}: probing every layer, few examples, corruptions, alignment ...")
+    target, train, classes = run.target, run.target.split("train"), len(run.target.meta["classes"])
     layers = []
-    for layer in [*range(len(run_.model.trunk.blocks)), -1]:
-        known = features_of(run_, target, target.train, target.rows, layer)
-        val = features_of(run_, target, target.val, run_.seen_val, layer)
-        new, truth = features_of(run_, target, run_.held, run_.seen, layer)
-        weight, bias = fit_probe(known, val, len(target.meta["classes"]))
-        right = (new @ weight.T + bias).argmax(1) == truth
-        layers.append(dict(linear=right.float().mean().item()))
-    # from here on of the last layer
+    for layer in [*range(len(run.model.trunk.blocks)), -1]:
+        known = features_of(run, target, train, target.examples, layer)
+        val = features_of(run, target, target.split("val"), run.seen_val, layer)
+        new, truth = features_of(run, target, run.held, run.seen, layer)
+        weight, bias = fit_probe(known, val, classes)
+        accuracy = ((new @ weight.T + bias).argmax(1) == truth).float().mean().item()
+        layers.append(dict(linear=accuracy))
+    # from here on of the last layer, which is the one the loop ended with
     margin = margins(new, truth, weight, bias)
+    low, median, high = margin.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
     chosen = dict(probe=(weight, bias), unseen_offset=0.0)
-    scored = evaluate(run_.model, target, run_.held, CPU, chosen)
-    every, held = features_of(run_, target, target.train), features_of(run_, target, run_.held)
-    labelled = [name for name in run_.slots if name != target.name and "labels" in run_.slots[name].train]
-    with_head = any("label" in slot.objectives for slot in run_.slots.values())
-    head = head_geometry(run_.model.label_head.weight.detach(), run_.classes) if with_head else None
-    report = dict(name=run_.name, split=run_.split, accuracy=scored["accuracy"],
+    scored = evaluate(run.model, target, run.held, chosen)
+    held = features_of(run, target, run.held)
+    others = [slot for slot in run.slots.values() if slot is not target and "labels" in slot.split("train")]
+    report = dict(name=run.name, split=run.split, accuracy=scored["accuracy"],
                   unseen_accuracy=scored.get("unseen_accuracy"), layers=layers,
-                  few_shot=few_shot(*every, *held),
-                  margin=[margin.quantile(q).item() for q in (0.1, 0.5, 0.9)],
-                  robustness=robustness(run_, chosen, scored["accuracy"]),
-                  alignment={name: alignment(run_, run_.slots[name]) for name in labelled},
-                  gradients=slots_agreement(run_), head=head)
+                  few_shot=few_shot(*features_of(run, target, train), *held),
+                  margin={"10%": low, "median": median, "90%": high},
+                  robustness=robustness(run, chosen, scored["accuracy"]),
+                  alignment={slot.name: alignment(run, slot) for slot in others})
     weight, bias = scored["probe"]  # the label head where there is one
     answers = (held[0] @ weight.T + bias).argmax(1)
-    return SimpleNamespace(run=run_, report=report, margin=margin.numpy(), answers=answers.numpy())
+    return Analysis(run, report, margin.numpy(), answers.numpy())
 
 
-def robustness(run_, chosen, clean):
-    """{corruption: accuracy at severities 0 (clean) .. 3} of a picture or sound target."""
-    meta, tokens = run_.target.meta, run_.held["tokens"][np.arange(len(run_.held["tokens"]))]
-    pictures = unpatchify(tokens, meta["patch"]) if "patch" in meta else None
+def robustness(run, chosen, clean):
+    """{corruption: accuracy at severities 0 (which is `clean`) to 3}; {} for other slots than pictures and
+    sound. chosen: the probe, as evaluate() takes it."""
+    meta, tokens = run.target.meta, run.held["tokens"][np.arange(len(run.held["tokens"]))]
     kinds = PICTURE_CORRUPTIONS if "patch" in meta else SOUND_CORRUPTIONS if "mels" in meta else ()
     out = {kind: [clean] for kind in kinds}
     for kind, severity in itertools.product(kinds, (1, 2, 3)):
         if "patch" in meta:
+            pictures = unpatchify(tokens, meta["patch"])
             changed = patchify(corrupt_pictures(pictures, kind, severity), meta["patch"])
         else:
             changed = corrupt_frames(tokens, meta["mels"], kind, severity)
-        scored = evaluate(run_.model, run_.target, dict(run_.held, tokens=changed), CPU, chosen)
+        scored = evaluate(run.model, run.target, dict(run.held, tokens=changed), chosen)
         out[kind].append(scored["accuracy"])
     return out
 
 
-def alignment(run_, other):
-    """Do classes lie alike in the target and in another slot, never paired? None if under 4 are common."""
-    a, b = class_centroids(run_, run_.target), class_centroids(run_, other)
-    names = sorted(a.keys() & b.keys())
+def alignment(run, other):
+    """Do classes lie alike in the target and in another slot, although no items were ever paired?
+
+    Returns measures on the mean features of classes, each with its p; None if under 4 classes are common.
+    """
+    target_means, other_means = class_means(run, run.target), class_means(run, other)
+    names = sorted(target_means.keys() & other_means.keys())
     if len(names) < 4:
         return None
-    a, b = (torch.stack([centroids[name] for name in names]) for centroids in (a, b))  # (k, C)
+    a = torch.stack([target_means[name] for name in names])  # (classes, C)
+    b = torch.stack([other_means[name] for name in names])
     k = max(1, len(names) // 8)
-    cka_value, cka_p = permutation_p(cka, a, b)
-    knn_value, knn_p = permutation_p(lambda p, q: mutual_knn(p, q, k), a, b, draws=50)
-    agree, unit_p = permutation_p(lambda p, q: unit_agreement(p, q).mean().item(), a, b)
-    return dict(classes=len(names), cka=cka_value, cka_p=cka_p, mutual_knn=knn_value, mutual_knn_p=knn_p, k=k,
-                unit_agreement=agree, unit_p=unit_p)
+    measures = dict(cka=cka, mutual_knn=lambda a, b: mutual_knn(a, b, k),
+                    unit_agreement=lambda a, b: unit_agreement(a, b).mean().item())
+    out = dict(classes=len(names), k=k)
+    for name, measure in measures.items():
+        out[name], out[f"{name}_p"] = permutation_p(measure, a, b)
+    return out
 
 
-def class_centroids(run_, slot):
+def class_means(run, slot):
     """{plain name of a class: mean feature (C,) of its held-out items} in one slot."""
-    arrays = run_.held if slot is run_.target else load_split(slot.folder, run_.split)
-    features, labels = features_of(run_, slot, arrays)
-    return {plain_name(slot.meta["classes"][c]): features[labels == c].mean(0) for c in labels.unique()}
-
-
-def slots_agreement(run_):
-    """{pair of slots: {"fresh": [cosine of their gradients on each trunk block], "best": [...]}}.
-
-    fresh: at this config's initial weights, best: at best.pt. The target's training batches against those of
-    each auxiliary; the yardstick is every slot against itself, which noise alone keeps from 1. Each gradient
-    is the mean of eight batches, so noise damps all alike. Where the sum of the losses has its minimum
-    gradients cancel, so training by itself brings slots towards -1. {} without a common trunk.
-    """
-    if len(run_.slots) < 2 or len(run_.model.own_trunk) or not len(run_.model.trunk.blocks):
-        return {}
-    target, seed = run_.target.name, run_.cfg["seed"]
-    # Two draws under different seeds: two halves of one epoch share no item, and near an optimum, where they
-    # sum to nothing, their gradients would point away from each other.
-    halves = {name: [[dict(train_batch(slot, draw, i, CPU), slot=name) for i in range(8)]
-                     for draw in (seed, seed + 1)] for name, slot in run_.slots.items()}
-    pairs = {f"{target}-{name}": list(zip(halves[target], halves[name])) for name in halves}
-    pairs.update({f"{name}-{name}": [halves[name]] for name in halves})
-    models = dict(fresh=build_model(run_.cfg, run_.model.slots, run_.classes), best=run_.model)
-    return {pair: {state: np.mean([gradient_agreement(model, *sides) for sides in both], 0).tolist()
-                   for state, model in models.items()} for pair, both in pairs.items()}
+    features, labels = features_of(run, slot, slot.split(run.split))
+    names = [plain_name(name) for name in slot.meta["classes"]]
+    return {names[label]: features[labels == label].mean(0) for label in labels.unique()}
 
 
 def flat(report, label=""):
     """A nested report as {label: value}: {"layers": [{"linear": 0.7}]} -> {"layers 0 linear": 0.7}."""
-    if not isinstance(report, (dict, list, tuple)):
+    if not isinstance(report, (dict, list)):
         return {label: report}
-    names = dict(margin=("10%", "median", "90%"), few_shot=("mean", "std")).get(label.split(" ")[0])
-    parts = report.items() if isinstance(report, dict) else zip(names or itertools.count(), report)
     rows = {}
-    for key, part in parts:
+    for key, part in report.items() if isinstance(report, dict) else enumerate(report):
         rows.update(flat(part, f"{label} {key}".strip()))
     return rows
 
 
 def analyse_all(folders):
-    """Analyse finished runs, print them side by side, draw what is worth looking at."""
+    """Analyse finished runs, print them side by side, and draw figures into the first one's folder."""
     torch.set_num_threads(1)  # many small solves: threads would only wait for each other
-    for folder in folders:
-        open_run(folder)  # what is wrong with the last one shows now, not minutes later
-    found = [analyse(folder) for folder in folders]
-    reports, first = [one.report for one in found], found[0].run
+    runs = [open_run(folder) for folder in folders]  # what is wrong with the last one shows now
+    analyses = [analyse(run) for run in runs]
+    reports, first = [analysis.report for analysis in analyses], runs[0]
     columns = [flat(report) for report in reports]
-    for label in dict.fromkeys(label for column in columns for label in column):
-        values = [column.get(label) for column in columns]
-        shown = ["-" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v)[-17:] for v in values]
-        print(f"{label:34}" + "".join(f"{value:>18}" for value in shown))
-    draw_side_by_side(os.path.join(first.folder, "side_by_side.png"), found)
-    draw_curves(os.path.join(first.folder, "curves.png"), found)
+    for label in dict.fromkeys(itertools.chain(*columns)):  # the labels of all columns, each once
+        line = f"{label:34}"
+        for column in columns:
+            value = column.get(label)
+            value = f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)[-17:]
+            line += f"{value:>18}"
+        print(line)
+    draw_side_by_side(os.path.join(first.folder, "side_by_side.png"), analyses)
+    draw_curves(os.path.join(first.folder, "curves.png"), runs)
     if "patch" in first.target.meta or "mels" in first.target.meta:
-        draw_predictions(os.path.join(first.folder, "predictions.png"), found)
-    if any(report["gradients"] or report["head"] for report in reports):
-        draw_sharing(os.path.join(first.folder, "sharing.png"), reports)
-    print("wrote side_by_side.png, curves.png and, where they apply, predictions.png and sharing.png in "
-          f"{first.folder}")
+        draw_predictions(os.path.join(first.folder, "predictions.png"), analyses)
+    print(f"wrote side_by_side.png, curves.png and, of pictures and sound, predictions.png in {first.folder}")
     print(json.dumps(reports[0] if len(reports) == 1 else reports))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# theory: what unpaired data adds in a linear world, exactly
-
-
-def information(shared, private, noise):
-    """What ONE sample of a modality says about theta_c: the Schur complement j = I_cc - I_cx I_xx^+ I_xc.
-
-    A sample is x = A_c theta_c + A_x theta_x + e, e ~ N(0, noise^2 I), with A_c = shared (D, d) and A_x =
-    private (D, p); I_cx = A_c'A_x / noise^2 and so on are blocks of the Fisher information. theta_x is a
-    nuisance; eliminating it leaves j. N samples say J = N j. Two modalities share neither nuisance nor noise,
-    hence J_{X,Y} = J_X + J_Y: never less than J_X in the Loewner order, and strictly more wherever J_Y v != 0
-    (Gupta et al. 2025, section 3).
-    """
-    if not noise > 0:
-        raise UserError(f"noise={noise} must be positive: without it one sample would say everything")
-    project = np.eye(len(shared)) - private @ np.linalg.pinv(private)  # removes what theta_x can explain
-    return shared.T @ project @ shared / noise**2
-
-
-def exchange_rates(j_x, j_y):
-    """What a Y sample is worth in X samples, in generalised eigenvectors of (j_Y, j_X) -> (rates, vectors).
-
-    j_Y v = rate j_X v. Both are diagonal in these directions, so only there does the ratio of informations
-    speak of variances. With S = j_X + j_Y and S^(-1/2) j_X S^(-1/2) = U mu U', v = S^(-1/2) u and rate =
-    (1 - mu) / mu, infinite where X is blind (mu = 0). S is singular where neither ever sees a direction.
-    """
-    value, vector = np.linalg.eigh(j_x + j_y)
-    if value[0] < 1e-9 * value[-1]:
-        unseen = np.round(vector[:, 0], 2).tolist()
-        raise UserError(f"no modality sees the direction {unseen} of theta_c: nothing can estimate it")
-    root = vector / np.sqrt(value) @ vector.T
-    mu, u = np.linalg.eigh(root @ j_x @ root)
-    mu = np.where(mu < 1e-9, 0, mu)
-    with np.errstate(divide="ignore"):
-        return (1 - mu) / mu, root @ u
-
-
-def monte_carlo(sides, repetitions, seed=0):
-    """(trace of the sample covariance, its standard error) of the maximum-likelihood estimate of theta_c.
-
-    sides: [(shared, private, noise, N)]. The mean of N samples is sufficient; with M = I - A_x A_x^+, which
-    projects the nuisance out, the estimate solves (sum J) theta = sum N A_c' M mean / noise^2. Its covariance
-    is the Cramer-Rao bound (sum J)^-1.
-    """
-    rng, total, score = np.random.default_rng(seed), 0, 0
-    truth = rng.normal(0, 1, sides[0][0].shape[1])
-    for shared, private, noise, n in sides:
-        means = shared @ truth + private @ rng.normal(0, 1, private.shape[1])
-        means = means + rng.normal(0, noise / n**0.5, (repetitions, len(shared)))
-        project = np.eye(len(shared)) - private @ np.linalg.pinv(private)
-        total = total + n * information(shared, private, noise)
-        score = score + n * means @ project @ shared / noise**2
-    squares = ((score @ np.linalg.inv(total) - truth) ** 2).sum(1)
-    return squares.mean(), squares.std() / repetitions**0.5
-
-
-def theory(argv):
-    """What the linear model says, exactly (seconds), then learned (two minutes a seed)."""
-    keys = dict(seeds=(1, "seeds of the learned part (0: leave it out)", at_least(0)),
-                repetitions=(100_000, "of the Monte Carlo estimate", at_least(2)))
-    cfg, folder = read_config(argv, keys), "out/theory"
-    os.makedirs(folder, exist_ok=True)
-    torch.set_num_threads(1)
-    out = dict(kind="theory", exact=exact_theory(cfg["repetitions"]), learned={})
-    for arm, setting in LEARNED.items() if cfg["seeds"] else ():
-        runs = [learned_world(seed=seed, **setting) for seed in range(cfg["seeds"])]
-        out["learned"][arm] = dict(runs=runs)
-        r2, clear, error = (np.mean([r[key] for r in runs]) for key in ("r2", "r2_clear", "error"))
-        counts = f"{setting['n_x']:,} x + {setting['n_y']:,} y"
-        print(f"4. {arm:12} {counts}: R^2 of the shared latents {r2:.3f} as trained, {clear:.3f} on x "
-              f"without attenuation, which is rebuilt with error {error:.2f}")
-    draw_theory(os.path.join(folder, "theory.png"), out)
-    write_json(os.path.join(folder, "theory.json"), out)
-    print(f"wrote theory.png and theory.json in {folder}")
-    return out
-
-
-def exact_theory(repetitions):
-    """Bounds, blind directions and exchange rates of one small linear world, in float64; prints them."""
-    rng, d, observed, private, noise = np.random.default_rng(0), 6, 12, 3, 0.5
-    a_x, b_y, b_c, full = (rng.normal(0, 1, (observed, width)) for width in (private, private, d, d))
-    weak = np.array([1, 1, 0.5, 0.2, 0.05, 0.0])  # how strongly X shows each direction
-    a_c, n_x, n_y = full * weak, 200, 200
-    j_x, j_y = information(a_c, a_x, noise), information(b_c, b_y, noise)
-    print(f"theta_c has {d} directions; X shows them with strengths {weak.tolist()}, Y in full; "
-          f"{n_x} samples of either, noise {noise}")
-    gain = np.linalg.eigvalsh(n_y * j_y)  # J_XY - J_X, since informations of independent samples add up
-    print(f"1. J_XY - J_X has eigenvalues from {gain[0]:.1f} to {gain[-1]:.1f}: all positive, so adding Y "
-          "helps in every direction")
-    x_seen, y_seen = (a_c[:, :5], a_x, noise), (b_c[:, :5], b_y, noise)  # what X sees at all
-
-    def bound(n, y):
-        """Trace of the Cramer-Rao bound with n samples of X and y of Y."""
-        return np.trace(np.linalg.inv(n * information(*x_seen) + y * information(*y_seen)))
-
-    rows = []
-    for label, n, y in (("X alone", n_x, 0), ("Y alone", 0, n_y), ("X and Y, unpaired", n_x, n_y)):
-        sides = [(*world, count) for world, count in ((x_seen, n), (y_seen, y)) if count]
-        measured, error = monte_carlo(sides, repetitions)
-        rows.append(dict(data=label, bound=bound(n, y), measured=measured, error=error))
-        print(f"   {label:18} trace of the covariance: Cramer-Rao {bound(n, y):.5f}, "
-              f"measured {measured:.5f} +- {error:.5f}")
-
-    print("2. information about the worst direction: no number of X samples identifies what X is blind to")
-    blind = []
-    for n in (10, 1000, 100000):
-        alone, both = (float(np.linalg.eigvalsh(j)[0]) for j in (n * j_x, n * j_x + n_y * j_y))
-        blind.append(dict(n_x=n, x_alone=alone, x_and_y=both))
-        print(f"   N_x = {n}: {abs(alone):.1g} from X alone, {both:.3g} with {n_y} Y")
-    rates, _ = exchange_rates(j_x, j_y)
-    print("3. one Y sample is worth this many X samples, along each generalised eigenvector: "
-          + ", ".join("unbounded" if np.isinf(r) else f"{r:.3g}" for r in rates))
-    strengths = np.geomspace(0.02, 1, 25)
-    curves = {noise_y: [best_rate(w, noise, noise_y) for w in strengths] for noise_y in (0.25, 0.5, 1.0)}
-    slope = np.polyfit(np.log(strengths[:8]), np.log(curves[0.5][:8]), 1)[0]
-    print(f"   the best rate grows as strength^{slope:.2f}; quieter Y is worth more")
-    budget = list(range(0, 401, 25))
-    return dict(traces=rows, loewner_gain=[gain[0], gain[-1]], blind=blind, slope=slope, budget=budget,
-                variance={n: [bound(n, y) for y in budget] for n in (50, 200)},
-                strengths=strengths.tolist(), curves=curves,
-                exchange_rates=[None if np.isinf(r) else r for r in rates])
-
-
-def best_rate(strength, noise_x, noise_y, width=4, private=3, draws=20):
-    """The largest rate where X shows one direction with this strength; geometric mean over random mixings."""
-    rng, logs = np.random.default_rng(1), []
-    weak = np.where(np.arange(width) < width - 1, 1, strength)
-    for _ in range(draws):
-        x, x_own, y, y_own = (rng.normal(0, 1, (24, k)) for k in (width, private, width, private))
-        rates, _ = exchange_rates(information(x * weak, x_own, noise_x), information(y, y_own, noise_y))
-        logs.append(np.log(rates.max()))
-    return float(np.exp(np.mean(logs)))
-
-
-# The arms of the learned linear world: equal budgets of samples, and alone with the FLOPs of uml. The linear
-# ones cannot end where ReLU does: with most units clipping half of the items, two of them to a direction.
-LEARNED = {
-    "alone": dict(n_x=10000, n_y=0), "longer": dict(n_x=5000, n_y=0, steps=8000),
-    "uml": dict(n_x=5000, n_y=5000), "control": dict(n_x=5000, n_y=5000, shuffle=True),
-    "uml 1:9": dict(n_x=1000, n_y=9000), "control 1:9": dict(n_x=1000, n_y=9000, shuffle=True),
-    "alone linear": dict(n_x=10000, n_y=0, relu=False), "uml linear": dict(n_x=5000, n_y=5000, relu=False),
-    "control linear": dict(n_x=5000, n_y=5000, shuffle=True, relu=False)}
-
-
-def learned_world(n_x, n_y, seed, steps=4000, shuffle=False, relu=True):
-    """The linear world, learned: an autoencoder of x and of unpaired y that share encoder and decoder.
-
-    x = A_c (w * theta_c) + A_x theta_x + noise shows one of ten shared latents in full, the others at a
-    twentieth (w); y shows all. Both have 50 dimensions and 5 private latents. shuffle: y's numbers move to
-    other items. Returns the R^2 with which theta_c is read linearly off the bottleneck of held-out x, as
-    trained and without attenuation (clear), the squared error with which clear x is rebuilt, and the share
-    of the encoder's units that are on for nearly all of x (always_on).
-    """
-    torch.manual_seed(seed)
-    w, full = torch.full((10,), 0.05), torch.ones(10)
-    w[0] = 1.0
-    mix = {side: (torch.randn(10, 50), torch.randn(5, 50)) for side in "xy"}
-
-    def draw(side, n, weak):
-        theta, (shared, private) = torch.randn(n, 10), mix[side]
-        return (theta * weak) @ shared + torch.randn(n, 5) @ private + 0.09 * torch.randn(n, 50), theta
-
-    data = {"x": draw("x", n_x, w)[0], "y": draw("y", n_y, full)[0]}  # (n, 50) each
-    if shuffle:
-        data["y"] = torch.stack([column[torch.randperm(n_y)] for column in data["y"].T], 1)
-    held, clear = draw("x", 5000, w), draw("x", 5000, full)
-
-    embed = nn.ModuleDict({side: nn.Linear(50, 128) for side in "xy"})
-    bend = nn.ReLU() if relu else nn.Identity()
-    encode = nn.Sequential(nn.Linear(128, 10), bend, nn.Linear(10, 10))  # shared
-    decode = nn.Sequential(nn.Linear(10, 10), bend, nn.Linear(10, 128))  # shared
-    head = nn.ModuleDict({side: nn.Linear(128, 50) for side in "xy"})
-    optimizer = torch.optim.Adam(nn.ModuleList([embed, encode, decode, head]).parameters(), lr=1e-3)
-
-    def loss_of(side, items):
-        rebuilt = head[side](decode(encode(embed[side](items))))
-        return (rebuilt - items).square().mean()
-
-    def r2(items, theta):
-        """Least squares of theta_c on the bottleneck, fitted on half of the items, scored on the rest."""
-        code = torch.cat([encode(embed["x"](items)), torch.ones(len(items), 1)], 1)
-        half = len(items) // 2
-        wanted, found = theta[half:], code[half:] @ torch.linalg.lstsq(code[:half], theta[:half]).solution
-        spread = (wanted - wanted.mean(0)).square().sum(0)  # (10,)
-        return (1 - (found - wanted).square().sum(0) / spread).mean().item()
-
-    errors = []
-    for step in range(steps + 1):
-        if step % 500 == 0:
-            with torch.no_grad():
-                errors.append(loss_of("x", clear[0]).item())
-        optimizer.zero_grad()
-        for side in "xy":
-            if len(data[side]):
-                rows = torch.randint(len(data[side]), (512,))
-                loss_of(side, data[side][rows]).backward()
-        optimizer.step()
-    with torch.no_grad():
-        on = (encode[:2](embed["x"](held[0])) > 0).float().mean(0)  # (10,)
-        return dict(r2=r2(*held), r2_clear=r2(*clear), error=errors[-1], errors=errors,
-                    always_on=(on > 0.9).float().mean().item())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# exchange: how many words is an image worth?
-
-
-def fit_exchange(n_x, n_y, scores):
-    """Fit score = b0 + b1 log(n_x + rho n_y^gamma), b1 > 0: y counts as x, of falling worth if gamma < 1.
-
-    n_x, n_y, scores: (k,) of the grid's cells. Least squares in (b0, b1) for every rho and gamma of a fine
-    grid; residual is the root mean square error. In the linear world the variance along one direction is
-    1 / (n_x j_x + n_y j_y): gamma = 1 and rho = j_y / j_x exactly.
-    """
-    best = None
-    for gamma in (1.0, 0.75, 0.5, 0.35, 0.25):
-        for rho in np.concatenate([[0.0], np.geomspace(1e-5, 1e4, 181)]):
-            design = np.stack([np.ones(len(n_x)), np.log(n_x + rho * n_y**gamma)], 1)
-            (b0, b1), *_ = np.linalg.lstsq(design, scores, rcond=None)
-            error = float(np.sqrt(np.mean((design @ (b0, b1) - scores) ** 2)))
-            # ties go to gamma = 1 and the smaller rho
-            if b1 > 0 and (best is None or error < best["residual"] * (1 - 1e-9)):
-                best = dict(rho=float(rho), gamma=gamma, b0=float(b0), b1=float(b1), residual=error)
-    if best is None:
-        raise UserError("more examples never scored better on this grid: there is no exchange rate to fit")
-    return best
-
-
-def mean_words(cfg, slot):
-    """Words in a training item of a text slot, on average; None for other modalities."""
-    folder = prepare(cfg, slot, say=quiet)
-    if "vocab" not in read_meta(folder):
-        return None
-    train, bpe = load_split(folder, "train"), load_bpe(folder)
-    tokens = train["tokens"][np.arange(min(1000, len(train["tokens"])))]
-    texts = [bpe.decode(row[:length].tolist()) for row, length in zip(tokens, train["lengths"])]
-    return float(np.mean([len(text.split()) for text in texts]))
-
-
-def read_grid(argv):
-    """argv of exchange -> (config, own keys, the target's key, its values, the auxiliary's key, values)."""
-    texts = dict(arg[2:].split("=", 1) for arg in argv if arg.startswith("--") and "=[" in arg)
-    cfg = read_run_config([arg for arg in argv if "=[" not in arg], dict(KEYS, **COMPARE_KEYS))
-    own = own_keys(cfg)
-    x_key, y_keys = f"{cfg['target']}_examples", {f"{slot}_examples" for slot in auxiliaries_of(cfg)}
-    if len(texts) != 2 or x_key not in texts or not texts.keys() & y_keys:
-        raise UserError(f"exchange takes exactly two lists, --{x_key}=[200,...] and "
-                        "--SLOT_examples=[0,1000,...] of an auxiliary")
-    (y_key,) = texts.keys() - {x_key}
-    try:
-        x, y = (sorted({int(value) for value in texts[key].strip("[]").split(",")}) for key in (x_key, y_key))
-    except ValueError:
-        raise UserError(f"the lists of exchange must hold whole numbers, found {texts}") from None
-    if len(x) < 3 or len(y) < 2 or x[0] < 1 or y[0] < 0:
-        raise UserError(f"no grid to fit: {x_key} needs three values above 0, {y_key} two of at least 0 (a "
-                        f"number for 'all'), found {x} and {y}")
-    return cfg, own, x_key, x, y_key, y
-
-
-def exchange(argv):
-    """Train a grid of two example counts and fit it: what is an example of one worth in the other?"""
-    cfg, own, x_key, counts_x, y_key, counts_y = read_grid(argv)
-    cells = list(itertools.product(counts_x, counts_y))
-    runs = [dict(cfg, **{x_key: x, y_key: y, "seed": seed}) for x, y in cells for seed in own["seeds"]]
-    open_slots(resolve(runs[-1]), say=quiet)  # too many examples show now, not hours later
-    results = run_all(runs, start_progress(cfg, own, len(runs)))
-    split = "test" if cfg["score_test"] else "val"
-    scores = np.array([score_of(r, split) for r in results]).reshape(len(cells), -1)
-    path = os.path.join(cfg["out_dir"], "exchange.json")
-    out = dict(kind="exchange", cells=cells, scores=scores.tolist(),
-               command=shlex.join(["python", "probe.py", "exchange", *argv]))
-    write_json(path, out)  # what was measured stays, fitted or not
-
-    n_x, n_y = np.array(cells, float).T
-    fit, at = fit_exchange(n_x, n_y, scores.mean(1)), float(np.median(n_y[n_y > 0]))
-    rate = fit["rho"] * fit["gamma"] * at ** (fit["gamma"] - 1)  # of one more y, at this many of them
-    words = mean_words(cfg, y_key.removesuffix("_examples"))
-    explained = 1 - fit["residual"] ** 2 / scores.mean(1).var()
-    out.update(fit=fit, at=at, rate=rate, words_per_item=words, explained=explained)
-    print(f"score = {fit['b0']:.3f} + {fit['b1']:.3f} log({x_key} + {fit['rho']:.3g} {y_key}^{fit['gamma']})"
-          f", residual {fit['residual']:.4f}, {explained:.0%} of the variance explained")
-    if explained < 0.9:
-        print("warning: the grid does not follow this law, so the rate below means little")
-    print(f"at {at:,.0f} {y_key}, one of them is worth {rate:.3g} {x_key}")
-    if words and rate:
-        print(f"one {cfg['target']} example is worth {words / rate:,.0f} words")
-    write_json(path, out)
-    draw_exchange(os.path.join(cfg["out_dir"], "exchange.png"), cells, scores.mean(1), fit, x_key, y_key)
-    return out
-
-
-# ------------------------------------------------------------------------------------------------------------
-# embed: features and predictions for files the run has never seen
-
-
-def read_new(folder, path, cfg, name, slot):
-    """New items for a slot of a run -> (tokens as stored, real (n, T) bool or None, a name for each item)."""
-    if modality_of(name) == "text" and slot["kind"] == "discrete":
-        check_shards(folder, cfg)  # the BPE lies with the shards
-        names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-        if not names:
-            raise UserError(f"{path} is empty: expected one text a line")
-        arrays = encode_text(cfg, names, load_bpe(prepare(cfg, name)))
-        first = np.unique(arrays["item"], return_index=True)[1]  # a long text has several windows
-        if cut := int((np.bincount(arrays["item"]) > 1).sum()):
-            tell(f"{cut} of {len(names)} texts are cut at {slot['length']} tokens")
-        arrays = dict(tokens=arrays["tokens"][first].astype(np.int64), lengths=arrays["lengths"][first])
-    elif "patch" in slot or "mels" in slot:
-        items, names = read_files(path, cfg, name, slot)
-        arrays = (encode_pictures if "patch" in slot else encode_recordings)(cfg, items, None)
-    else:  # numbers, such as features of a frozen encoder
-        try:
-            arrays = encode_features(cfg, np.load(path, allow_pickle=False), None)
-        except (OSError, ValueError, TypeError) as problem:
-            raise UserError(f"{path} is no .npy array of numbers ({problem}), which {name}={cfg[name]} of "
-                            f"{folder} needs") from None
-        found = arrays["tokens"]
-        if found.shape[1:] != (slot["length"], slot["dim"]) or not np.isfinite(found).all() or not len(found):
-            raise UserError(f"{path} must hold finite numbers (n, {slot['length']}, {slot['dim']}), found "
-                            f"{found.shape}")
-        names = range(len(found))
-    tokens, real = torch.from_numpy(arrays["tokens"]), None
-    if "lengths" in arrays and slot.get("embed") != "conv":  # the stem reads padding as silence
-        real = torch.arange(slot["length"]) < torch.from_numpy(arrays["lengths"])[:, None]
-    return tokens, real, names
-
-
-def read_files(path, cfg, name, slot):
-    """A folder of pictures or recordings -> (what could be read, the files it is from)."""
-    if not os.path.isdir(path):
-        raise UserError(f"{path} is no folder: embed takes a folder of files for the {name} slot")
-    files = [os.path.join(parent, file) for parent, _, found in os.walk(path) for file in found
-             if not file.startswith(".")]
-    read = {}
-    for file in sorted(files):
-        with contextlib.suppress(UserError):
-            if "patch" in slot:
-                read[file] = read_picture(cfg, file, slot["dim"] // slot["patch"] ** 2)
-            else:
-                read[file] = read_recording(cfg, file)
-    if not read:
-        raise UserError(f"folder {path} holds no readable files for the {name} slot ({len(files)} others)")
-    if len(read) < len(files):
-        tell(f"skipped {len(files) - len(read)} of {len(files)} files: not readable")
-    return list(read.values()), list(read)
+# embed: features and predictions for items the run has never seen
 
 
 def embed(folder, path):
     """Write FOLDER/embed.npy (n, C) and, if the run knows classes, embed.csv with file, class, probability.
 
-    path: a text file (one item a line), a folder of pictures or recordings, or else an .npy array.
+    path: a text file (one item a line), a folder of pictures or recordings, or an .npy array, whichever the
+    target slot takes. UserError if there is nothing to read.
     """
     model, checkpoint = load_model(os.path.join(folder, "best.pt"))
     cfg, name = checkpoint["config"], checkpoint["config"]["target"]
     slot, classes = checkpoint["slots"][name], checkpoint["classes"][:checkpoint["target_classes"]]
-    tokens, real, names = read_new(folder, path, cfg, name, slot)
-    chunks = zip(tokens.split(500), itertools.repeat(None) if real is None else real.split(500))
+    if modality_of(name) == "text" and slot["kind"] == "discrete":
+        arrays, items = read_new_texts(folder, path, cfg)
+    elif "patch" in slot or "mels" in slot:
+        arrays, items = read_new_files(path, cfg, slot)
+    else:
+        arrays, items = read_new_numbers(path, slot)
+    tokens = torch.from_numpy(arrays["tokens"])
+    inputs = [tokens.split(500)]
+    if "lengths" in arrays and slot.get("embed") != "conv":  # the conv stem reads padding as silence
+        inputs.append(torch.from_numpy(real_places(arrays["lengths"], slot["length"])).split(500))
     scores = None
-    with torch.no_grad():  # not inference_mode: a linear probe may be fitted in here
-        features = torch.cat([model.features(name, *chunk) for chunk in chunks])
+    with torch.no_grad():
+        features = torch.cat([model.features(name, *part) for part in zip(*inputs)])
         if "label" in slot["loss"]:
             scores = model.label_scores(name, features)[:, :len(classes)]
-        elif len(classes) > 1:  # no label head of its own: a linear probe on the run's training examples
-            run_ = open_run(folder)
-            weight, bias = evaluate(run_.model, run_.target, run_.target.val, CPU)["probe"]
-            scores = features @ weight.T + bias
+    if scores is None and len(classes) > 1:  # no label head: a linear probe on the run's training examples
+        run = open_run(folder)
+        weight, bias = evaluate(run.model, run.target, run.target.split("val"))["probe"]
+        scores = features @ weight.T + bias
 
-    written, array, table = [os.path.join(folder, "embed.npy")], io.BytesIO(), io.StringIO(newline="")
+    written = [os.path.join(folder, "embed.npy")]
+    array = io.BytesIO()
     np.save(array, features.numpy())
     write_file(written[0], array.getvalue())
     if scores is not None:
         written.append(os.path.join(folder, "embed.csv"))
+        table = io.StringIO(newline="")
         writer = csv.writer(table)
         writer.writerow(["file", "class", "probability"])
-        for item, chances in zip(names, scores.softmax(1)):
-            writer.writerow([item, classes[int(chances.argmax())], f"{chances.max().item():.4f}"])
+        for item, probabilities in zip(items, scores.softmax(1)):
+            best = int(probabilities.argmax())
+            writer.writerow([item, classes[best], f"{probabilities[best].item():.4f}"])
         write_file(written[1], table.getvalue().encode(errors="surrogateescape"))
-    print(json.dumps(dict(items=len(names), features=list(features.shape), written=written)))
+    print(json.dumps(dict(items=len(items), features=list(features.shape), written=written)))
+
+
+def read_new_texts(folder, path, cfg):
+    """The lines of a text file -> {"tokens" (n, T), "lengths" (n,)}, the lines."""
+    check_shards(folder, cfg)  # the BPE is kept with the shards
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{path} is empty: expected one text a line")
+    arrays = encode_text(cfg, lines, load_bpe(prepare(cfg, cfg["target"])))
+    _, first = np.unique(arrays["item"], return_index=True)  # of a long text only its first window counts
+    return dict(tokens=arrays["tokens"][first].astype(np.int64), lengths=arrays["lengths"][first]), lines
+
+
+def read_new_files(path, cfg, slot):
+    """A folder of pictures or recordings -> {"tokens" (n, T, D), perhaps "lengths" (n,)}, the files read."""
+    files = []
+    for parent, _, names in os.walk(path):
+        files += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    items = {}
+    for file in sorted(files):
+        with contextlib.suppress(UserError):  # a file that cannot be read
+            if "patch" in slot:
+                items[file] = read_picture(cfg, file, channels=slot["dim"] // slot["patch"] ** 2)
+            else:
+                items[file] = read_recording(cfg, file)
+    if not items:
+        raise UserError(f"{path} is no folder of files that the {cfg['target']} slot can read")
+    if len(items) < len(files):
+        tell(f"skipped {len(files) - len(items)} of {len(files)} files: not readable")
+    encode = encode_pictures if "patch" in slot else encode_recordings
+    return encode(cfg, list(items.values()), None), list(items)
+
+
+def read_new_numbers(path, slot):
+    """An .npy array, such as features of a frozen encoder -> {"tokens" (n, T, D)}, row numbers."""
+    wanted = f"{path} must be an .npy array of finite numbers (n, {slot['length']}, {slot['dim']})"
+    try:
+        tokens = encode_features({}, np.load(path, allow_pickle=False), None)["tokens"]
+    except (OSError, ValueError, TypeError) as problem:
+        raise UserError(f"{wanted}, found: {problem}") from None
+    if tokens.shape[1:] != (slot["length"], slot["dim"]) or not np.isfinite(tokens).all() or not len(tokens):
+        raise UserError(f"{wanted}, found {tokens.shape}")
+    return dict(tokens=tokens), range(len(tokens))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1135,13 +875,13 @@ def embed(folder, path):
 
 @contextlib.contextmanager
 def figure(path, width, height, **grid):
-    """(fig, axes) to draw on, without a screen, on white; written whole at the end."""
+    """(fig, axes) to draw on, without a screen; written to path at the end. width, height: in inches."""
     import matplotlib.pyplot as plt
     plt.switch_backend("Agg")
     fig, axes = plt.subplots(figsize=(width, height), layout="constrained", facecolor="white", **grid)
     yield fig, axes
     data = io.BytesIO()
-    fig.savefig(data, format="png", dpi=130, bbox_inches="tight")  # texts below an axis count too
+    fig.savefig(data, format="png", dpi=130, bbox_inches="tight")  # "tight" keeps texts below an axis
     plt.close(fig)
     write_file(path, data.getvalue())
 
@@ -1149,10 +889,10 @@ def figure(path, width, height, **grid):
 def draw_compare(path, out):
     """Every seed a point, every arm a column, means with their 95% intervals."""
     with figure(path, 1.5 + 1.3 * len(out["arms"]), 4.2) as (_, ax):
-        for i, e in enumerate(out["arms"].values()):
+        for i, entry in enumerate(out["arms"].values()):
             places = i + np.linspace(-0.12, 0.12, out["seeds"])
-            ax.plot(places, e["scores"], "o", ms=4, alpha=0.6, color=f"C{i}")
-            ax.errorbar(i + 0.27, e["mean"], e["half"] or 0, fmt="s", ms=5, capsize=4, color="black")
+            ax.plot(places, entry["scores"], "o", ms=4, alpha=0.6, color=f"C{i}")
+            ax.errorbar(i + 0.27, entry["mean"], entry["half"] or 0, fmt="s", ms=5, capsize=4, color="black")
         if out["chance"]:
             ax.axhline(out["chance"], ls=":", color="grey", lw=1)
         ax.set_xticks(range(len(out["arms"])), out["arms"])
@@ -1161,16 +901,17 @@ def draw_compare(path, out):
         ax.set_title(title, fontsize=9)
 
 
-def draw_side_by_side(path, found):
+def draw_side_by_side(path, analyses):
     """Few-shot curves, margins and robustness of several runs in one figure."""
     with figure(path, 12, 3.6, ncols=3) as (_, (left, middle, right)):
-        for one in found:
-            name, shots = one.report["name"], one.report["few_shot"]
-            means, spreads = zip(*shots.values()) if shots else ((), ())
+        for analysis in analyses:
+            name, shots = analysis.report["name"], analysis.report["few_shot"]
+            means = [entry["mean"] for entry in shots.values()]
+            spreads = [entry["std"] for entry in shots.values()]
             left.errorbar(list(shots), means, spreads, marker="o", capsize=3, label=name)
-            middle.hist(one.margin, bins=60, density=True, histtype="step", label=name)
-            if one.report["robustness"]:
-                right.plot(np.mean(list(one.report["robustness"].values()), 0), marker="o", label=name)
+            middle.hist(analysis.margins, bins=60, density=True, histtype="step", label=name)
+            if analysis.report["robustness"]:
+                right.plot(np.mean(list(analysis.report["robustness"].values()), 0), marker="o", label=name)
         left.set(xscale="log", xlabel="examples a class", ylabel="few-shot probe accuracy")
         left.set_xticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
         middle.set(xlabel="margin of held-out items (0: on the boundary)", ylabel="density")
@@ -1178,113 +919,68 @@ def draw_side_by_side(path, found):
         left.legend()
 
 
-def draw_predictions(path, found, rows=4, columns=6):
-    """A sheet of held-out items, drawn by lot: each run has a tick, or a cross and what it says instead."""
-    first = found[0].run
-    meta, held, items = first.target.meta, first.held, (first.target.folder, first.split)
-    found = [one for one in found if (one.run.target.folder, one.run.split) == items]
-    classes, labels, words = meta["classes"], held["labels"], class_words(meta["classes"])
-    short = [textwrap.fill(" ".join(own) or name, 24) for own, name in zip(words, classes)]
-    chosen = np.random.default_rng(0).permutation(len(labels))[:rows * columns]
-    height = rows * (1.35 + 0.32 * len(found))
+def draw_predictions(path, analyses, rows=4, columns=6):
+    """A sheet of held-out items drawn at random. Below each, every run that was tested on the same items has
+    a tick if it is right, or a cross and the class it gives instead."""
+    first = analyses[0].run
+    meta, held = first.target.meta, first.held
+    same_items = [analysis for analysis in analyses
+                  if (analysis.run.target.folder, analysis.run.split) == (first.target.folder, first.split)]
+    short = []  # the words that tell each class from the others, in lines that fit below a picture
+    for name, words in zip(meta["classes"], class_words(meta["classes"])):
+        short.append(textwrap.fill(" ".join(words) or name, 24))
+    chosen = np.random.default_rng(0).permutation(len(held["labels"]))[:rows * columns]
+    height = rows * (1.35 + 0.32 * len(same_items))
     with figure(path, 1.9 * columns, height, nrows=rows, ncols=columns) as (_, axes):
-        for ax, i in zip(axes.flat, chosen):
-            tokens = held["tokens"][np.array([i])]
+        for ax, item in zip(axes.flat, chosen):
+            tokens, truth = held["tokens"][np.array([item])], held["labels"][item]
             if "patch" in meta:
                 ax.imshow(unpatchify(tokens, meta["patch"])[0].squeeze(), cmap="gray", vmin=0, vmax=255)
             else:
                 ax.imshow(tokens[0].reshape(-1, meta["mels"]).T, origin="lower", aspect="auto")
-            ax.set_title(short[labels[i]], fontsize=7)
+            ax.set_title(short[truth], fontsize=7)
             ax.set(xticks=[], yticks=[])
-            for line, one in enumerate(found):
-                right = one.answers[i] == labels[i]
-                said = f"✓ {one.run.name}" if right else f"✗ {one.run.name}: {short[one.answers[i]]}"
-                ax.text(0.5, -0.06 - 0.27 * line, textwrap.fill(said, 32), transform=ax.transAxes, fontsize=6,
-                        ha="center", va="top", color="#1a6e2e" if right else "#a02020",
-                        weight="normal" if right else "bold")
+            for line, analysis in enumerate(same_items):
+                answer = analysis.answers[item]
+                text, style = f"✓ {analysis.run.name}", dict(color="#1a6e2e")
+                if answer != truth:
+                    text = f"✗ {analysis.run.name}: {short[answer]}"
+                    style = dict(color="#a02020", weight="bold")
+                ax.text(0.5, -0.06 - 0.27 * line, textwrap.fill(text, 32), transform=ax.transAxes, fontsize=6,
+                        ha="center", va="top", **style)
 
 
-def draw_curves(path, found):
+def draw_curves(path, runs):
     """Loss of every slot and validation accuracy over steps, from each run's log.jsonl."""
     styles = ("-", "--", ":", "-.")
     with figure(path, 9, 3.4, ncols=2) as (_, (left, right)):
-        for i, one in enumerate(found):
-            log = read_text(os.path.join(one.run.folder, "log.jsonl"))
-            lines = [json.loads(line) for line in log.splitlines()]
-            for style, slot in zip(styles, one.run.slots):
-                there = [line for line in lines if slot in line.get("loss", {})]
-                losses = [(line["step"], line["loss"][slot]) for line in there]
-                if losses:  # a slot without updates has none
-                    left.plot(*zip(*losses), style, color=f"C{i}", label=f"{one.run.name}, {slot}")
-            scores = [(line["step"], line["val_score"]) for line in lines if "val_score" in line]
-            right.plot(*zip(*scores), styles[i % 4], marker="o", ms=3, color=f"C{i}", label=one.run.name)
+        for i, run in enumerate(runs):
+            losses, scores = read_log(os.path.join(run.folder, "log.jsonl"))
+            for style, (slot, values) in zip(styles, losses.items()):
+                left.plot(*zip(*values.items()), style, color=f"C{i}", label=f"{run.name}, {slot}")
+            right.plot(*zip(*scores.items()), styles[i % 4], marker="o", ms=3, color=f"C{i}", label=run.name)
         left.set(xlabel="step", ylabel="training loss")
         right.set(xlabel="step", ylabel="validation accuracy", ylim=(0, None))
         left.legend(fontsize=7)
         right.legend(fontsize=7)
 
 
-def draw_sharing(path, reports):
-    """Left: how gradients of slots agree, hollow before and full after training; right: the label head."""
-    bars = [{f"{pair}\nblock {block + 1}": ends for pair, pull in report["gradients"].items()
-             for block, ends in enumerate(zip(pull["fresh"], pull["best"]))} for report in reports]
-    names = list(dict.fromkeys(name for own in bars for name in own))
-    wide, groups = max(2, len(names)), ("first", "last", "neither")
-    with figure(path, 6.5 + 0.9 * wide, 3.6, ncols=2, width_ratios=[wide, 4]) as (_, (left, right)):
-        for i, (report, own) in enumerate(zip(reports, bars)):
-            mark, color = "os^Dv*"[i % 6], f"C{i % 6}"  # not by colour alone
-            for name, ends in own.items():
-                x = names.index(name) + 0.6 * ((i + 1) / (len(reports) + 1) - 0.5)
-                left.plot([x, x], ends, mark + "-", color=color, lw=1)
-                left.plot(x, ends[0], mark, color=color, mfc="white")
-            if report["head"]:
-                heights = np.array([report["head"][key] for key in groups], float)  # None becomes nan
-                right.plot(heights, mark, color=color, label=report["name"])
-                right.legend(fontsize=7)
-        left.set_xticks(range(len(names)), names, fontsize=7)
-        left.set(ylabel="cosine of gradients", xlim=(-0.5, wide - 0.5), ylim=(-1.05, 1.05))
-        left.set_title("hollow: fresh weights, full: best", fontsize=9)
-        right.set_xticks(range(3), ("same first word", "same last word", "neither"), fontsize=8)
-        right.set(xlabel="two classes, by their names", xlim=(-0.5, 2.5),
-                  ylabel="mean cosine of label head rows")
-        for ax in (left, right):
-            ax.axhline(0, ls=":", color="grey", lw=1)
+def read_log(path):
+    """log.jsonl -> {slot: {step: loss}}, {step: validation score}.
 
-
-def draw_theory(path, out):
-    """Variance over Y samples, exchange rate over attenuation, error of the learned world over steps."""
-    exact = out["exact"]
-    with figure(path, 12, 3.6, ncols=3) as (_, (left, middle, right)):
-        for n, values in exact["variance"].items():
-            left.plot(exact["budget"], values, label=f"{n} X samples")
-        left.set(xlabel="unpaired Y samples", ylabel="bound on the variance (trace)", yscale="log")
-        for noise, values in exact["curves"].items():
-            middle.loglog(exact["strengths"], values, label=f"noise of Y {noise}")
-        middle.axhline(1, color="grey", lw=0.8, ls=":")
-        middle.set(xlabel="strength with which X shows the direction", ylabel="X samples a Y sample is worth")
-        for arm, entry in out["learned"].items():
-            errors = np.mean([run_["errors"] for run_ in entry["runs"]], 0)
-            right.plot(np.linspace(0, 1, len(errors)), errors, label=arm)
-        right.set(xlabel="share of training", ylabel="error on x without attenuation")
-        for ax in (left, middle, right):
-            if ax.lines:
-                ax.legend(fontsize=8)
-
-
-def draw_exchange(path, cells, means, fit, x_key, y_key):
-    """The fitted surface as curves of equal score, the measured means as numbers."""
-    n_x, n_y = np.array(cells, float).T
-    grid_x, grid_y = np.geomspace(n_x.min(), n_x.max(), 60), np.linspace(0, n_y.max(), 60)
-    surface = fit["b0"] + fit["b1"] * np.log(grid_x[None] + fit["rho"] * grid_y[:, None] ** fit["gamma"])
-    with figure(path, 6, 4.2) as (_, ax):
-        ax.clabel(ax.contour(grid_x, grid_y, surface, levels=8, cmap="viridis"), fontsize=7)
-        for (x, y), mean in zip(cells, means):
-            ax.annotate(f"{mean:.3f}", (x, y), fontsize=7, ha="center")
-        ax.set(xscale="log", xlabel=x_key, ylabel=y_key, xlim=(n_x.min() / 1.3, n_x.max() * 1.3),
-               ylim=(-0.06 * n_y.max(), 1.06 * n_y.max()))
-        ax.set_title("curves of equal score of the fit; measured means as numbers", fontsize=9)
-        ax.set_xticks(np.unique(n_x), [f"{n:,.0f}" for n in np.unique(n_x)])
-        ax.minorticks_off()
+    A killed and resumed run logs some steps twice: the last line counts. A line cut short is skipped.
+    """
+    losses, scores = {}, {}
+    for line in read_text(path).splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        for slot, loss in entry.get("loss", {}).items():
+            losses.setdefault(slot, {})[entry["step"]] = loss
+        if "val_score" in entry:
+            scores[entry["step"]] = entry["val_score"]
+    return losses, scores
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1292,28 +988,28 @@ def draw_exchange(path, cells, means, fit, x_key, y_key):
 
 
 def main():
+    """Do what the command line says; the top of this file shows what it may say."""
     argv = sys.argv[1:]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that compare stops its workers
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that compare stops its runs before it ends
     if not argv or "--help" in argv or "-h" in argv:
-        print_help(__doc__, COMPARE_KEYS, "Keys of compare and exchange, besides every key of train.py:")
+        print_help(__doc__, COMPARE_KEYS, "Keys of compare, besides every key of train.py:")
+        for arm, (line, _) in ARMS.items():
+            print(f"  arm {arm:30} {line}")
     elif argv[0] == "compare":
         compare(argv[1:])
     elif argv[0] == "embed":
         if len(argv) != 3:
             raise UserError("usage: python probe.py embed OUT_DIR PATH")
         embed(*argv[1:])
-    elif argv[0] == "exchange":
-        print(json.dumps(exchange(argv[1:])))
-    elif argv[0] == "theory":
-        print(json.dumps(theory(argv[1:])))
-    elif near := difflib.get_close_matches(argv[0], ("compare", "embed", "exchange", "theory"), n=1):
-        raise UserError(f"'{argv[0]}' is no command, did you mean '{near[0]}'?")
+    elif argv[0] in ("theory", "exchange"):
+        raise UserError(f"{argv[0]} has moved: python assets/results/{argv[0]}.py")
     elif argv[0].endswith(".py"):
         raise UserError(f"{argv[0]} is a config: python train.py {argv[0]}, or "
                         f"python probe.py compare {argv[0]}")
-    elif keys := [arg for arg in argv if arg.startswith("--")]:
-        raise UserError(f"{keys[0]}: the analysis of runs takes no keys, only folders of runs; compare and "
-                        "exchange take keys")
+    elif any(arg.startswith("--") for arg in argv):
+        raise UserError("the analysis of runs takes no keys, only folders of runs; compare takes keys")
+    elif not os.path.isdir(argv[0]):
+        raise UserError(f"{argv[0]} is no command (there are compare and embed) and no folder of a run")
     else:
         analyse_all(argv)
 

@@ -1,6 +1,6 @@
 """The reference shape for speed: batch 64, 64 continuous tokens, width 128, 4 layers, 4 heads, next patch.
 
-    python train.py sample_configs/benchmark.py --benchmark=True
+    python assets/results/speed.py sample_configs/benchmark.py    # ms a step, GFLOP/s, where the time goes
 """
 image = "letters"
 image_loss = "next"

@@ -7,7 +7,7 @@
 The name of a class falls into parts: a letter's case, base and marks, a number's two digits. For each arm
 this prints the accuracy by number of marks, or by first digit, and what is wrong in the answers: one part, or
 more of them; and, as "at home", the accuracy on 4,000 training items the run did not see, which are of the
-typefaces or speakers that it did see. Means over seeds, test split; the same as JSON in confusions.json beside
+typefaces or speakers that it did see. Means over seeds, test split. The same as JSON: confusions.json beside
 compare.json.
 """
 import collections
@@ -50,47 +50,52 @@ def arm_of(cfg, steps):
     return "control" if cfg.get("control") else "uml"
 
 
-def answers(run_, arrays, rows):
+def answers(run, arrays, rows):
     """(what the label head says (n,), labels (n,)) of some rows of a split, as lists."""
-    features, truth = features_of(run_, run_.target, arrays, rows)
-    head, classes = run_.model.label_head, len(run_.target.meta["classes"])
+    features, truth = features_of(run, run.target, arrays, rows)  # (n, C), (n,)
+    head, classes = run.model.label_head, len(run.target.meta["classes"])
     scores = features @ head.weight[:classes].T + head.bias[:classes]
     return scores.argmax(1).tolist(), truth.tolist()
 
 
 def confusions(folder):
     """-> ({group: share right}, {what is wrong: share of all test items}) of one run, over seen classes."""
-    run_ = open_run(folder)
-    train, right, wrong = run_.target.train, collections.defaultdict(list), collections.Counter()
-    names = [parts_of(name) for name in run_.target.meta["classes"]]
-    others = np.setdiff1d(np.flatnonzero(~np.isin(train["labels"], run_.target.banned)), run_.target.rows)
+    run = open_run(folder)
+    train, right, wrong = run.target.split("train"), collections.defaultdict(list), collections.Counter()
+    names = [parts_of(name) for name in run.target.meta["classes"]]
+    seen = np.flatnonzero(~np.isin(train["labels"], run.target.unseen))
+    others = np.setdiff1d(seen, run.target.examples)  # of seen classes, but not trained on
     others = np.random.default_rng(0).permutation(others)[:4000]
-    right["at home"] = [answer == label for answer, label in zip(*answers(run_, train, others))]
-    said, truth = answers(run_, run_.held, run_.seen)
-    for answer, label in zip(said, truth):
+    right["at home"] = [answer == label for answer, label in zip(*answers(run, train, others))]
+    for answer, label in zip(*answers(run, run.held, run.seen)):
         right[group_of(names[label])].append(answer == label)
         differs = [key for key in names[label] if names[label][key] != names[answer][key]]
         if differs:
-            wrong["only the " + differs[0] if len(differs) == 1 else "more"] += 1 / len(truth)
+            wrong["only the " + differs[0] if len(differs) == 1 else "more"] += 1 / len(run.seen)
     return {group: np.mean(hits) for group, hits in right.items()}, wrong
+
+
+def finished_runs(folder, steps):
+    """{arm: [folder of a run, ...]} of the comparison in a folder."""
+    found = collections.defaultdict(list)
+    for name in sorted(os.listdir(os.path.join(folder, "compare"))):
+        path = os.path.join(folder, "compare", name)
+        if name.startswith("run-") and os.path.exists(os.path.join(path, "result.json")):
+            arm = arm_of(read_json(os.path.join(path, "config.json")), steps)
+            if arm:
+                found[arm].append(path)
+    return found
 
 
 @torch.inference_mode()
 def main():
     if len(sys.argv) != 2 or not os.path.isdir(os.path.join(sys.argv[1], "compare")):
         raise UserError("name the out_dir of a finished `python probe.py compare`")
-    folder = sys.argv[1]
-    steps, found = read_json(os.path.join(folder, "compare.json"))["steps"], collections.defaultdict(list)
-    for name in sorted(os.listdir(os.path.join(folder, "compare"))):
-        path = os.path.join(folder, "compare", name)
-        if name.startswith("run-") and os.path.exists(os.path.join(path, "result.json")):
-            arm = arm_of(read_json(os.path.join(path, "config.json")), steps)
-            if arm:
-                found[arm].append(confusions(path))
-    out = {}
-    for arm, runs in sorted(found.items()):
-        rights, wrongs = zip(*runs)
-        out[arm] = dict(runs=len(runs))
+    folder, out = sys.argv[1], {}
+    steps = read_json(os.path.join(folder, "compare.json"))["steps"]
+    for arm, paths in sorted(finished_runs(folder, steps).items()):
+        rights, wrongs = zip(*map(confusions, paths))
+        out[arm] = dict(runs=len(paths))
         for title, dicts in (("right", rights), ("wrong", wrongs)):
             keys = sorted({key for one in dicts for key in one})
             out[arm][title] = {key: float(np.mean([one.get(key, 0.0) for one in dicts])) for key in keys}

@@ -18,15 +18,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-from model import FLOOR
-from prepare import exit_on_user_error, load_split, unpatchify, write_json
-from train import KEYS, learning_rate, make_optimizer, open_slots, read_run_config, resolve, train_batch
+from model import SILENCE
+from prepare import exit_on_user_error, unpatchify, write_json
+from train import KEYS, learning_rate, make_optimizer, open_slots, read_run_config, resolve
 
-CPU = torch.device("cpu")
+# norm, learning rate, weight decay
 CANDIDATES = [("group", 3e-3, 0.05), ("group", 3e-3, 0.5), ("batch", 3e-3, 0.05), ("batch", 1e-3, 0.5)]
 
 
 def convnet(norm, stride, classes, planes, channels=(16, 32, 64)):
+    """Pictures (B, planes, S, S) -> scores (B, classes)."""
     # every picture at the same brightness and contrast, as in the stem
     layers, before = [nn.GroupNorm(1, planes, affine=False)], planes
     for after in channels:
@@ -47,19 +48,19 @@ def planes_of(slot, tokens):
     if "patch" in slot.meta:
         return unpatchify(tokens, slot.meta["patch"]).permute(0, 3, 1, 2)
     planes = tokens.reshape(len(tokens), 1, -1, slot.meta["mels"])
-    # silence below 40 dB, and every mel at the same mean, as in the stem
-    planes = planes.maximum(planes.amax((2, 3), keepdim=True) - FLOOR)
+    # clip what lies far below the loudest, and give every mel the same mean, as in the stem
+    planes = planes.maximum(planes.amax((2, 3), keepdim=True) - SILENCE)
     return planes - planes.mean(2, keepdim=True)
 
 
 @torch.no_grad()
 def accuracy(model, slot, arrays):
-    """Of the classes that have labelled pictures, among these: the others' rows were never trained."""
+    """Over and among the classes that have labelled pictures: the scores of others were never trained."""
     model.eval()
-    rows = np.flatnonzero(~np.isin(arrays["labels"], slot.banned))
+    rows = np.flatnonzero(~np.isin(arrays["labels"], slot.unseen))
     parts = [torch.from_numpy(arrays["tokens"][part]) for part in np.array_split(rows, 8)]
     scores = torch.cat([model(planes_of(slot, part)) for part in parts])
-    scores[:, slot.banned] = -torch.inf
+    scores[:, slot.unseen] = -torch.inf
     model.train()
     return (scores.argmax(1).numpy() == arrays["labels"][rows]).mean().item()
 
@@ -72,17 +73,17 @@ def train(cfg, seed, norm, rate, decay, score_test=False):
     (slot,) = open_slots(cfg, say=print)[0].values()
     torch.manual_seed(seed)
     classes = len(slot.meta["classes"])
-    few = planes_of(slot, torch.from_numpy(slot.train["tokens"][slot.rows[:2]]))
+    few = planes_of(slot, torch.from_numpy(slot.split("train")["tokens"][slot.examples[:2]]))
     model = convnet(norm, 1 if "patch" in slot.meta else 2, classes, planes=few.shape[1])
     model(few)  # shapes the lazy layer
-    optimizer, best, score = make_optimizer(model, cfg, CPU), 0.0, 0.0
-    seen = np.setdiff1d(np.arange(classes), slot.banned)
+    optimizer, best, score = make_optimizer(model, cfg), 0.0, 0.0
+    seen = np.setdiff1d(np.arange(classes), slot.unseen)
     place = torch.zeros(classes, dtype=torch.long)
     place[seen] = torch.arange(len(seen))
     for step in range(cfg["steps"]):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
-        batch = train_batch(slot, seed, step, CPU)
+        batch = slot.batch(step)
         scores = model(planes_of(slot, batch["tokens"]))[:, seen]
         loss = F.cross_entropy(scores, place[batch["labels"]], label_smoothing=cfg["label_smoothing"])
         optimizer.zero_grad()
@@ -90,10 +91,10 @@ def train(cfg, seed, norm, rate, decay, score_test=False):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % cfg["eval_interval"] == 0:
-            val = accuracy(model, slot, slot.val)
+            val = accuracy(model, slot, slot.split("val"))
             if val > best:
                 best = val
-                score = accuracy(model, slot, load_split(slot.folder, "test")) if score_test else val
+                score = accuracy(model, slot, slot.split("test")) if score_test else val
     return score
 
 

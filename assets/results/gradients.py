@@ -3,27 +3,28 @@
     python assets/results/gradients.py sample_configs/numbers_audio_text.py --threads=1
     python assets/results/gradients.py sample_configs/letters_text.py --threads=1 --seed=1
 
-A run stops at the end of its warm start and ten times after it, and goes on. At each stop the cosine of the
-gradients of the target and of each auxiliary is taken on every block of the trunk, from training batches, as
-`probe.py` does of a finished run, and that of every slot with itself, which noise alone keeps from 1. Into
-out_dir: gradients.json and gradients.png.
+A run stops at the end of its warm start and ten times after it, and goes on. At each stop the gradients of
+the target and of each auxiliary are compared on every block of the trunk, as sharing.py does for a finished
+run: their cosine, and that of every slot with itself, which is the most that noise allows. Into out_dir:
+gradients.json and gradients.png.
 """
 import os
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
 import train
 from prepare import UserError, exit_on_user_error, tell, write_json
-from probe import figure, quiet, slots_agreement
+from probe import figure, quiet
+from sharing import slots_agreement
 
 POINTS = 10  # stops after the warm start, evenly spaced
 
 
 def look(cfg):
-    """The gradients of a run that stopped -> slots_agreement(): at its fresh weights and at those it has.
+    """The gradients of a run that stopped -> slots_agreement(): at its first weights and at those it has now.
 
     UserError where it is past the stop: an earlier call went on, and these weights are not of that step.
     """
@@ -32,23 +33,24 @@ def look(cfg):
         raise UserError(f"{cfg['out_dir']} holds a run at step {checkpoint['step']}, {cfg['stop_after']} is "
                         "wanted: delete it, or choose another --out_dir")
     slots, classes = train.open_slots(checkpoint["config"], quiet)
-    run_ = SimpleNamespace(cfg=checkpoint["config"], model=model, slots=slots, classes=classes,
-                           target=slots[cfg["target"]])
-    return slots_agreement(run_)
+    return slots_agreement(model, slots, checkpoint["config"], classes)
 
 
 def follow(cfg):
-    """One run, looked at now and then -> ([step, ...], {pair: (steps, blocks)}); step 0: fresh weights."""
+    """Train one run and look at every stop -> ([step, ...], {pair of slots: [[cosine of a block ...] ...]}).
+
+    Both lists begin with step 0, the fresh weights.
+    """
     warm, steps, found = cfg["warm_start_steps"], [0], {}
     for k in range(POINTS + 1):
-        stop = max(1, warm + cfg["steps"] * k // POINTS)  # stop_after=0 would run on
+        stop = max(1, warm + cfg["steps"] * k // POINTS)  # without a warm start the first stop is step 1
         cfg = dict(cfg, stop_after=stop, resume=True)
         train.run(cfg, quiet)
         steps.append(stop)
-        for pair, ends in look(cfg).items():
-            found.setdefault(pair, [ends["fresh"]]).append(ends["best"])
-        tell(f"{cfg['out_dir']}, step {stop}: "
-             + ", ".join(f"{pair} {np.mean(values[-1]):+.2f}" for pair, values in found.items()))
+        for pair, states in look(cfg).items():
+            found.setdefault(pair, [states["fresh"]]).append(states["best"])
+        shown = [f"{pair} {np.mean(values[-1]):+.2f}" for pair, values in found.items()]
+        tell(f"{cfg['out_dir']}, step {stop}: {', '.join(shown)}")
     return steps, found
 
 
@@ -75,6 +77,7 @@ def main():
         out["steps"], out["arms"][arm] = follow(dict(cfg, control=arm == "control", out_dir=folder))
     write_json(os.path.join(cfg["out_dir"], "gradients.json"), out)
     draw(os.path.join(cfg["out_dir"], "gradients.png"), out)
+    tell(f"wrote gradients.json and gradients.png in {cfg['out_dir']}")
 
 
 if __name__ == "__main__":

@@ -14,31 +14,32 @@ import os
 import re
 import shlex
 import sys
-import textwrap
 
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
-sys.path.insert(0, ROOT)
-from prepare import (PREPARE_KEYS, SOURCES, UserError, exit_on_user_error, read_config, read_json, read_text,
-                     write_file)
-from probe import figure, short_source, show_auxiliaries
+sys.path[:0] = [HERE, ROOT]
+from figures import draw_curve, draw_letters, per_class
+from prepare import UserError, exit_on_user_error, read_json, read_text, write_file
+from probe import show_auxiliaries
 
 PAGES = ("README.md", os.path.join("assets", "results", "README.md"))
 
 
-def table_of(columns, rows):
-    """Markdown lines. In what follows rows is {name: (title, result)}."""
-    first, *others = ["| " + " | ".join(map(str, cells)) + " |" for cells in (columns, *rows)]
-    return [first, "|---" * len(columns) + "|", *others]
-
-
 def result_of(name):
+    """What NAME.json beside this file holds: a compare.json, under another name."""
     path = os.path.join(HERE, f"{name}.json")
     if not os.path.exists(path):
         raise UserError(f"a page wants {path}, which is not there: copy the run's compare.json to it")
     return read_json(path)
+
+
+def convnet_of(name):
+    """The reference column of TARGET_EXAMPLES...: a plain ConvNet on the same items, where it was trained."""
+    first_two_words = "_".join(name.split("_")[:2])
+    path = os.path.join(HERE, f"convnet_{first_two_words}.json")
+    return f"{100 * np.mean(read_json(path)['scores']):.1f}" if os.path.exists(path) else "-"
 
 
 def percent(entry):
@@ -51,37 +52,45 @@ def percent(entry):
     return f"{100 * entry['mean']:.1f}{half}"
 
 
-def convnet_of(name):
-    """The reference column of TARGET_EXAMPLES...: a plain ConvNet on the same items, where it was trained."""
-    path = os.path.join(HERE, f"convnet_{'_'.join(name.split('_')[:2])}.json")
-    return f"{100 * np.mean(read_json(path)['scores']):.1f}" if os.path.exists(path) else "-"
+# ------------------------------------------------------------------------------------------------------------
+# tables, as lists of lines. rows is {name: (title, result)}
+
+
+def table_of(columns, rows):
+    """Markdown of a table whose cells are given."""
+    first, *others = ["| " + " | ".join(map(str, cells)) + " |" for cells in (columns, *rows)]
+    return [first, "|---" * len(columns) + "|", *others]
 
 
 def results_table(rows):
     lines = []
-    for name, (title, r) in rows.items():
-        alone, control, uml = (r["arms"].get(arm, {}) for arm in ("alone", "control", "uml"))
-        shown = percent(alone), convnet_of(name), percent(control), percent(uml)
+    for name, (title, result) in rows.items():
+        alone, control, uml = (result["arms"].get(arm, {}) for arm in ("alone", "control", "uml"))
+        scores = percent(alone), convnet_of(name), percent(control), percent(uml)
         above = percent(uml["minus_alone"]), percent(control.get("uml_minus"))
-        speakers = f" on {r['folds']} speakers" if r.get("folds", r["seeds"]) != r["seeds"] else ""
-        lines.append([title, show_auxiliaries(r), *shown, *above, f"{r['seeds']}{speakers}"])
+        seeds = f"{result['seeds']}"
+        if result.get("folds", result["seeds"]) != result["seeds"]:
+            seeds += f" on {result['folds']} speakers"
+        lines.append([title, show_auxiliaries(result), *scores, *above, seeds])
     return table_of(["target", "beside it", "alone", "ConvNet", "control", "uml", "uml - alone (p)",
                      "uml - control (p)", "seeds"], lines)
 
 
 def commands_of(rows):
-    lines = [f"- {title}: `{r['command']}` ({r['hardware']})" for title, r in rows.values()]
+    lines = [f"- {title}: `{result['command']}` ({result['hardware']})" for title, result in rows.values()]
     return ["", "<details><summary>commands and hardware</summary>", "", *lines, "", "</details>"]
 
 
 def arms_table(rows):
     lines = []
-    for title, r in rows.values():
-        for arm, entry in r["arms"].items():
-            minus = r["arms"]["uml"]["minus_alone"] if arm == "alone" else entry.get("uml_minus")
-            settings = [", ".join(f"{key}={value}" for key, value in one.items()) for one in entry["settings"]]
-            lines.append([title, arm, percent(entry), percent(minus), f"{entry['gflops']:,.0f}",
-                          " or ".join(dict.fromkeys(settings))])
+    for title, result in rows.values():
+        for arm, entry in result["arms"].items():
+            minus = result["arms"]["uml"]["minus_alone"] if arm == "alone" else entry.get("uml_minus")
+            settings = []
+            for setting in entry["settings"]:
+                settings.append(", ".join(f"{key}={value}" for key, value in setting.items()))
+            different = " or ".join(dict.fromkeys(settings))
+            lines.append([title, arm, percent(entry), percent(minus), f"{entry['gflops']:,.0f}", different])
     return table_of(["", "arm", "accuracy", "uml minus it (p)", "GFLOP", "setting"], lines)
 
 
@@ -90,22 +99,24 @@ def unseen_table(rows):
                 unseen_accuracy="unseen among all", unseen_with_offset="unseen with the offset",
                 seen_with_offset="seen with the offset", harmonic_mean="harmonic mean")
     lines = []
-    for title, r in rows.values():
-        for arm in [arm for arm in ("alone", "control", "uml") if arm in r["arms"]]:
-            lines.append([title, arm, *(f"{100 * np.mean(r['arms'][arm][key]):.1f}" for key in keys)])
+    for title, result in rows.values():
+        for arm in ("alone", "control", "uml"):
+            if entry := result["arms"].get(arm):
+                lines.append([title, arm, *(f"{100 * np.mean(entry[key]):.1f}" for key in keys)])
     return table_of(["", "arm", *keys.values()], lines)
 
 
-def per_class(r):
-    """Labelled target examples of a comparison for each class that has some."""
-    return r["examples"] / (round(1 / r["chance"]) - r.get("config", {}).get("unseen_classes", 0))
+# ------------------------------------------------------------------------------------------------------------
+# sentences
 
 
 def worth(results):
-    """One sentence: how many examples a class alone needs for what uml has, along the line through alone's
-    means (logarithmic in examples). UserError where alone's line does not rise."""
-    shots = np.log([per_class(r) for r in results])
-    alone = [r["arms"]["alone"]["mean"] for r in results]
+    """How many examples a class alone needs for what uml has, along the line through alone's means.
+
+    The line is straight in the logarithm of examples. UserError where it does not rise.
+    """
+    shots = np.log([per_class(result) for result in results])
+    alone = [result["arms"]["alone"]["mean"] for result in results]
     if not (np.diff(alone) > 0).all():
         raise UserError(f"alone's accuracies {alone} do not rise: nothing can be read off their line")
 
@@ -116,54 +127,27 @@ def worth(results):
             return f"more than {np.exp(shots[-1]):.3g}"
         return f"{np.exp(np.interp(accuracy, alone, shots)):.2g}"
 
-    said = [f"{per_class(r):.3g} are worth {needed(r['arms']['uml']['mean'])}" for r in results]
+    said = []
+    for result in results:
+        said.append(f"{per_class(result):.3g} are worth {needed(result['arms']['uml']['mean'])}")
     return "Examples a class with the other data, and what they are worth without: " + "; ".join(said) + "."
 
 
-def draw_curve(path, results):
-    """Accuracy against labelled examples a class, a line an arm: what unpaired data saves is the distance."""
-    with figure(path, 6, 3.8) as (_, ax):
-        for arm, style in (("alone", "C0-"), ("uml", "C1--"), ("control", "C2:")):
-            points = [(per_class(r), r["arms"][arm]["mean"], r["arms"][arm]["half"] or 0)
-                      for r in results if arm in r["arms"]]
-            ax.errorbar(*zip(*points), fmt=style, marker="o", ms=4, capsize=3, label=arm)
-        ax.axhline(results[0]["chance"], ls=":", color="grey", lw=1)
-        ax.set(xscale="log", xlabel="labelled examples a class", ylabel="test accuracy", ylim=(0, None))
-        ax.set_title(f"{short_source(results[0]['target'])} with {show_auxiliaries(results[0])}", fontsize=9)
-        ticks = sorted({per_class(r) for r in results})
-        ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-        ax.minorticks_off()
-        ax.legend()
-
-
-def draw_letters(path):
-    """Pictures above, texts below, of other letters: what the two slots of letters_text.py learn from."""
-    cfg = read_config([], PREPARE_KEYS)
-    pictures, texts = (SOURCES["letters"][0](cfg, modality, "") for modality in ("image", "text"))
-    rng = np.random.default_rng(3)
-    chosen, told = rng.permutation(len(pictures["items"]))[:40], rng.permutation(len(texts["items"]))[:12]
-    with figure(path, 10, 3.3, nrows=2, height_ratios=(0.62, 1)) as (_, (above, below)):
-        rows = [np.concatenate(pictures["items"][chosen[i:i + 20]], 1) for i in (0, 20)]
-        above.imshow(np.concatenate(rows, 0), cmap="gray", vmin=0, vmax=255)
-        above.set_title("pictures: scans of typefaces, each with a label", fontsize=10)
-        below.set_title("text: what the Unicode database says of letters, each with a label", fontsize=10)
-        for i, document in enumerate(texts["items"][told]):
-            shown, x, y = textwrap.shorten(document, 62, placeholder=" ..."), i % 2, i // 2
-            below.text(0.02 + 0.5 * x, 0.92 - 0.17 * y, shown, fontsize=8, family="monospace", va="top")
-        above.axis("off")
-        below.axis("off")
-
-
 def holm(tabled):
-    """One sentence: the rows whose uml - alone, or its negative, stays below 0.05 after the correction."""
-    found = [(title, r["arms"]["uml"]["minus_alone"]) for title, r in tabled]
+    """The rows whose uml - alone, or its negative, stays below 0.05 after the correction."""
+    differences = [(title, result["arms"]["uml"]["minus_alone"]) for title, result in tabled]
     kept = []
-    for i, (title, d) in enumerate(sorted(found, key=lambda row: row[1]["p"])):
-        if d["p"] > 0.05 / (len(found) - i):
+    for i, (title, difference) in enumerate(sorted(differences, key=lambda row: row[1]["p"])):
+        # the smallest p must be below 0.05 / n, the next below 0.05 / (n - 1), ... up to the first that fails
+        if difference["p"] > 0.05 / (len(differences) - i):
             break
-        kept.append(title + (" (harm)" if d["mean"] < 0 else ""))
-    return (f"The p of these {len(found)} rows are not corrected for their number. After Holm's correction "
-            f"these differences to alone stay below 0.05: {'; '.join(kept)}.")
+        kept.append(title + (" (harm)" if difference["mean"] < 0 else ""))
+    return (f"The p of these {len(differences)} rows are not corrected for their number. After Holm's "
+            f"correction these differences to alone stay below 0.05: {'; '.join(kept)}.")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# pages
 
 
 def rewrite(page, check):
@@ -173,17 +157,20 @@ def rewrite(page, check):
     def block(match):
         kind, *words = shlex.split(match[2])
         if kind == "curve":
-            results = sorted((result_of(name) for name in words[1:]), key=lambda r: r["examples"])
+            results = sorted((result_of(name) for name in words[1:]), key=lambda result: result["examples"])
             if not check:
                 draw_curve(os.path.join(ROOT, "assets", words[0]), results)
             lines = [worth(results)]
         elif kind == "holm":
             lines = [holm(tabled.values())]
         else:
-            rows = {name: (title, result_of(name)) for name, title in (word.split("=", 1) for word in words)}
-            tabled.update(rows if kind == "results" else {})
+            titles = dict(word.split("=", 1) for word in words)
+            rows = {name: (title, result_of(name)) for name, title in titles.items()}
             make = dict(results=results_table, arms=arms_table, unseen=unseen_table)[kind]
-            lines = make(rows) + (commands_of(rows) if kind == "results" and "results" in page else [])
+            lines = make(rows)
+            if kind == "results":
+                tabled.update(rows)
+                lines += commands_of(rows) if "results" in page else []
         return "\n".join([match[1], *lines, match[3]])
 
     blocks = r"(<!-- ((?:results|arms|unseen|curve|holm)\b.*?) -->)\n.*?(<!-- /\w+ -->)"

@@ -3,10 +3,10 @@
     pip install torchvision                          # only this script needs it
     python assets/results/speed_pictures.py          # two minutes
 
-The stem (letters_text.py's shape, three colours) and torchvision's small ConvNets take the same 64 pictures of
-32 x 32, forward and backward in turn, and what counts is GFLOP/s: do its operations run as fast? ImageFolder +
-DataLoader reads 3,000 generated JPEGs of 320 x 280 once, resized and cropped; prepare.py does so too and
-writes them as a checksummed shard.
+The stem (as in letters_text.py, but three colours) and torchvision's small ConvNets take the same 64 pictures
+of 32 x 32, forward and backward in turn. They differ in size, so GFLOP/s are compared: do the operations run
+as fast? ImageFolder + DataLoader reads 3,000 generated JPEGs of 320 x 280 once, resized and cropped;
+prepare.py does so too and writes them as a checksummed shard.
 """
 import os
 import sys
@@ -30,7 +30,7 @@ NETS, STEPS, PICTURES, SIZES = ("squeezenet1_1", "shufflenet_v2_x0_5", "resnet18
 def time_stem():
     """{name: GFLOP, ms and GFLOP/s of a step, medians}."""
     pictures = torch.randn(64, 3, 32, 32)
-    tokens = torch.from_numpy(patchify(pictures.permute(0, 2, 3, 1).numpy(), 8))
+    tokens = torch.from_numpy(patchify(pictures.permute(0, 2, 3, 1).numpy(), 8))  # (64, 16, 192)
     nets = {"ours": (ConvStem(dict(patch=8, dim=192, length=16), 128), tokens)}
     nets |= {name: (torchvision.models.get_model(name, num_classes=10), pictures) for name in NETS}
     times, out = {name: [] for name in nets}, {}
@@ -54,11 +54,13 @@ def make_folder(root):
     for i in range(PICTURES):
         path = os.path.join(root, f"class{i % 10}", f"{i}.jpg")
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        # noise of few pixels, enlarged: no flat areas, which would be read too fast, and no fine grain
         coarse = Image.fromarray(rng.integers(0, 256, (35, 40, 3), dtype=np.uint8))
         coarse.resize((320, 280), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
 def read_with_torchvision(root, size, workers):
+    """Read every picture once, in batches, as a training loop would."""
     transform = torchvision.transforms.Compose([
         torchvision.transforms.Resize(size), torchvision.transforms.CenterCrop(size),
         torchvision.transforms.PILToTensor()])
@@ -75,16 +77,16 @@ def time_reading(rounds=3):
             rates = {}
             for turn in range(rounds):
                 for workers in (1, os.cpu_count()):
+                    others = 0 if workers == 1 else workers  # of a DataLoader: 0 reads in the main process
                     start = time.perf_counter()
-                    # a DataLoader without workers reads in the main process
-                    read_with_torchvision(os.path.join(root, "pictures"), size, workers if workers > 1 else 0)
+                    read_with_torchvision(os.path.join(root, "pictures"), size, others)
                     middle = time.perf_counter()
                     flags = [f"--image=folder:{root}/pictures", f"--image_size={size}", "--patch_size=8",
                              f"--data_dir={root}/shards{turn}_{workers}", f"--workers={workers}"]
                     prepare(read_config(flags, PREPARE_KEYS), "image", quiet)
                     end = time.perf_counter()
-                    rates.setdefault(f"ImageFolder, {workers} workers", []).append(PICTURES / (middle - start))
-                    rates.setdefault(f"prepare.py, {workers} workers", []).append(PICTURES / (end - middle))
+                    for reader, seconds in (("ImageFolder", middle - start), ("prepare.py", end - middle)):
+                        rates.setdefault(f"{reader}, {workers} workers", []).append(PICTURES / seconds)
             out[size] = {name: float(np.median(values)) for name, values in rates.items()}
             for name, rate in out[size].items():
                 print(f"{size:4} pixels, {name:24} {rate:6.0f} pictures a second")

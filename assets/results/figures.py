@@ -1,0 +1,60 @@
+"""The figures that make.py draws: curves of a comparison, and what letters_text.py learns from.
+
+    python assets/results/make.py    # draws them all
+
+Result means what a compare.json holds.
+"""
+import textwrap
+
+import numpy as np
+
+from prepare import PREPARE_KEYS, SOURCES, read_config
+from probe import figure, short_source, show_auxiliaries
+
+
+def per_class(result):
+    """Labelled target examples for each class that has some."""
+    classes = round(1 / result["chance"]) - result.get("config", {}).get("unseen_classes", 0)
+    return result["examples"] / classes
+
+
+def draw_curve(path, results):
+    """Accuracy against labelled examples a class, a line an arm: what unpaired data saves is the distance."""
+    first = results[0]
+    with figure(path, 6, 3.8) as (_, ax):
+        for arm, style in (("alone", "C0-"), ("uml", "C1--"), ("control", "C2:")):
+            points = []
+            for result in results:
+                if entry := result["arms"].get(arm):
+                    points.append((per_class(result), entry["mean"], entry["half"] or 0))
+            ax.errorbar(*zip(*points), fmt=style, marker="o", ms=4, capsize=3, label=arm)
+        ax.axhline(first["chance"], ls=":", color="grey", lw=1)
+        ax.set(xscale="log", xlabel="labelled examples a class", ylabel="test accuracy", ylim=(0, None))
+        ax.set_title(f"{short_source(first['target'])} with {show_auxiliaries(first)}", fontsize=9)
+        ticks = sorted({per_class(result) for result in results})
+        ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        ax.minorticks_off()
+        ax.legend()
+
+
+def draw_letters(path):
+    """Pictures above, texts below, of other letters: what the two slots of letters_text.py learn from."""
+    cfg = read_config([], PREPARE_KEYS)
+    pictures, texts = (SOURCES["letters"][0](cfg, modality, "") for modality in ("image", "text"))
+    rng = np.random.default_rng(3)
+    shown = rng.permutation(len(pictures["items"]))[:40]
+    told = rng.permutation(len(texts["items"]))[:12]
+    with figure(path, 10, 3.3, nrows=2, height_ratios=(0.62, 1)) as (_, (above, below)):
+        # two rows of twenty pictures side by side, as one picture
+        scans = [pictures["make"](pictures["items"][item]) for item in shown]
+        rows = [np.concatenate(scans[i:i + 20], 1) for i in (0, 20)]
+        above.imshow(np.concatenate(rows, 0), cmap="gray", vmin=0, vmax=255)
+        above.set_title("pictures: scans of typefaces, each with a label", fontsize=10)
+        below.set_title("text: what the Unicode database says of letters, each with a label", fontsize=10)
+        for i, document in enumerate(texts["items"][told]):
+            line, column = divmod(i, 2)
+            words = textwrap.shorten(document, 62, placeholder=" ...")
+            below.text(0.02 + 0.5 * column, 0.92 - 0.17 * line, words, fontsize=8, family="monospace",
+                       va="top")
+        above.axis("off")
+        below.axis("off")
