@@ -11,7 +11,7 @@
 The trunk and the label head are where modalities meet (Gupta et al. 2025, arXiv 2510.08492,
 section 3). Nothing here knows which slot is the target, how many slots there are, or where data comes from.
 
-Sections: the conv stem, the trunk, objectives, one slot's own parts, the model, initialisation.
+Sections: embeds of whole items, the trunk, objectives, one slot's own parts, the model, initialisation.
 """
 import math
 import zlib
@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # ------------------------------------------------------------------------------------------------------------
-# the conv stem: a picture's patches, or a recording's log-mel frames -> one vector
+# embeds that turn a whole item into one vector: the conv stem, and a pretrained encoder of pictures
 
 SILENCE = 2.3  # a log-mel this far below the loudest one (in standard deviations, about 40 dB) is silence
 
@@ -68,14 +68,11 @@ class ConvStem(nn.Module):
 
     def forward(self, tokens):
         """tokens (B, T, D), patches in reading order or groups of frames -> (B, 1, C)."""
-        B, T, D = tokens.shape
         if self.patch:
-            grid, p = math.isqrt(T), self.patch
-            picture = tokens.view(B, grid, grid, p, p, D // p**2).permute(0, 5, 1, 3, 2, 4)
-            picture = picture.reshape(B, -1, grid * p, grid * p)  # (B, channels, S, S)
+            picture = pictures_of(tokens, self.patch)  # (B, channels, S, S)
             mean = picture.mean((1, 2, 3), keepdim=True)
         else:
-            picture = tokens.reshape(B, 1, -1, self.mels)  # (B, 1, frames, mels)
+            picture = tokens.reshape(len(tokens), 1, -1, self.mels)  # (B, 1, frames, mels)
             # Clip what lies far below the loudest, so that hiss looks like silence, and so does padding.
             picture = picture.maximum(picture.amax((2, 3), keepdim=True) - SILENCE)
             # A microphone and a voice colour all frames alike: each mel loses its mean over the frames.
@@ -90,6 +87,42 @@ class ConvStem(nn.Module):
                 picture = F.max_pool2d(picture, 2)
             picture = F.relu(picture)  # after pooling: the same numbers, computed on a quarter of the pixels
         return self.join(picture.flatten(1))[:, None]
+
+
+def pictures_of(tokens, patch):
+    """Patches in reading order (B, T, D) -> pictures (B, channels, S, S)."""
+    B, T, D = tokens.shape
+    grid = math.isqrt(T)
+    cut = tokens.view(B, grid, grid, patch, patch, D // patch**2).permute(0, 5, 1, 3, 2, 4)
+    return cut.reshape(B, -1, grid * patch, grid * patch)
+
+
+class PretrainedEmbed(nn.Module):
+    """A timm model of whole pictures, fine-tuned as a slot's embed, and one linear map to the trunk's width.
+
+    Here only its architecture is built; its weights come from train.py, or from a checkpoint.
+    """
+
+    def __init__(self, slot, width):
+        super().__init__()
+        import timm
+        encoder, self.patch = slot["encoder"], slot["patch"]
+        self.net = timm.create_model(encoder["architecture"], pretrained=False, num_classes=0,
+                                     **encoder["arguments"])
+        self.join = nn.Linear(getattr(self.net, "head_hidden_size", self.net.num_features), width)
+        for key in ("mean", "std"):  # of its own training pictures, for numbers from 0 to 1
+            self.register_buffer(key, torch.tensor(encoder[key])[:, None, None])
+
+    def train(self, mode=True):
+        """BatchNorm and dropout stay as in evaluation: few pictures give no good running statistics."""
+        super().train(mode)
+        self.net.eval()
+        return self
+
+    def forward(self, tokens):
+        """tokens (B, T, D) from 0 to 1 -> (B, 1, C). Greys become three equal colours."""
+        pictures = pictures_of(tokens, self.patch).expand(-1, 3, -1, -1)  # (B, 3, S, S)
+        return self.join(self.net((pictures - self.mean) / self.std))[:, None]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -136,6 +169,43 @@ class Trunk(nn.Module):
             layers.append(block(layers[-1], causal, real))
         layers[-1] = self.norm(layers[-1])
         return layers
+
+
+class LanguageTrunk(nn.Module):
+    """A language model of transformers as the trunk, BERT- or GPT-2-like: it reads embeddings, not words.
+
+    config: its configuration as a dict. As above, weights come from train.py or a checkpoint.
+    """
+
+    def __init__(self, config, width):
+        super().__init__()
+        from transformers import AutoConfig, AutoModel
+        self.net = AutoModel.from_config(AutoConfig.for_model(**config))
+        if self.net.config.hidden_size != width:
+            raise ValueError(f"the language model is {self.net.config.hidden_size} wide: set width to that, "
+                             f"not to {width}")
+        self.net.set_input_embeddings(None)  # a slot's embed stands in for its table of words
+        self.net.pooler = None  # BERT's own summary; we take the mean instead
+
+    def train(self, mode=True):
+        """Dropout stays off, as in our own trunk."""
+        return super().train(False)
+
+    def forward(self, h, causal, real):
+        """As Trunk.forward, but `causal` is decided by the kind of model: GPT-2 looks back only, BERT not."""
+        mask = None if real is None else real.long()
+        return list(self.net(inputs_embeds=h, attention_mask=mask, output_hidden_states=True).hidden_states)
+
+    def check(self, name, adapter, length):
+        """Raise ValueError where a slot asks for what this language model cannot do."""
+        longest = self.net.config.max_position_embeddings
+        if length > longest and adapter.position is not None:
+            raise ValueError(f"{name} has items of {length} tokens, the language model reads {longest}")
+        pair = torch.zeros(2, 2, self.net.config.hidden_size)
+        pair[1, 1] = 1.0  # where the second token changes, a model that looks back only keeps the first
+        first, second = self(pair, True, None)[-1][:, 0]
+        if "next" in adapter.objectives and not torch.allclose(first, second, atol=1e-6):
+            raise ValueError(f"{name}_loss=next needs a language model that looks back only, as GPT-2 does")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -230,8 +300,9 @@ class Adapter(nn.Module):
     def __init__(self, name, slot, width, classes, temperature):
         super().__init__()
         self.objectives, self.discrete = tuple(slot["loss"]), slot["kind"] == "discrete"
-        joined = slot.get("embed") == "conv"
-        check_objectives(name, self.objectives, slot["length"], joined)
+        kind = slot.get("embed", "linear")
+        joined = kind != "linear"  # the embed makes ONE token of an item
+        check_objectives(name, self.objectives, slot["length"], kind)
         needs = [OBJECTIVES[objective] for objective in self.objectives]
         # "next" alone: features are read under the attention they were trained with
         self.causal = all(need.causal for need in needs)
@@ -241,7 +312,10 @@ class Adapter(nn.Module):
             for key in ("mean", "std"):  # buffers, so that they move to the GPU with the model
                 value = torch.tensor(slot[key]).repeat(slot["dim"] // len(slot[key]))
                 self.register_buffer(key, value)
-            self.embed = ConvStem(slot, width) if joined else nn.Linear(slot["dim"], width)
+            if kind == "linear":
+                self.embed = nn.Linear(slot["dim"], width)
+            else:
+                self.embed = dict(conv=ConvStem, timm=PretrainedEmbed)[kind](slot, width)
             if any(need.head for need in needs):
                 self.head = nn.Linear(width, slot["dim"])
         # one token has no place among others
@@ -259,15 +333,15 @@ class Adapter(nn.Module):
                 self.log_temperature = nn.Parameter(torch.empty(1))
 
 
-def check_objectives(name, objectives, length, joined):
+def check_objectives(name, objectives, length, embed):
     """Raise ValueError, in one sentence, where a slot cannot have what its objectives need."""
     loss = f"{name}_loss='{'+'.join(objectives)}'"
     for objective in objectives:
         if objective not in OBJECTIVES:
             raise ValueError(f"{loss}: '{objective}' is none of {', '.join(OBJECTIVES)}")
-        if OBJECTIVES[objective].head and joined:
-            raise ValueError(f"{loss}: '{objective}' predicts tokens, but {name}_embed='conv' joins an item "
-                             f"into one: choose {name}_embed='linear'")
+        if OBJECTIVES[objective].head and embed != "linear":
+            raise ValueError(f"{loss}: '{objective}' predicts tokens, but {name}_embed='{embed}' joins an "
+                             f"item into one: choose {name}_embed='linear'")
         if OBJECTIVES[objective].sequence and length < 2:
             raise ValueError(f"{loss}: '{objective}' needs more than one token a sequence")
 
@@ -281,27 +355,35 @@ class UML(nn.Module):
 
     slots: {name: dict}, any number of them. Every slot has kind ("discrete" or "continuous"), length (in
         tokens) and loss (a tuple of objectives). A discrete slot has vocab; a continuous one dim, mean and
-        std (lists, repeated up to dim), a picture slot patch, a recording mels, and perhaps embed="conv". A
-        slot with the objective "label" has rows: those of the label head that it has examples of.
+        std (lists, repeated up to dim), a picture slot patch, a recording mels, and perhaps embed="conv", or
+        embed="timm" and encoder, what is needed to build it. A slot with the objective "label" has rows:
+        those of the label head that it has examples of.
     classes: rows of the label head (0: none).
     temperature: learn one per slot with "label". label_smoothing: share of the target spread over a slot's
     classes. apart: every slot but the first has a trunk of its own; then only the label head is shared.
+    trunk: configuration of a language model that is the trunk; its own width, layers and heads are used.
     Raises ValueError, in one sentence, for a combination that cannot work.
     """
 
     def __init__(self, slots, classes=0, width=128, layers=4, heads=4, temperature=False,
-                 label_smoothing=0.0, apart=False, seed=0):
+                 label_smoothing=0.0, apart=False, trunk=None, seed=0):
         super().__init__()
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}")
-        self.slots, self.label_smoothing = slots, label_smoothing
-        self.trunk = Trunk(width, layers, heads)
+        self.slots, self.label_smoothing, self.trunk_config = slots, label_smoothing, trunk
         self.adapters, self.own_trunk = nn.ModuleDict(), nn.ModuleDict()
-        for number, (name, slot) in enumerate(slots.items()):
-            self.adapters[name] = Adapter(name, slot, width, classes, temperature)
-            if apart and number > 0:
-                self.own_trunk[name] = Trunk(width, layers, heads)
+        with torch.random.fork_rng(devices=[]):  # the networks of other libraries draw from torch's generator
+            torch.manual_seed(seed)
+            make_trunk = lambda: LanguageTrunk(trunk, width) if trunk else Trunk(width, layers, heads)
+            self.trunk = make_trunk()
+            for number, (name, slot) in enumerate(slots.items()):
+                self.adapters[name] = Adapter(name, slot, width, classes, temperature)
+                if trunk:
+                    self.trunk.check(name, self.adapters[name], slot["length"])
+                if apart and number > 0:
+                    self.own_trunk[name] = make_trunk()
         self.label_head = nn.Linear(width, classes) if classes else None
+        self.depth = self.trunk.net.config.num_hidden_layers if trunk else layers  # blocks of the trunk
         self.init_parameters(seed)
 
     def forward(self, name, tokens, real=None, labels=None, hidden=None):
@@ -367,6 +449,8 @@ class UML(nn.Module):
         embed.image.weight, the name they had when the results in assets/results were made.)
         """
         for name, parameter in self.named_parameters():
+            if ".net." in name:  # of a pretrained model
+                continue
             is_hidden = name.endswith(".hidden")
             if parameter.dim() == 1 and not is_hidden:  # norms are 1, biases and log temperatures 0
                 is_norm = "norm" in name and name.endswith("weight")

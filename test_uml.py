@@ -880,11 +880,13 @@ def test_unseen_classes_that_validation_lacks_do_not_end_a_run(tmp_path):
     assert 0 <= result["test_accuracy"] <= 1
 
 def test_slots_alternate_in_the_printed_order():
-    cfg = dict(target="image", text_updates=2, audio_updates=1, warm_start_steps=4, schedule="alternate")
+    cfg = dict(target="image", text_updates=2, audio_updates=1, warm_start_steps=4, schedule="alternate",
+               stages=False)
     slots = dict(image=0, text=0, audio=0)
     assert [T.pattern(cfg, slots, s) for s in range(4)] == [[["text"]], [["text"]], [["audio"]], [["text"]]]
     assert T.pattern(cfg, slots, 4) == [["image"], ["text"], ["text"], ["audio"]]
     assert T.pattern(dict(cfg, schedule="joint"), slots, 4) == [["image", "text", "audio"]]
+    assert T.pattern(dict(cfg, stages=True), slots, 4) == [["image"]] * 4 and T.pattern(cfg, slots, 0) == [["text"]]
 
 def test_joint_is_one_step_on_the_weighted_sum(data, tmp_path):
     more = ["--text_weight=0.5", "--schedule=joint", "--warm_start_steps=0", "--steps=1", "--eval_interval=1"]

@@ -11,6 +11,7 @@ Sections, in the order in which a run happens: config, slots and their batches, 
 evaluation, checkpoints, several processes and signals.
 """
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import datetime
@@ -19,6 +20,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -53,8 +55,8 @@ SLOT_KEYS = {f"{slot}_{end}": key for slot, (loss, _) in MODALITIES.items() for 
     updates=(1, "steps per target step under schedule='alternate' (target: 1)", at_least(0)),
     batch=(64, f"{slot} items in a step", at_least(1)),
     examples=(-1, "training items: nested, even over classes (-1: all, 0: off)", at_least(-1)),
-    embed=("linear", "a matrix a token (ids: a table); conv: a ConvNet, one vector an item, for labels",
-           one_of("linear", "conv")),
+    embed=("linear", "a matrix a token (ids: a table); or one vector an item: a ConvNet (conv), a timm model",
+           ("linear, conv or timm:NAME_OR_PATH", lambda value: re.fullmatch("linear|conv|timm:.+", value))),
 ).items()}
 KEYS = dict(
     **PREPARE_KEYS,
@@ -63,11 +65,14 @@ KEYS = dict(
     **SLOT_KEYS,
     control=(False, "destroy the auxiliaries' structure, keep their marginals: probe.py compare's control"),
     apart=(False, "a trunk of its own for every auxiliary: then only the label head is shared"),
+    stages=(False, "spend the auxiliaries' updates on the target: a baseline with the same phases"),
     unseen_classes=(0, "target classes that get no labelled target examples; reported apart", at_least(0)),
     # augmentation
     image_shift=(4, "pictures are shifted by up to this many pixels", at_least(0)),
     image_flip=(False, "pictures are mirrored at random (wrong for letters, and for left against right)"),
     image_affine=(0.0, "standard deviation of a random affine map of each picture", at_least(0), below(1)),
+    image_crop=(1.0, "pictures are cropped at random to this share of their area or more", above(0)),
+    image_colour=(0.0, "brightness, contrast, saturation change by factors 1 +- this", at_least(0), below(1)),
     audio_shift=(6, "recordings are moved by up to this many frames", at_least(0)),
     audio_gain=(6.0, "loudness changes by up to this many decibels", at_least(0)),
     audio_mask=(8, "a band of up to this many mels and a span of as many frames are blanked", at_least(0)),
@@ -75,6 +80,10 @@ KEYS = dict(
     width=(128, "channels C of the trunk", at_least(1)),
     layers=(4, "blocks of the trunk (0: none, for features of a frozen encoder)", at_least(0)),
     heads=(4, "attention heads", at_least(1)),
+    encoder_learning_rate=(0.1, "factor on the rate of a timm: embed's weights (0: frozen)", at_least(0)),
+    trunk=("", "hf:NAME_OR_PATH: a language model of transformers is the trunk (width must be its own)"),
+    trunk_start=("pretrained", "or random: the same language model, fresh", one_of("pretrained", "random")),
+    trunk_train=("all", "which weights of the trunk learn", one_of("all", "norms", "none")),
     temperature=(False, "learn a temperature of the label logits per slot"),
     label_smoothing=(0.0, "share of a label that is spread over the slot's classes", at_least(0), below(1)),
     head_from=("", "slot whose class means start the label head at the first target step ('zero-shot init')"),
@@ -95,6 +104,7 @@ KEYS = dict(
     resume=(False, "go on from last.pt; from scratch if there is none"),
     score_test=(True, "score the target's test split, once, at the end (False: never open it)"),
     device=("auto", "where to train", one_of("auto", "cpu", "cuda", "mps")),
+    fsdp=(False, "torchrun: shard weights over the processes, block by block, instead of copying them"),
     compile=(None, "torch.compile (None: on GPU; on CPU it does not pay within runs of minutes)"),
     threads=(0, "torch CPU threads (0: torch's choice)", at_least(0)),
 )
@@ -110,8 +120,11 @@ if __name__ == "__main__" and ("--help" in sys.argv or "-h" in sys.argv or len(s
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import OBJECTIVES, UML
@@ -196,7 +209,7 @@ class Slot:
         self.labelled = any(OBJECTIVES[objective].labels for objective in self.objectives)
         self.hides = any(OBJECTIVES[objective].hides for objective in self.objectives)
         self.batch_size = cfg[f"{name}_batch"]
-        self.joined = cfg[f"{name}_embed"] == "conv"  # the conv stem joins an item into one token
+        self.joined = cfg[f"{name}_embed"] != "linear"  # a ConvNet makes one token of an item
         self.splits = {}
         self.head_rows = None  # (classes,) the row of the label head of each class: match_classes() sets it
         self.check()
@@ -218,9 +231,12 @@ class Slot:
         if self.labelled and len(classes) < 2:
             raise UserError(f"{source} has {len(classes)} classes, {name}_loss={'+'.join(self.objectives)} "
                             f"needs at least two: choose --{name}_loss=next or reconstruct")
-        if self.joined and "patch" not in self.meta and "mels" not in self.meta:
-            raise UserError(f"{name}_embed='conv' reads pictures and log-mels, {source} holds neither: "
-                            f"choose --{name}_embed=linear")
+        embed = cfg[f"{name}_embed"]
+        readable = dict(linear=True, conv="patch" in self.meta or "mels" in self.meta)
+        if not readable.get(embed, "patch" in self.meta):
+            reads = "pictures and log-mels" if embed == "conv" else "pictures"
+            raise UserError(f"{name}_embed='{embed}' reads {reads}, {source} holds none: choose "
+                            f"--{name}_embed=linear")
         if name == cfg["target"] and unseen and unseen > len(classes) - 2:
             raise UserError(f"unseen_classes={unseen} leaves fewer than two of {len(classes)} classes")
         if self.batch_size % ranks()[1]:
@@ -271,7 +287,14 @@ class Slot:
             warp[:, :, 2] += pixel * shift
             if cfg["image_flip"]:
                 warp[:, 0, :2] *= rng.choice([-1, 1], (B, 1))
+            if cfg["image_crop"] < 1:
+                side = np.sqrt(rng.uniform(cfg["image_crop"], 1, (B, 1)))  # of the crop, as a share
+                warp[:, :, :2] *= side[:, :, None]
+                warp[:, :, 2] += rng.uniform(-1, 1, (B, 2)) * (1 - side)
             changes["warp"] = warp.astype(np.float32)
+            if cfg["image_colour"] > 0:
+                low, high = 1 - cfg["image_colour"], 1 + cfg["image_colour"]
+                changes["colour"] = rng.uniform(low, high, (B, 3)).astype(np.float32)
         if "mels" in self.meta:
             shift, gain, mask = cfg["audio_shift"], cfg["audio_gain"], cfg["audio_mask"]
             changes["move"] = rng.integers(-shift, shift + 1, B)  # frames to the right
@@ -308,6 +331,9 @@ class Slot:
         if "warp" in changes:  # on the device, where it is fast
             warp = to_device(changes["warp"], self.device)
             batch["tokens"] = warp_pictures(batch["tokens"], self.meta["patch"], warp)
+        if "colour" in changes:
+            factors = to_device(changes["colour"], self.device)
+            batch["tokens"] = change_colours(batch["tokens"], self.meta["patch"], factors)
         return batch
 
     def destroy_structure(self):
@@ -353,6 +379,16 @@ def warp_pictures(tokens, patch, warp):
     grid = F.affine_grid(warp, pictures.shape, align_corners=False)
     moved = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
     return patchify(moved.permute(0, 2, 3, 1), patch)
+
+
+def change_colours(tokens, patch, factors):
+    """Brightness, contrast and saturation of pictures (B, T, D), 0 to 255, by factors (B, 3)."""
+    pictures = unpatchify(tokens, patch)  # (B, S, S, c)
+    brightness, contrast, saturation = factors.T[:, :, None, None, None]
+    pictures = pictures * brightness
+    mean, grey = pictures.mean((1, 2, 3), keepdim=True), pictures.mean(3, keepdim=True)
+    pictures = mean + (grey + (pictures - grey) * saturation - mean) * contrast
+    return patchify(pictures.clamp(0, 255), patch)
 
 
 def change_recordings(tokens, lengths, mels, changes):
@@ -445,20 +481,57 @@ def model_slots(slots):
         if slot.meta["kind"] == "continuous":
             plain[name]["dim"] = shape[1]
         if slot.joined:
-            plain[name]["embed"] = "conv"
+            plain[name]["embed"] = slot.cfg[f"{name}_embed"].split(":")[0]
         if slot.labelled:
             labels = slot.split("train")["labels"][slot.examples]
             plain[name]["rows"] = np.unique(slot.head_rows[labels]).tolist()
     return plain
 
 
-def build_model(cfg, slots, classes):
-    """A fresh UML from a config and model_slots(); UserError for a combination that cannot work."""
+def build_model(cfg, slots, classes, trunk=None):
+    """A fresh UML from a config, model_slots() and perhaps the configuration of a language model as trunk.
+
+    UserError for a combination that cannot work.
+    """
     keys = ("width", "layers", "heads", "temperature", "label_smoothing", "apart", "seed")
     try:
-        return UML(slots, len(classes), **{key: cfg[key] for key in keys})
+        model = UML(slots, len(classes), trunk=trunk, **{key: cfg[key] for key in keys})
     except ValueError as problem:
         raise UserError(str(problem)) from None
+    for name, parameter in model.named_parameters():
+        if ".embed.net." in name and cfg["encoder_learning_rate"] == 0:
+            parameter.requires_grad_(False)
+        is_norm = "norm" in name.lower() or "ln_" in name  # ln_1: GPT-2's word for it
+        learns = dict(all=True, norms=is_norm, none=False)[cfg["trunk_train"]]
+        if name.startswith(("trunk.", "own_trunk.")) and not learns:
+            parameter.requires_grad_(False)
+    return model
+
+
+def build_pretrained_model(cfg, slots, classes):
+    """build_model() with the weights of other people's encoders and language models in their places."""
+    if cfg["trunk"] or any(slot.get("embed") == "timm" for slot in slots.values()):
+        from prepare import open_hf, open_timm
+    slots, encoders = {name: dict(slot) for name, slot in slots.items()}, {}
+    for name, slot in slots.items():
+        if slot.get("embed") == "timm":
+            encoders[name], slot["encoder"] = open_timm(cfg[f"{name}_embed"])
+            slot.update(mean=[0.0], std=[255.0])  # the encoder scales numbers from 0 to 1 itself
+    language_model, _, trunk = open_hf(cfg["trunk"]) if cfg["trunk"] else (None, None, None)
+    model = build_model(cfg, slots, classes, trunk)
+    for name, encoder in encoders.items():
+        model.adapters[name].embed.net.load_state_dict(encoder.state_dict())
+        size = cfg["image_size"]
+        try:
+            encoder(torch.zeros(1, 3, size, size))
+        except (RuntimeError, AssertionError, ValueError) as problem:
+            raise UserError(f"{cfg[f'{name}_embed']} refuses pictures of image_size={size} ({problem}): its "
+                            f"own size is {slots[name]['encoder']['size']}") from None
+    if language_model and cfg["trunk_start"] == "pretrained":
+        weights = language_model.state_dict()
+        for trunk in (model.trunk, *model.own_trunk.values()):
+            trunk.net.load_state_dict({key: weights[key] for key in trunk.net.state_dict()})
+    return model
 
 
 def make_optimizer(model, cfg):
@@ -466,12 +539,15 @@ def make_optimizer(model, cfg):
 
     A slot that is idle in a step has no gradient (None): AdamW passes it over, it neither decays nor drifts.
     """
-    matrices, others = [], []
+    groups = {}  # {(decays?, factor on the learning rate): parameters}
     for name, parameter in model.named_parameters():
-        decays = parameter.dim() >= 2 and not name.endswith("position")
-        (matrices if decays else others).append(parameter)
-    groups = [dict(params=matrices, weight_decay=cfg["weight_decay"]), dict(params=others, weight_decay=0.0)]
-    fused = others[0].device.type in ("cpu", "cuda")
+        if parameter.requires_grad:
+            decays = parameter.dim() >= 2 and not name.endswith("position")
+            factor = cfg["encoder_learning_rate"] if ".embed.net." in name else 1.0
+            groups.setdefault((decays, factor), []).append(parameter)
+    groups = [dict(params=parameters, weight_decay=cfg["weight_decay"] if decays else 0.0, factor=factor)
+              for (decays, factor), parameters in groups.items()]
+    fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=cfg["learning_rate"], betas=(0.9, 0.99), fused=fused)
 
 
@@ -493,10 +569,14 @@ def pattern(cfg, slots, step):
     turns = [name for name in auxiliaries for _ in range(cfg[f"{name}_updates"])]
     if step < cfg["warm_start_steps"]:
         turns = turns or auxiliaries
-        return [auxiliaries] if cfg["schedule"] == "joint" else [[turns[step % len(turns)]]]
-    if cfg["schedule"] == "joint":
-        return [[cfg["target"], *auxiliaries]]
-    return [[name] for name in [cfg["target"], *turns]]
+        groups = [auxiliaries] if cfg["schedule"] == "joint" else [[turns[step % len(turns)]]]
+    elif cfg["schedule"] == "joint":
+        groups = [[cfg["target"], *auxiliaries]]
+    else:
+        groups = [[name] for name in [cfg["target"], *turns]]
+    if cfg["stages"]:  # a baseline: the auxiliaries' updates go to the target
+        groups = [[cfg["target"]] * len(group) for group in groups]
+    return groups
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -532,16 +612,16 @@ def train(run, say):
 
     Only process 0 of several logs, validates and saves.
     """
-    cfg, slots, model, optimizer, first = run.cfg, run.slots, run.model, run.optimizer, ranks()[0] == 0
+    cfg, slots, optimizer, first = run.cfg, run.slots, run.optimizer, ranks()[0] == 0
     warm, end = cfg["warm_start_steps"], min(run.total, cfg["stop_after"] or run.total)
     recent = {}  # {slot: its losses since the last log line}
     logged = (run.step, run.seconds, run.items)  # at the last log line
     clock = read_clock(run.device)
     for step in range(run.step, end):
         if step == warm and cfg["head_from"]:
-            start_head_from(model, slots[cfg["head_from"]])
+            start_head_from(run, slots[cfg["head_from"]])
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step)
+            group["lr"] = group["factor"] * learning_rate(cfg, step)
         for names in pattern(cfg, slots, step):  # [["image"], ["text"]]; if joint, [["image", "text"]]
             optimizer.zero_grad(set_to_none=True)
             for name in names:
@@ -554,7 +634,7 @@ def train(run, say):
                 run.updates[name] += 1
                 run.items += slots[name].batch_size
                 recent.setdefault(name, []).append(loss.detach())  # not read here: that would wait for a GPU
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(run.engine.parameters(), 1.0)
             optimizer.step()
         run.step = step + 1
 
@@ -565,10 +645,12 @@ def train(run, say):
             run.seconds += read_clock(run.device) - clock  # the clock stands still until the next step
             log_losses(run, recent, logged, say)
             recent, logged = {}, (run.step, run.seconds, run.items)
-            if first and (run.step == run.total or (on_interval and run.step > warm)):
-                validate(run, say)
-            if first and (ending or on_interval):
-                save(run, "last.pt")
+            if ending or on_interval:
+                optimizer_state = whole_state(run)
+                if first and (run.step == run.total or run.step > warm):
+                    validate(run, say, optimizer_state)
+                if first:
+                    save(run, "last.pt", optimizer_state)
             clock = read_clock(run.device)
         if ending:
             break
@@ -594,7 +676,7 @@ def log_losses(run, recent, logged, say):
          loss=means, lr=rate, ms_per_step=ms, samples_per_second=pace)
 
 
-def validate(run, say):
+def validate(run, say, optimizer_state):
     """Note how good the target is on validation, and keep the model as best.pt if it never was better."""
     target = run.slots[run.cfg["target"]]
     scores = evaluate(run.model, target, target.split("val"))
@@ -604,7 +686,7 @@ def validate(run, say):
          **{f"val_{key}": scores[key] for key in ("score", *REPORTED) if key in scores})
     if run.best is None or scores["score"] > run.best["score"]:
         run.best = dict(step=run.step, score=scores["score"])
-        save(run, "best.pt")
+        save(run, "best.pt", optimizer_state)
 
 
 def note(run, say, line, **entry):
@@ -624,14 +706,18 @@ def read_clock(device):
 
 
 @torch.no_grad()
-def start_head_from(model, slot):
+def start_head_from(run, slot):
     """Rows of the label head become the slot's class means, less that of all, at unit length; biases stay."""
+    whole_state(run)
     arrays = slot.split("train")
-    features = extract(model, slot, arrays, slot.examples)  # (n, C)
+    features = extract(run.model, slot, arrays, slot.examples)  # (n, C)
     rows = slot.head_rows[arrays["labels"][slot.examples]]
+    head = run.model.label_head.weight
     for row in np.unique(rows):
         mean = features[rows == row].mean(0) - features.mean(0)
-        model.label_head.weight[row] = mean / mean.norm().clamp_min(1e-6)
+        head[row] = mean / mean.norm().clamp_min(1e-6)
+    if run.cfg["fsdp"]:
+        run.engine.label_head.weight.copy_(shard_like(run.engine.label_head.weight, head))
 
 
 def run(cfg, say=tell):
@@ -666,7 +752,7 @@ def run(cfg, say=tell):
             return None
         # The best checkpoint by validation, and the target's test split for the first and only time.
         if this.best is None:  # resumed exactly at its end, never evaluated
-            validate(this, say)
+            validate(this, say, whole_state(this))
         this.model.load_state_dict(load_checkpoint(os.path.join(cfg["out_dir"], "best.pt"))["model"])
         result = score_run(this)
         write_json(os.path.join(cfg["out_dir"], "result.json"), result)
@@ -680,24 +766,31 @@ def set_up(cfg, say, saved=None):
         torch.set_num_threads(threads)
     device, autocast, device_line = pick_device(cfg)
     slots, classes = open_slots(cfg, say, device)
-    model = build_model(cfg, model_slots(slots), classes)
+    if saved:
+        model = build_model(cfg, saved["slots"], classes, saved["trunk"])
+    else:
+        model = build_pretrained_model(cfg, model_slots(slots), classes)
     if folder := cfg["init_from"]:  # whatever slots that run had
         other, checkpoint = load_model(os.path.join(folder, "best.pt"))
         if any(checkpoint["config"][key] != cfg[key] for key in ("width", "layers", "heads")):
             raise UserError(f"init_from={folder} has a trunk of another width, depth or number of heads")
         model.trunk.load_state_dict(other.trunk.state_dict())
-    optimizer = make_optimizer(model.to(device), cfg)
+    model.to(device)
     if saved:
-        try:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as problem:
-            raise UserError(f"{cfg['out_dir']} holds a checkpoint that does not fit its config ({problem}): "
-                            "delete it") from None
-    compiled = cfg["compile"] if cfg["compile"] is not None else device.type == "cuda"
+        load_saved(cfg, model, saved["model"])
+    compiled = cfg["compile"] if cfg["compile"] is not None else device.type == "cuda" and not cfg["fsdp"]
     engine = torch.compile(model) if compiled else model
-    if dist.is_initialized():  # slots take turns, so in every update some parameters are unused
+    if cfg["fsdp"]:
+        engine = sharded_copy(model)
+    elif dist.is_initialized():  # slots take turns, so in every update some parameters are unused
         engine = DistributedDataParallel(engine, find_unused_parameters=True, broadcast_buffers=False)
+    optimizer = make_optimizer(engine, cfg)
+    if saved:
+        load_saved(cfg, optimizer, saved["optimizer"])
+        for parameter, moments in optimizer.state.items():
+            if isinstance(parameter, DTensor):  # of the whole moments each process keeps its part
+                for key in ("exp_avg", "exp_avg_sq"):
+                    moments[key] = shard_like(parameter, moments[key])
     if device.type == "cuda":
         for slot in slots.values():
             slot.batch = read_ahead(slot.batch)
@@ -896,7 +989,7 @@ def count_flops(model, name, batch):
 STATE = ("step", "updates", "best", "seconds", "items")  # the part of Run that a checkpoint keeps
 
 
-def save(run, name):
+def save(run, name, optimizer_state):
     """Write a checkpoint whole or not at all, and only finite weights."""
     path, weights = os.path.join(run.cfg["out_dir"], name), run.model.state_dict()
     for key, value in weights.items():
@@ -906,10 +999,20 @@ def save(run, name):
     target = run.slots[run.cfg["target"]]
     data = io.BytesIO()
     torch.save(dict(format=CHECKPOINT_FORMAT, model=weights, slots=run.model.slots, config=run.cfg,
-                    optimizer=run.optimizer.state_dict(), classes=run.classes,
+                    trunk=run.model.trunk_config,
+                    optimizer=optimizer_state, classes=run.classes,
                     target_classes=len(target.meta["classes"]), threads=torch.get_num_threads(),
                     **{key: getattr(run, key) for key in STATE}), data)
     write_file(path, data.getvalue())
+
+
+def load_saved(cfg, part, state):
+    """Load a model's or an optimizer's part of a checkpoint; UserError where it does not fit."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as problem:
+        raise UserError(f"{cfg['out_dir']} holds a checkpoint that does not fit its config ({problem}): "
+                        "delete it") from None
 
 
 def load_checkpoint(path):
@@ -918,7 +1021,8 @@ def load_checkpoint(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {saved['format']!r} where this code writes {CHECKPOINT_FORMAT}")
-        for key in ("model", "optimizer", "config", "slots", "classes", "target_classes", "threads", *STATE):
+        for key in ("model", "optimizer", "config", "slots", "trunk", "classes", "target_classes", "threads",
+                    *STATE):
             saved[key]  # KeyError if it is missing
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no checkpoint {path}") from None
@@ -932,7 +1036,7 @@ def load_model(path):
     """The model of a checkpoint file, on the CPU, ready to embed -> (UML, checkpoint dict)."""
     saved = load_checkpoint(path)
     try:
-        model = build_model(saved["config"], saved["slots"], saved["classes"])
+        model = build_model(saved["config"], saved["slots"], saved["classes"], saved["trunk"])
         model.load_state_dict(saved["model"])
     except Exception as problem:  # whatever is wrong, weights and config are not what save() wrote
         why = str(problem).split("\n")[0]
@@ -1007,6 +1111,46 @@ def gradients_shared(engine, now):
     if now or not isinstance(engine, DistributedDataParallel):
         return contextlib.nullcontext()
     return engine.no_sync()
+
+
+def sharded_copy(model):
+    """A copy of the model whose weights are spread over the processes (FSDP2): each keeps its part of every
+    block, and gathers a block when its turn comes. The model itself stays whole, to be evaluated and saved."""
+    if not dist.is_initialized():
+        raise UserError("fsdp=True shards weights over processes: start them with "
+                        "`torchrun --standalone --nproc_per_node=2 train.py ...`")
+    copied = copy.deepcopy(model)
+    encoders = [adapter.embed.net for adapter in copied.adapters.values() if hasattr(adapter.embed, "net")]
+    for block in blocks_of(copied.trunk) + blocks_of(copied.own_trunk) + sum(map(blocks_of, encoders), []):
+        fully_shard(block)
+    return fully_shard(copied)
+
+
+def blocks_of(network):
+    """The modules in the outermost lists of a network, such as the blocks of a transformer."""
+    blocks = []
+    for child in network.children():
+        if isinstance(child, (torch.nn.ModuleList, torch.nn.Sequential)):
+            blocks += [block for block in child if any(True for _ in block.parameters())]
+        else:
+            blocks += blocks_of(child)
+    return blocks
+
+
+def shard_like(parameter, whole):
+    """This process's part of a whole tensor, as it has one of a parameter."""
+    return distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def whole_state(run):
+    """The optimizer's state, whole, and with fsdp the engine's weights gathered into run.model; all processes
+    must call this at the same time."""
+    optimizer_state = run.optimizer.state_dict()
+    if run.cfg["fsdp"]:
+        gather = lambda value: value.full_tensor().cpu() if isinstance(value, DTensor) else value
+        run.model.load_state_dict(tree_map(gather, run.engine.state_dict()))
+        optimizer_state = tree_map(gather, optimizer_state)
+    return optimizer_state
 
 
 def mean_over_processes(value):
