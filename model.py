@@ -108,7 +108,7 @@ class PretrainedEmbed(nn.Module):
         import timm
         encoder, self.patch = slot["encoder"], slot["patch"]
         self.net = timm.create_model(encoder["architecture"], pretrained=False, num_classes=0,
-                                     **encoder["arguments"])
+                                     **encoder["arguments"]).eval()
         self.join = nn.Linear(getattr(self.net, "head_hidden_size", self.net.num_features), width)
         for key in ("mean", "std"):  # of its own training pictures, for numbers from 0 to 1
             self.register_buffer(key, torch.tensor(encoder[key])[:, None, None])
@@ -180,7 +180,7 @@ class LanguageTrunk(nn.Module):
     def __init__(self, config, width):
         super().__init__()
         from transformers import AutoConfig, AutoModel
-        self.net = AutoModel.from_config(AutoConfig.for_model(**config))
+        self.net = AutoModel.from_config(AutoConfig.for_model(**config)).eval()
         if self.net.config.hidden_size != width:
             raise ValueError(f"the language model is {self.net.config.hidden_size} wide: set width to that, "
                              f"not to {width}")
@@ -202,7 +202,7 @@ class LanguageTrunk(nn.Module):
         if length > longest and adapter.position is not None:
             raise ValueError(f"{name} has items of {length} tokens, the language model reads {longest}")
         pair = torch.zeros(2, 2, self.net.config.hidden_size)
-        pair[1, 1] = 1.0  # where the second token changes, a model that looks back only keeps the first
+        pair[1, 1, ::2] = 9.0  # where the second token changes, a model that looks back only keeps the first
         first, second = self(pair, True, None)[-1][:, 0]
         if "next" in adapter.objectives and not torch.allclose(first, second, atol=1e-6):
             raise ValueError(f"{name}_loss=next needs a language model that looks back only, as GPT-2 does")

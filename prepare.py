@@ -11,17 +11,19 @@ so nothing can be paired. The source of a slot becomes a folder data/MODALITY-SO
     meta.json                   what these hold, with a checksum of each; written last
 train.py calls prepare() for a source that is missing, so running this file by hand is optional.
 
-Sections, in the order in which data flow: errors, config, sources, pictures, text, audio, prepare, shards.
-What all of them use comes last: files.
+Sections, in the order in which data flow: errors, config, sources, Parquet, pictures, text, audio, pretrained
+encoders, prepare, shards. What all of them use comes last: files.
 """
 import ast
 import base64
 import concurrent.futures
 import contextlib
 import difflib
+import functools
 import glob
 import hashlib
 import html.entities
+import importlib
 import io
 import itertools
 import json
@@ -32,6 +34,7 @@ import re
 import shutil
 import sys
 import tarfile
+import textwrap
 import time
 import unicodedata
 import zlib
@@ -65,7 +68,17 @@ def explained(what, cure=""):
     except UserError:
         raise
     except Exception as problem:  # decoders raise nearly every kind; all mean the same to the user
-        raise UserError(f"{what} ({type(problem).__name__}: {problem}){cure}") from None
+        found = textwrap.shorten(f"{type(problem).__name__}: {problem}", 300)  # some send whole pages
+        raise UserError(f"{what} ({found}){cure}") from None
+
+
+def imported(module, what):
+    """A module that only some configs need, so that a lean install does without."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as problem:
+        package = (problem.name or module).split(".")[0]
+        raise UserError(f"{what} needs {package}: pip install {package}") from None
 
 
 def exit_on_user_error(main):
@@ -116,7 +129,7 @@ def one_of(*choices):
 
 # modality: (its default objective, its sources as --help shows them). A new modality is a line here.
 MODALITIES = dict(
-    image=("label", "letters, numbers, cifar10, folder:PATH; any slot also takes npz:PATH"),
+    image=("label", "letters, numbers, cifar10, folder:PATH; any slot also takes parquet:PATH, npz:PATH"),
     text=("next", "letters, numbers, cupl, file:PATH"),
     audio=("label", "numbers, folder:PATH"),
 )
@@ -145,6 +158,14 @@ PREPARE_KEYS.update(
     shard_mb=(256, "largest shard file in MiB", at_least(1)),
     workers=(0, "threads that read and encode (0: one a core); the shards are the same", at_least(0)),
 )
+for slot, library in dict(image="timm", text="hf", audio="hf").items():
+    PREPARE_KEYS.update({f"{slot}_{end}": key for end, key in dict(
+        column=("", f"parquet: column of the {slot} items, where it has not the Hub's usual name"),
+        label=("", "parquet: column of their classes (empty: 'label', if there is one)"),
+        encoder=("", "a pretrained encoder; its outputs, computed once, become the items",
+                 (f"empty or {library}:NAME_OR_PATH", re.compile(f"({library}:.+)?").fullmatch)),
+        encoder_tokens=(False, "keep all tokens that it makes of an item instead of one vector"),
+    ).items()})
 SLOT_NAME = re.compile(rf"({'|'.join(MODALITIES)})\d?")
 
 
@@ -389,12 +410,8 @@ def folder_source(cfg, modality, path):
     skipped = {}
 
     def make(file):
-        try:
+        with skipping(cfg, skipped, file, what):
             return read(cfg, file)
-        except UserError as problem:
-            if not cfg["skip_bad"]:
-                raise UserError(f"{problem}: remove this {what}, or pass --skip_bad=True") from None
-            skipped[file] = str(problem)
 
     source = dict(items=files, make=make, split=np.array(split), skipped=skipped)
     if any(names):  # else the files lie in PATH itself and have no labels
@@ -403,6 +420,17 @@ def folder_source(cfg, modality, path):
         if modality == "audio" and cfg["audio_groups"] and "test" not in split:
             source["groups"] = np.array([speaker_of(file, cfg["audio_groups"]) for file in files])
     return source
+
+
+@contextlib.contextmanager
+def skipping(cfg, skipped, name, what):
+    """An item that cannot be read is an error; with skip_bad it is only noted in skipped {name: why}."""
+    try:
+        yield
+    except UserError as problem:
+        if not cfg["skip_bad"]:
+            raise UserError(f"{problem}: remove this {what}, or pass --skip_bad=True") from None
+        skipped[name] = str(problem)
 
 
 def class_files(path):
@@ -424,7 +452,7 @@ def class_files(path):
 
 def files_in(path, *pattern):
     """The files that match PATH/PATTERN, sorted by folder and name; hidden ones (.name) are left out."""
-    found = glob.glob(os.path.join(glob.escape(path), *pattern))
+    found = glob.glob(os.path.join(glob.escape(path), *pattern), recursive="**" in pattern)
     return sorted(filter(os.path.isfile, found), key=os.path.split)
 
 
@@ -527,13 +555,117 @@ def npz_source(cfg, modality, path):
     return source
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Parquet: files as the Hub keeps them, read in order and a row group at a time, so that memory stays flat
+
+SPLIT_WORD = re.compile(r"(?<![a-z])(train|training|val|valid|validation|dev|test|testing|eval)(?![a-z])")
+PART_OF = dict(tr="train", va="val", de="val", te="test", ev="test")  # by the first two letters of the word
+
+
+def parquet_source(cfg, modality, path):
+    """A file, or all below a folder; data/validation-00000-of-00002.parquet is of the split 'val'."""
+    parquet, folder, files = imported("pyarrow.parquet", "parquet:PATH"), os.path.dirname(path), [path]
+    if not os.path.isfile(path):
+        folder, files = path, files_in(path, "**", "*.parquet")
+    words = [SPLIT_WORD.findall(os.path.relpath(file, folder).lower())[-1:] for file in files]
+    parts = [PART_OF[word[0][:2]] if word else None for word in words]
+    if "train" not in parts:  # then nothing says what the files are for
+        parts = ["train"] * len(files)
+    if not files or None in parts:
+        file = files[parts.index(None)] if files else f"{path} holds no *.parquet file, which"
+        raise UserError(f"{file} names no split (train, validation, test): rename it or move it away")
+    groups, split, names, classes, known, skipped = [], [], [], {}, {}, {}
+    for file, part in zip(files, parts):
+        with explained(f"{file} is not a readable Parquet file"), parquet.ParquetFile(file) as opened:
+            column, label = parquet_columns(cfg, modality, opened.schema_arrow, file)
+            own_names, own_classes = parquet_labels(opened, label, file) if label else ([], [])
+            counts = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
+        groups += [(file, column, i, count) for i, count in enumerate(counts)]
+        split += [part] * sum(counts)
+        names += own_names
+        classes.update(dict.fromkeys(own_classes))  # a set that keeps the order
+        known.setdefault(part, set()).update(own_classes)
+    odd = set.union(*known.values()) - set.intersection(*known.values())
+    if odd or len(names) not in (0, len(split)):
+        raise UserError(f"the splits of {path} must have the same classes, or none: they differ in "
+                        f"{', '.join(sorted(odd)[:5]) or 'having any'}")
+
+    def make(item):
+        name, cell = item
+        if modality == "text":
+            return (cell or "").strip() or None  # an empty one is left out, as in a text file
+        with skipping(cfg, skipped, name, "row"):
+            body = cell["bytes"] if isinstance(cell, dict) else cell
+            if body is None:
+                raise UserError(f"{name} holds no bytes, only {cell}")
+            read = dict(image=read_picture, audio=read_recording)[modality]
+            return read(cfg, io.BytesIO(body), name=name)
+
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.array([number[name] for name in names]) if names else None
+    return dict(items=ParquetRows(groups), make=make, split=np.array(split, "<U5"), skipped=skipped,
+                labels=labels, classes=list(classes))
+
+
+def parquet_columns(cfg, modality, schema, file):
+    """The column of the items, by its name or as the only one of its type; that of the classes, or None."""
+    types, label = {field.name: str(field.type) for field in schema}, cfg["label"] or "label"
+    wanted = "(large_)?string" if modality == "text" else r"(large_)?binary|struct<.*\bbytes: .*"
+    fitting = [name for name, kind in types.items() if re.fullmatch(wanted, kind) and name != label]
+    column = cfg["column"] or modality
+    if column not in types and not cfg["column"] and len(fitting) == 1:
+        column = fitting[0]  # such as "img"
+    if column not in fitting or cfg["label"] not in ("", *types):
+        missing = f"'{label}' of classes" if column in fitting else f"'{column}' of {modality}"
+        there = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+        raise UserError(f"{file} has no column {missing}, but {there}: name the right ones with "
+                        f"{modality}_column and {modality}_label")
+    return column, label if label in types else None
+
+
+def parquet_labels(opened, label, file):
+    """The name of each row's class, and the names of a ClassLabel, or else those that occur."""
+    rows = opened.read([label])[label].to_pylist()
+    about = json.loads((opened.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+    names = about.get("info", {}).get("features", {}).get(label, {}).get("names")
+    for row in rows:
+        if type(row) not in (int, str) or row == -1 or names and row not in range(len(names)):
+            raise UserError(f"{file}: column '{label}' holds {row}, which is no class (on the Hub -1 stands "
+                            "for a class that is kept secret)")
+    if names:
+        return [names[row] for row in rows], names
+    return [sys.intern(str(row)) for row in rows], [str(row) for row in sorted(set(rows))]
+
+
+class ParquetRows:
+    """Row i of all files is (its name, its cell). Only the row group that was read last is in memory."""
+
+    def __init__(self, groups):
+        self.groups, self.now = groups, None  # groups: (file, column, number within the file, rows)
+        self.ends = np.cumsum([count for *_, count in groups])
+
+    def __len__(self):
+        return sum(count for *_, count in self.groups)
+
+    def __getitem__(self, row):
+        group = int(np.searchsorted(self.ends, row, side="right"))
+        file, column, number, count = self.groups[group]
+        if group != self.now:
+            self.cells = None  # frees the old one before the new one is read
+            with explained(f"{file} is not a readable Parquet file"):
+                with imported("pyarrow.parquet", file).ParquetFile(file) as opened:
+                    self.cells, self.now = opened.read_row_group(number, [column])[column], group
+        place = int(row - self.ends[group] + count)
+        return f"{file} row group {number} row {place}", self.cells[place].as_py()
+
+
 SOURCES = {  # source: (function, modalities it can fill)
     "letters": (letters_source, ("image", "text")), "numbers": (numbers_source, ("image", "text", "audio")),
     "cifar10": (cifar10_source, ("image",)), "cupl": (cupl_source, ("text",)),
     "folder": (folder_source, ("image", "audio")), "file": (file_source, ("text",)),
-    "npz": (npz_source, tuple(MODALITIES)),
+    "npz": (npz_source, tuple(MODALITIES)), "parquet": (parquet_source, tuple(MODALITIES)),
 }
-WITH_PATH = ("folder", "file", "npz")  # these are written SOURCE:PATH
+WITH_PATH = ("folder", "file", "npz", "parquet")  # these are written SOURCE:PATH
 
 # ------------------------------------------------------------------------------------------------------------
 # pictures: uint8 (n, S, S, channels) <-> tokens (n, T, patch*patch*channels), patches in reading order
@@ -555,11 +687,13 @@ def unpatchify(tokens, patch):
     return cut.reshape(n, grid * patch, grid * patch, channels)
 
 
-def read_picture(cfg, path, channels=3):
-    """Any image file -> (S, S, channels) uint8: upright, on white, resized and centre-cropped."""
-    size = cfg["image_size"]
-    with explained(f"{path} is not a readable image"), Image.open(path) as picture:
-        picture.draft("RGB", (size, size))  # a JPEG is decoded at a lower resolution if that is enough
+def read_picture(cfg, file, channels=3, name=None):
+    """Any image file -> (S, S, channels) uint8: upright, on white, resized and centre-cropped.
+    With cfg["whole_pictures"], for an encoder that does the rest, a PIL image of the original size."""
+    size, whole = cfg["image_size"], cfg.get("whole_pictures")
+    with explained(f"{name or file} is not a readable image"), Image.open(file) as picture:
+        if not whole:
+            picture.draft("RGB", (size, size))  # a JPEG is decoded at a lower resolution if that is enough
         ImageOps.exif_transpose(picture, in_place=True)  # turned as the camera was held
         if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit greys: 65535 becomes 255
             grey = (np.asarray(picture).astype(np.float64) / 257).clip(0, 255)
@@ -568,6 +702,8 @@ def read_picture(cfg, path, channels=3):
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         picture = picture.convert("RGB" if channels == 3 else "L")
+        if whole:
+            return picture
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
         return np.asarray(picture).reshape(size, size, channels)
 
@@ -591,7 +727,7 @@ WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 def train_bpe(documents, vocab_size, folder):
     """Train at most vocab_size tokens; save them as lines of `base64 rank`, the .tiktoken format."""
     tokenizer = rustbpe.Tokenizer()
-    tokenizer.train_from_iterator(iter(documents), vocab_size=vocab_size, pattern=WORDS)
+    tokenizer.train_from_iterator(documents, vocab_size=vocab_size, pattern=WORDS)
     lines = []
     for token, rank in tokenizer.get_mergeable_ranks():
         lines.append(base64.b64encode(bytes(token)) + f" {rank}\n".encode())
@@ -697,13 +833,201 @@ def encode_features(cfg, numbers, _):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# pretrained encoders: timm's for pictures, transformers' for texts and recordings. Their weights are read as
+# safetensors, never unpickled, and no code that comes with them is run.
+
+ENCODER_FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
+
+
+def encoder_folder(spec):
+    """'timm:NAME_OR_PATH' or 'hf:NAME_OR_PATH' -> a folder with config.json and weights; names fetched."""
+    library, _, name = spec.partition(":")
+    folder = name if os.path.isdir(name) else fetched_encoder(spec, library, name)
+    key = dict(timm="architecture", hf="model_type")[library]
+    for pattern in "config.json", "model*.safetensors":
+        if not files_in(folder, pattern):
+            raise UserError(f"{spec}: {folder} lacks {pattern}, which save_for_hf and save_pretrained write")
+    with explained(f"{spec} is no model of {library}: {folder}/config.json must have '{key}'"):
+        read_json(os.path.join(folder, "config.json"))[key]
+    return folder
+
+
+@functools.lru_cache  # asked once a process
+def fetched_encoder(spec, library, name):
+    """The folder where the hub's own client keeps a model: fetched, or from its cache without a network."""
+    if library == "timm" and "/" not in name:
+        with explained(f"{spec} is neither a folder nor a model of timm"):
+            name = imported("timm", spec).get_pretrained_cfg(name, allow_unregistered=False).hf_hub_id
+    hub, cure = imported("huggingface_hub", spec), ": check the name, or give the folder that holds it"
+    with explained(f"{spec} is no folder, and cannot be fetched from huggingface.co", cure):
+        return hub.snapshot_download(name, allow_patterns=ENCODER_FILES, ignore_patterns="*/*")
+
+
+def encoder_sha256(spec):
+    """The checksum of an encoder's configuration, vocabulary and weights, wherever they lie."""
+    files = [file for pattern in ENCODER_FILES for file in files_in(encoder_folder(spec), pattern)]
+    sums = [(os.path.basename(file), unchanged_sha256(file, os.path.getmtime(file))) for file in files]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()
+
+
+@functools.lru_cache
+def unchanged_sha256(file, changed):
+    """file_sha256(), computed once for each time at which the file was changed."""
+    return file_sha256(file)
+
+
+def open_timm(spec):
+    """A timm model without its classifier -> (net, what it takes to build it again and to feed it)."""
+    timm, folder = imported("timm", spec), encoder_folder(spec)
+    config = read_json(os.path.join(folder, "config.json"))
+    with explained(f"{spec} is no model that timm reads"):
+        net = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).float().eval()
+        with imported("safetensors", spec).safe_open(f"{folder}/model.safetensors", "pt") as stored:
+            check_weights(net, net.state_dict().keys() - stored.keys())
+        data = timm.data.resolve_model_data_config(net)
+    fixed = bool(net.pretrained_cfg.get("fixed_input_size"))
+    arguments = dict(in_chans=data["input_size"][0], global_pool=net.pretrained_cfg.get("global_pool"),
+                     img_size=list(data["input_size"][1:]) if fixed else None) | config.get("model_args", {})
+    arguments = {key: value for key, value in arguments.items() if key != "num_classes" and value is not None}
+    return net, dict(architecture=config["architecture"], arguments=arguments, mean=list(data["mean"]),
+                     std=list(data["std"]), size=data["input_size"][1], fixed_size=fixed)
+
+
+def open_hf(spec):
+    """A transformers model -> (model, its tokenizer or None, its configuration)."""
+    transformers, folder, tokenizer = imported("transformers", spec), encoder_folder(spec), None
+    transformers.logging.set_verbosity_error()  # what is missing, check_weights() says
+    transformers.logging.disable_progress_bar()
+    how = dict(trust_remote_code=False, local_files_only=True)
+    with explained(f"{spec} is no model that transformers reads"):
+        model, report = transformers.AutoModel.from_pretrained(folder, use_safetensors=True,
+                                                               output_loading_info=True, **how)
+        check_weights(model, report["missing_keys"])
+    if files_in(folder, "tokenizer*.json") or files_in(folder, "vocab*"):
+        with contextlib.suppress(Exception):  # what reads recordings may have a useless one
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
+    return model.float().eval(), tokenizer, model.config.to_dict()
+
+
+def check_weights(model, missing):
+    """Both libraries leave what a file lacks at random. A pooler or a mask may be missing, not the half."""
+    if len(missing) > len(model.state_dict()) / 2:
+        raise ValueError("the weights are of another architecture than config.json says")
+
+
+# Each of these returns make(item), which threads call, and encode(items) -> dict(tokens (n, T, D), perhaps
+# real (n, T), False for padding). keep: all tokens are wanted. They may change cfg before a source reads it.
+
+
+def picture_encoder(cfg, spec, keep, device):
+    """Pictures in the size, crop, mean and std of the encoder."""
+    import torch
+    net, about = open_timm(spec)
+    from timm.data import create_transform, resolve_model_data_config
+    change = create_transform(**resolve_model_data_config(net.to(device)))
+    cfg["whole_pictures"] = True
+
+    def make(picture):
+        if isinstance(picture, np.ndarray):  # (S, S, 1 or 3) uint8
+            picture = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
+        return change(picture.convert("L" if about["arguments"]["in_chans"] == 1 else "RGB"))
+
+    def encode(pictures):
+        pixels = torch.stack(pictures).to(device)
+        tokens = net.forward_features(pixels) if keep else net(pixels)[:, None]
+        if tokens.ndim == 4:  # a map (n, D, H, W) or (n, H, W, D) becomes H W tokens
+            tokens = tokens if getattr(net, "output_fmt", "") == "NHWC" else tokens.permute(0, 2, 3, 1)
+            tokens = tokens.flatten(1, 2)
+        return dict(tokens=tokens)
+
+    return make, encode
+
+
+def text_encoder(cfg, spec, keep, device):
+    """Texts, cut where the encoder ends, or at text_length where all tokens are kept."""
+    model, tokenizer, _ = open_hf(spec)
+    if tokenizer is None or model.main_input_name != "input_ids":
+        about = "no tokenizer" if tokenizer is None else "a tokenizer"
+        raise UserError(f"{spec} reads no texts: it takes {model.main_input_name} and has {about}")
+    model = (model.get_encoder() if model.config.is_encoder_decoder else model).to(device)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "right"
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512),
+                  cfg["text_length"] if keep else math.inf)
+
+    def encode(texts):
+        batch = tokenizer(texts, max_length=longest, padding="max_length" if keep else "longest",
+                          truncation=True, return_tensors="pt").to(device)
+        return dict(tokens=model(**batch).last_hidden_state, real=batch["attention_mask"].bool())
+
+    return (lambda text: text), encode
+
+
+def audio_encoder(cfg, spec, keep, device):
+    """Recordings at the encoder's own rate; one by one, since padding would change what many of them hear."""
+    import torch
+    model, _, _ = open_hf(spec)
+    if model.main_input_name not in ("input_values", "input_features"):
+        raise UserError(f"{spec} reads no recordings: it takes {model.main_input_name}")
+    with explained(f"{spec} lacks a feature extractor"):
+        extractor = imported("transformers", spec).AutoFeatureExtractor.from_pretrained(
+            encoder_folder(spec), trust_remote_code=False, local_files_only=True)
+        rate = cfg["audio_rate"] = extractor.sampling_rate
+    model = (model.get_encoder() if model.config.is_encoder_decoder else model).to(device)
+    most = cfg["audio_frames"] * rate // 100  # samples
+
+    def frames(recording):
+        """(k,) -> (T, D), without those of the silence that some extractors pad with."""
+        batch = extractor(recording, sampling_rate=rate, return_attention_mask=True, return_tensors="pt")
+        hidden = model(**batch.to(device)).last_hidden_state[0]
+        share = batch["attention_mask"].float().mean().item() if "attention_mask" in batch else 1
+        return hidden[:math.ceil(share * len(hidden))]
+
+    def encode(recordings):
+        found = [frames(recording[:most]) for recording in recordings]
+        longest = [frames(np.ones(most, np.float32))] if keep else []  # T is the same for all chunks
+        tokens = torch.nn.utils.rnn.pad_sequence(found + longest, batch_first=True)[:len(found)]
+        lengths = torch.tensor([len(each) for each in found], device=device)
+        return dict(tokens=tokens, real=torch.arange(tokens.shape[1], device=device) < lengths[:, None],
+                    cut=sum(len(recording) > most for recording in recordings))
+
+    return (lambda recording: recording), encode
+
+
+PRETRAINED = dict(image=picture_encoder, text=text_encoder, audio=audio_encoder)
+
+
+def open_encoder(cfg, slot):
+    """make(item) and encode(cfg, items, _) of a slot's pretrained encoder, on a GPU if there is one."""
+    import torch
+    spec, keep = cfg[f"{slot}_encoder"], cfg[f"{slot}_encoder_tokens"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    make, encode = PRETRAINED[modality_of(slot)](cfg, spec, keep, device)
+
+    @torch.inference_mode()
+    def arrays_of(_, items, __):
+        with explained(f"{spec} cannot encode what {slot}={cfg[slot]} holds"):
+            arrays = encode(list(items))
+        tokens, real = arrays["tokens"], arrays.pop("real", None)
+        if real is not None:
+            tokens, lengths = tokens * real[:, :, None], real.sum(1)
+            if keep:
+                arrays["lengths"] = lengths.cpu().numpy().astype(np.int32)
+            else:  # the mean of the real ones
+                tokens = tokens.sum(1, keepdim=True) / lengths[:, None, None]
+        return arrays | dict(tokens=tokens.float().cpu().numpy())
+
+    return make, arrays_of
+
+
+# ------------------------------------------------------------------------------------------------------------
 # prepare: one slot's source -> its shard folder
 
 ENCODERS = dict(image=encode_pictures, text=encode_text, audio=encode_recordings, features=encode_features)
 CHUNK = 64  # items that a thread makes and encodes at a time
 # The keys that decide the bytes of a modality's shards, besides those that every modality has.
 MADE_BY = dict(image=("image_size", "patch_size"), text=("text_length", "vocab_size"),
-               audio=tuple(key for key in PREPARE_KEYS if key.startswith("audio_")))
+               audio=tuple(f"audio_{key}" for key in "rate mels frames group groups test_group "
+                                                     "val_group".split()))
 SPEAKER_KEYS = ("audio_groups", "audio_test_group", "audio_val_group")
 # The code of every source, without comments; read now, because what runs must not notice a later edit.
 with open(__file__, encoding="utf-8") as own_file:
@@ -737,6 +1061,10 @@ def shard_folder(cfg, slot):
             files = sorted(os.path.join(inside, file) for inside, _, names in os.walk(path) for file in names)
         listing = [(f, os.path.getsize(f), os.path.getmtime(f)) for f in files if os.path.exists(f)]
         made_from["files"] = hashlib.sha256(repr(listing).encode()).hexdigest()
+    if name == "parquet":
+        made_from.update({key: cfg[f"{slot}_{key}"] for key in ("column", "label")})
+    if spec := cfg[f"{slot}_encoder"]:
+        made_from["encoder"] = [encoder_sha256(spec), cfg[f"{slot}_encoder_tokens"]]
     # An edited source makes new shards. An edit of a function that it calls is not noticed: raise FORMAT.
     made_from["code"] = hashlib.sha256(OWN_CODE[SOURCES[name][0].__name__].encode()).hexdigest()
     if name in ("letters", "numbers"):  # drawn with the typefaces and the Unicode data that are installed
@@ -769,10 +1097,18 @@ def make_shards(cfg, slot, folder, made_from, say):
     start = time.perf_counter()
     modality, name, path = parse_source(cfg, slot)
     for whole, part in (("image_size", "patch_size"), ("audio_frames", "audio_group")):
-        if whole in MADE_BY.get(modality, ()) and cfg[whole] % cfg[part]:
+        if whole in MADE_BY.get(modality, ()) and cfg[whole] % cfg[part] and not cfg[f"{slot}_encoder"]:
             raise UserError(f"{whole}={cfg[whole]} is not a multiple of {part}={cfg[part]}")
     source = dict(make=lambda item: item, labels=None, classes=[], encode=modality, skipped={})  # defaults
+    cfg = dict(cfg, column=cfg[f"{slot}_column"], label=cfg[f"{slot}_label"])
+    encoder = open_encoder(cfg, slot) if cfg[f"{slot}_encoder"] else None
     source.update(SOURCES[name][0](cfg, modality, path))
+    if encoder:
+        if source["encode"] == "features":
+            raise UserError(f"{slot}={cfg[slot]} holds features already: leave {slot}_encoder empty")
+        read, (change, encode) = source["make"], encoder
+        source.update(encode="features", encoder=encode,
+                      make=lambda item: None if (made := read(item)) is None else change(made))
     say(f"preparing {slot}={cfg[slot]} in {folder}")
     split = draw_splits(cfg, slot, source)
     meta = dict(format=FORMAT, modality=modality, made_from=made_from, classes=source["classes"])
@@ -845,8 +1181,8 @@ def write_splits(cfg, folder, source, split, say):
     """Encode and write the items of every split -> what meta.json says of the tokens, arrays and files."""
     encode, bpe, info = source["encode"], None, dict(kind="continuous", splits={})
     if encode == "text":
-        texts = [source["items"][row] for row in np.flatnonzero(split == "train")]
-        bpe = train_bpe(texts, cfg["vocab_size"], folder)
+        texts = (source["make"](source["items"][row]) for row in np.flatnonzero(split == "train"))
+        bpe = train_bpe(filter(None, texts), cfg["vocab_size"], folder)
         checksum = file_sha256(os.path.join(folder, "bpe.tiktoken"))
         info.update(kind="discrete", vocab=bpe.n_vocab, bpe_sha256=checksum)
     elif encode == "image":
@@ -891,10 +1227,14 @@ def encoded_chunks(cfg, source, rows, bpe, bar):
     pool = concurrent.futures.ThreadPoolExecutor(workers)  # decoding and drawing release Python's lock
     try:
         for start in range(0, len(rows), CHUNK):
-            running.append(pool.submit(encode_chunk, cfg, source, rows[start:start + CHUNK], bpe))
+            chunk = rows[start:start + CHUNK]
+            items = [source["items"][row] for row in chunk]  # here and in order: Parquet is read only once
+            running.append(pool.submit(encode_chunk, cfg, source, chunk, items, bpe))
             ahead = workers + 2 if start + CHUNK < len(rows) else 0
             while len(running) > ahead:
                 count, arrays = running.pop(0).result()  # raises what is wrong with the first bad item
+                if arrays and "encoder" in source:
+                    arrays = encode_made(cfg, source, arrays, bpe)
                 bar.update(count)
                 if arrays:
                     yield arrays
@@ -902,14 +1242,20 @@ def encoded_chunks(cfg, source, rows, bpe, bar):
         pool.shutdown(cancel_futures=True)  # a bad item or Ctrl-C waits only for the chunks at work
 
 
-def encode_chunk(cfg, source, rows, bpe):
-    """Make and encode the items of rows -> how many these are, and their arrays {name: (k, ...)}."""
-    made = [(row, source["make"](source["items"][row])) for row in rows]
-    made = [(row, item) for row, item in made if item is not None]
-    if not made:  # all were skipped
-        return len(rows), {}
+def encode_chunk(cfg, source, rows, items, bpe):
+    """Make and encode the items of rows -> how many these are, and their arrays {name: (k, ...)}.
+    For a pretrained encoder, which the main thread runs, (row, what make() made) takes the arrays' place."""
+    made = [(row, source["make"](item)) for row, item in zip(rows, items)]
+    made = [(row, item) for row, item in made if item is not None]  # None: it was skipped
+    if made and "encoder" not in source:
+        return len(rows), encode_made(cfg, source, made, bpe)
+    return len(rows), made
+
+
+def encode_made(cfg, source, made, bpe):
+    """[(row, item)] -> {name: (k, ...)}: the tokens, labels, and what mean and std are computed from."""
     encode, (kept, items) = source["encode"], zip(*made)
-    arrays = ENCODERS[encode](cfg, items, bpe)
+    arrays = source.get("encoder", ENCODERS[encode])(cfg, items, bpe)
     of_item = np.array(kept)[arrays.pop("item", slice(None))]  # a text may have become several rows
     if source["labels"] is not None:
         arrays["labels"] = source["labels"][of_item].astype(np.int32)
@@ -920,7 +1266,7 @@ def encode_chunk(cfg, source, rows, bpe):
         elif encode == "audio":  # of each mel band
             period = cfg["audio_mels"]
         arrays["sums"] = token_sums(arrays["tokens"], arrays.get("lengths"), period)
-    return len(rows), arrays
+    return arrays
 
 
 def token_sums(tokens, lengths, period):

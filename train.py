@@ -39,9 +39,10 @@ if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
 import numpy as np
 
 from prepare import (LEVELS_PER_DB, MODALITIES, PREPARE_KEYS, SLOT_NAME, UserError, above, active_slots,
-                     at_least, below, exit_on_user_error, load_split, locked, modality_of, one_of, patchify,
-                     peak_memory, plain_name, prepare, print_help, read_config, read_json, read_meta,
-                     real_places, shard_folder, tell, unpatchify, write_file, write_json, writing)
+                     at_least, below, exit_on_user_error, explained, imported, load_split, locked,
+                     modality_of, one_of, open_hf, open_timm, patchify, peak_memory, plain_name, prepare,
+                     print_help, read_config, read_json, read_meta, real_places, shard_folder, tell,
+                     unpatchify, write_file, write_json, writing)
 
 CHECKPOINT_FORMAT = 5  # raise it when what a checkpoint holds, or what its weights mean, changes
 TRAINING_VERSION = 1   # raise it when a change makes results differ: compare then trains its runs again
@@ -168,7 +169,7 @@ def resolve(cfg, say=tell):
     owners = {key: key.split("_")[0] for key in cfg if key not in MODALITIES}
     idle = [key for key, owner in owners.items() if SLOT_NAME.fullmatch(owner) and owner not in used]
     # A target alone has nothing to start from, and nothing to be kept apart from.
-    reset = [] if auxiliaries else ["warm_start_steps", "head_from", "apart"]
+    reset = [] if auxiliaries else ["warm_start_steps", "head_from", "apart", "stages"]
     ignored = [key for key in [*idle, *reset] if key not in KEYS or cfg[key] != KEYS[key][0]]
     if ignored:
         say(f"ignored, since their slot has no source or examples: {', '.join(sorted(ignored))}")
@@ -510,28 +511,38 @@ def build_model(cfg, slots, classes, trunk=None):
 
 def build_pretrained_model(cfg, slots, classes):
     """build_model() with the weights of other people's encoders and language models in their places."""
-    if cfg["trunk"] or any(slot.get("embed") == "timm" for slot in slots.values()):
-        from prepare import open_hf, open_timm
-    slots, encoders = {name: dict(slot) for name, slot in slots.items()}, {}
+    encoders, language_model, trunk = {}, None, None
     for name, slot in slots.items():
         if slot.get("embed") == "timm":
             encoders[name], slot["encoder"] = open_timm(cfg[f"{name}_embed"])
+            fit_encoder(encoders[name], slot["encoder"], cfg[f"{name}_embed"], cfg["image_size"])
             slot.update(mean=[0.0], std=[255.0])  # the encoder scales numbers from 0 to 1 itself
-    language_model, _, trunk = open_hf(cfg["trunk"]) if cfg["trunk"] else (None, None, None)
+    if cfg["trunk"]:
+        language_model, _, trunk = open_hf(cfg["trunk"])
     model = build_model(cfg, slots, classes, trunk)
     for name, encoder in encoders.items():
         model.adapters[name].embed.net.load_state_dict(encoder.state_dict())
-        size = cfg["image_size"]
-        try:
-            encoder(torch.zeros(1, 3, size, size))
-        except (RuntimeError, AssertionError, ValueError) as problem:
-            raise UserError(f"{cfg[f'{name}_embed']} refuses pictures of image_size={size} ({problem}): its "
-                            f"own size is {slots[name]['encoder']['size']}") from None
     if language_model and cfg["trunk_start"] == "pretrained":
         weights = language_model.state_dict()
         for trunk in (model.trunk, *model.own_trunk.values()):
             trunk.net.load_state_dict({key: weights[key] for key in trunk.net.state_dict()})
     return model
+
+
+@torch.no_grad()
+def fit_encoder(encoder, about, spec, size):
+    """Make a timm model read pictures of `size` pixels: some resample their positions, others take any size.
+
+    UserError for one that does neither.
+    """
+    try:
+        if about["fixed_size"] and hasattr(encoder, "set_input_size"):
+            encoder.set_input_size(img_size=size)
+            about["arguments"]["img_size"] = size
+        encoder(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as problem:
+        raise UserError(f"{spec} refuses pictures of image_size={size} ({problem}): its own size is "
+                        f"{about['size']}") from None
 
 
 def make_optimizer(model, cfg):
@@ -647,7 +658,7 @@ def train(run, say):
             recent, logged = {}, (run.step, run.seconds, run.items)
             if ending or on_interval:
                 optimizer_state = whole_state(run)
-                if first and (run.step == run.total or run.step > warm):
+                if first and (run.step == run.total or (on_interval and run.step > warm)):
                     validate(run, say, optimizer_state)
                 if first:
                     save(run, "last.pt", optimizer_state)
@@ -1008,39 +1019,41 @@ def save(run, name, optimizer_state):
 
 def load_saved(cfg, part, state):
     """Load a model's or an optimizer's part of a checkpoint; UserError where it does not fit."""
-    try:
+    with explained(f"{cfg['out_dir']} holds a checkpoint that does not fit its config", ": delete it"):
         part.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError) as problem:
-        raise UserError(f"{cfg['out_dir']} holds a checkpoint that does not fit its config ({problem}): "
-                        "delete it") from None
 
 
 def load_checkpoint(path):
     """What save() put into a checkpoint, a dict. Only tensors and plain values are unpickled."""
-    try:
+    if not os.path.exists(path):
+        raise UserError(f"there is no checkpoint {path}")
+    with explained(f"{path} is damaged or no checkpoint of this project", ": delete it"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {saved['format']!r} where this code writes {CHECKPOINT_FORMAT}")
         for key in ("model", "optimizer", "config", "slots", "trunk", "classes", "target_classes", "threads",
                     *STATE):
             saved[key]  # KeyError if it is missing
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"there is no checkpoint {path}") from None
-    except Exception as problem:  # torch.load raises many kinds; all mean the same to the user
-        why = f"{type(problem).__name__}: {problem}".split("\n")[0]
-        raise UserError(f"{path} is damaged or no checkpoint of this project ({why}): delete it") from None
     return saved
 
 
+def load_export(folder):
+    """What `probe.py export` wrote, a dict like load_checkpoint()'s, without optimizer and state."""
+    load_file = imported("safetensors.torch", f"reading {folder}").load_file
+    with explained(f"{folder} is no export of this project, or damaged"):
+        saved = read_json(os.path.join(folder, "config.json"))
+        if saved["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"format {saved['format']!r} where this code writes {CHECKPOINT_FORMAT}")
+        return dict(saved, model=load_file(os.path.join(folder, "model.safetensors")))
+
+
 def load_model(path):
-    """The model of a checkpoint file, on the CPU, ready to embed -> (UML, checkpoint dict)."""
-    saved = load_checkpoint(path)
-    try:
+    """The model of a checkpoint file, or of a folder that `probe.py export` wrote, on the CPU, ready to embed
+    -> (UML, checkpoint dict; of an export without optimizer and state)."""
+    saved = load_export(path) if os.path.isdir(path) else load_checkpoint(path)
+    with explained(f"{path}: weights and config do not fit", ": delete it"):
         model = build_model(saved["config"], saved["slots"], saved["classes"], saved["trunk"])
         model.load_state_dict(saved["model"])
-    except Exception as problem:  # whatever is wrong, weights and config are not what save() wrote
-        why = str(problem).split("\n")[0]
-        raise UserError(f"{path}: weights and config do not fit ({why}): delete it") from None
     return model.eval(), saved
 
 
@@ -1052,7 +1065,9 @@ def earlier_run(cfg, say):
     folder = cfg["out_dir"]
     config, result, last = (os.path.join(folder, name) for name in ("config.json", "result.json", "last.pt"))
     if os.path.exists(config):
-        before = read_json(config)
+        with explained(f"{folder} holds a damaged config.json or result.json", f": delete {folder}"):
+            before = dict(read_json(config))
+            finished = dict(read_json(result)) if os.path.exists(result) else None
         differing = {key for key in before.keys() | cfg.keys() if before.get(key) != cfg.get(key)} - FREE_KEYS
         refused = differing - FREE_ON_RESUME if cfg["resume"] else differing
         if refused:
@@ -1060,9 +1075,9 @@ def earlier_run(cfg, say):
                             "): choose another --out_dir or delete it")
         if differing:
             say(f"changed since the run began: {', '.join(sorted(differing))}")
-        if os.path.exists(result) and "steps" not in differing:
+        if finished and "steps" not in differing:
             say(f"{folder} is finished; its result again:")
-            return read_json(result), None
+            return finished, None
     if not os.path.exists(last):
         if cfg["resume"]:
             say(f"nothing to resume in {folder}: starting from scratch")
@@ -1114,8 +1129,11 @@ def gradients_shared(engine, now):
 
 
 def sharded_copy(model):
-    """A copy of the model whose weights are spread over the processes (FSDP2): each keeps its part of every
-    block, and gathers a block when its turn comes. The model itself stays whole, to be evaluated and saved."""
+    """A copy of the model whose weights are spread over the processes (FSDP2).
+
+    Each keeps its part of every block, and gathers a block when its turn comes. The model itself stays whole,
+    to be evaluated and saved.
+    """
     if not dist.is_initialized():
         raise UserError("fsdp=True shards weights over processes: start them with "
                         "`torchrun --standalone --nproc_per_node=2 train.py ...`")

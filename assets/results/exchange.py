@@ -19,7 +19,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 from prepare import (UserError, exit_on_user_error, load_bpe, load_split, prepare, print_help, read_meta,
                      write_json)
-from probe import (COMPARE_KEYS, auxiliaries_of, figure, own_keys, quiet, run_all, score_of, start_progress)
+from probe import COMPARE_KEYS, Progress, auxiliaries_of, figure, own_keys, quiet, run_all, score_of
 from train import KEYS, open_slots, read_run_config, resolve
 
 
@@ -84,7 +84,7 @@ def exchange(argv):
     cells = list(itertools.product(counts_x, counts_y))
     runs = [dict(cfg, **{x_key: x, y_key: y, "seed": seed}) for x, y in cells for seed in own["seeds"]]
     open_slots(resolve(runs[-1]), say=quiet)  # refuses too many examples now, not hours later
-    results = run_all(runs, start_progress(cfg, own, len(runs)))
+    results = run_all(runs, Progress(os.path.join(cfg["out_dir"], "compare"), own["jobs"], len(runs)))
     split = "test" if cfg["score_test"] else "val"
     scores = np.array([score_of(result, split) for result in results]).reshape(len(cells), -1)
     path = os.path.join(cfg["out_dir"], "exchange.json")

@@ -56,7 +56,7 @@ def slots_agreement(model, slots, cfg, classes):
     each slot with itself, which is the most that noise allows. At a minimum of the sum of the losses all
     gradients cancel, so training by itself brings two slots towards -1. {} without a common trunk.
     """
-    if len(slots) < 2 or len(model.own_trunk) or not len(model.trunk.blocks):
+    if len(slots) < 2 or len(model.own_trunk) or not hasattr(model.trunk, "blocks") or not model.depth:
         return {}
     target, seed = cfg["target"], cfg["seed"]
     # Two draws of each slot, under two seeds. Two halves of one epoch would have no item in common: near an
