@@ -571,9 +571,11 @@ def parquet_source(cfg, modality, path):
     parts = [PART_OF[word[0][:2]] if word else None for word in words]
     if "train" not in parts:  # then nothing says what the files are for
         parts = ["train"] * len(files)
-    if not files or None in parts:
-        file = files[parts.index(None)] if files else f"{path} holds no *.parquet file, which"
-        raise UserError(f"{file} names no split (train, validation, test): rename it or move it away")
+    if not files:
+        raise UserError(f"{path} is no Parquet file, and no folder that holds *.parquet files")
+    if None in parts:
+        raise UserError(f"{files[parts.index(None)]} names no split (train, validation, test), where other "
+                        "files do: rename it or move it away")
     groups, split, names, classes, known, skipped = [], [], [], {}, {}, {}
     for file, part in zip(files, parts):
         with explained(f"{file} is not a readable Parquet file"), parquet.ParquetFile(file) as opened:
@@ -866,14 +868,11 @@ def fetched_encoder(spec, library, name):
 def encoder_sha256(spec):
     """The checksum of an encoder's configuration, vocabulary and weights, wherever they lie."""
     files = [file for pattern in ENCODER_FILES for file in files_in(encoder_folder(spec), pattern)]
-    sums = [(os.path.basename(file), unchanged_sha256(file, os.path.getmtime(file))) for file in files]
+    sums = [(os.path.basename(file), sha256_since(file, os.path.getmtime(file))) for file in files]
     return hashlib.sha256(repr(sums).encode()).hexdigest()
 
 
-@functools.lru_cache
-def unchanged_sha256(file, changed):
-    """file_sha256(), computed once for each time at which the file was changed."""
-    return file_sha256(file)
+sha256_since = functools.lru_cache(lambda file, changed: file_sha256(file))  # once, until the file changes
 
 
 def open_timm(spec):
