@@ -106,17 +106,18 @@ class PretrainedEmbed(nn.Module):
     def __init__(self, slot, width):
         super().__init__()
         import timm
-        encoder, self.patch = slot["encoder"], slot["patch"]
+        encoder, self.patch, self.batchnorm = slot["encoder"], slot["patch"], slot["batchnorm"]
         self.net = timm.create_model(encoder["architecture"], pretrained=False, num_classes=0,
-                                     **encoder["arguments"]).eval()
+                                     **encoder["arguments"])
+        self.train()
         self.join = nn.Linear(getattr(self.net, "head_hidden_size", self.net.num_features), width)
         for key in ("mean", "std"):  # of its own training pictures, for numbers from 0 to 1
             self.register_buffer(key, torch.tensor(encoder[key])[:, None, None])
 
     def train(self, mode=True):
-        """BatchNorm and dropout stay as in evaluation: few pictures give no good running statistics."""
+        """Without `batchnorm` it stays as in evaluation, with the statistics of its own training pictures."""
         super().train(mode)
-        self.net.eval()
+        self.net.train(mode and self.batchnorm)
         return self
 
     def forward(self, tokens):
@@ -356,8 +357,8 @@ class UML(nn.Module):
     slots: {name: dict}, any number of them. Every slot has kind ("discrete" or "continuous"), length (in
         tokens) and loss (a tuple of objectives). A discrete slot has vocab; a continuous one dim, mean and
         std (lists, repeated up to dim), a picture slot patch, a recording mels, and perhaps embed="conv", or
-        embed="timm" and encoder, what is needed to build it. A slot with the objective "label" has rows:
-        those of the label head that it has examples of.
+        embed="timm", encoder (what is needed to build it) and batchnorm. A slot with the objective "label"
+        has rows: those of the label head that it has examples of.
     classes: rows of the label head (0: none).
     temperature: learn one per slot with "label". label_smoothing: share of the target spread over a slot's
     classes. apart: every slot but the first has a trunk of its own; then only the label head is shared.

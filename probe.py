@@ -37,11 +37,12 @@ import torch
 from PIL import Image, ImageFilter
 
 from model import mean_over_real
-from prepare import (LEVELS_PER_DB, UserError, active_slots, at_least, encode_features, encode_pictures,
-                     encode_recordings, encode_text, exit_on_user_error, explained, file_sha256, levels_of,
-                     load_bpe, log_mel_of, modality_of, patchify, plain_name, prepare, print_help,
-                     read_config, read_json, read_meta, read_picture, read_recording, read_text, real_places,
-                     tell, unpatchify, write_file, write_json, writing)
+from prepare import (CHUNK, LEVELS_PER_DB, UserError, active_slots, at_least, encode_features,
+                     encode_pictures, encode_recordings, encode_text, exit_on_user_error, explained,
+                     file_sha256, levels_of, load_bpe, log_mel_of, modality_of, open_encoder, patchify,
+                     plain_name, prepare, print_help, read_config, read_json, read_meta, read_picture,
+                     read_recording, read_text, real_places, tell, unpatchify, write_file, write_json,
+                     writing)
 from train import (CHECKPOINT_FORMAT, FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, build_model,
                    choose_examples, evaluate, extract, fit_probe, linear_probe, load_model, open_slots,
                    pick_device, read_run_config, resolve, shard_names)
@@ -846,8 +847,8 @@ def embed(folder, path):
     slot, classes = checkpoint["slots"][name], checkpoint["classes"][:checkpoint["target_classes"]]
     if modality_of(name) == "text" and slot["kind"] == "discrete":
         arrays, items = read_new_texts(folder, path, cfg)
-    elif "patch" in slot or "mels" in slot:
-        arrays, items = read_new_files(path, cfg, slot)
+    elif "patch" in slot or "mels" in slot or (cfg[f"{name}_encoder"] and os.path.isdir(path)):
+        arrays, items = read_new_files(path, dict(cfg), slot)
     else:
         arrays, items = read_new_numbers(path, slot)
     tokens = torch.from_numpy(arrays["tokens"])
@@ -892,23 +893,33 @@ def read_new_texts(folder, path, cfg):
 
 
 def read_new_files(path, cfg, slot):
-    """A folder of pictures or recordings -> {"tokens" (n, T, D), perhaps "lengths" (n,)}, the files read."""
-    files = []
+    """A folder of pictures or recordings -> {"tokens" (n, T, D), perhaps "lengths" (n,)}, the files read.
+
+    Where the run has a frozen encoder, that encodes them as it did when the run's shards were made.
+    """
+    name, files, items = cfg["target"], [], {}
+    is_image = modality_of(name) == "image"
+    change, encode = (lambda item: item), encode_pictures if is_image else encode_recordings
+    if cfg[f"{name}_encoder"]:
+        change, encode = open_encoder(cfg, name)
     for parent, _, names in os.walk(path):
-        files += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-    items = {}
+        files += [os.path.join(parent, file) for file in names if not file.startswith(".")]
     for file in sorted(files):
         with contextlib.suppress(UserError):  # a file that cannot be read
-            if "patch" in slot:
-                items[file] = read_picture(cfg, file, channels=slot["dim"] // slot["patch"] ** 2)
+            if is_image:
+                channels = slot["dim"] // slot["patch"] ** 2 if "patch" in slot else 3
+                items[file] = change(read_picture(cfg, file, channels))
             else:
-                items[file] = read_recording(cfg, file)
+                items[file] = change(read_recording(cfg, file))
     if not items:
-        raise UserError(f"{path} is no folder of files that the {cfg['target']} slot can read")
+        raise UserError(f"{path} is no folder of files that the {name} slot can read")
     if len(items) < len(files):
         tell(f"skipped {len(files) - len(items)} of {len(files)} files: not readable")
-    encode = encode_pictures if "patch" in slot else encode_recordings
-    return encode(cfg, list(items.values()), None), list(items)
+    made, parts = list(items.values()), []
+    for start in range(0, len(made), CHUNK):
+        parts.append(encode(cfg, made[start:start + CHUNK], None))
+    kept = parts[0].keys() & {"tokens", "lengths"}
+    return {key: np.concatenate([part[key] for part in parts]) for key in kept}, list(items)
 
 
 def read_new_numbers(path, slot):

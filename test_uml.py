@@ -59,7 +59,8 @@ weights = lambda out, file="last.pt": T.load_checkpoint(os.path.join(out, file))
 counts = lambda folder: [P.read_meta(folder)["splits"][part]["count"] for part in ("train", "val", "test")]
 glob = lambda folder, pattern: sorted(map(str, pathlib.Path(folder).glob(pattern)))
 tone = lambda pitch=440, rate=8000: 0.5 * np.sin(2 * np.pi * pitch * np.arange(int(0.3 * rate)) / rate)
-same = lambda one, two: one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+differs = lambda one, two: {key for key in one.keys() | two.keys() if not torch.equal(one[key], two[key])}
+same = lambda one, two: not differs(one, two)
 TIMING = ("seconds", "samples_per_second", "peak_memory", "name")
 lasting = lambda result: {key: value for key, value in result.items() if key not in TIMING}
 all_bytes = lambda folder: {os.path.basename(f): open(f, "rb").read() for f in glob(folder, "*")}

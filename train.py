@@ -82,6 +82,7 @@ KEYS = dict(
     layers=(4, "blocks of the trunk (0: none, for features of a frozen encoder)", at_least(0)),
     heads=(4, "attention heads", at_least(1)),
     encoder_learning_rate=(0.1, "factor on the rate of a timm: embed's weights (0: frozen)", at_least(0)),
+    encoder_batchnorm=(False, "a timm: embed's BatchNorm learns statistics, instead of keeping its own"),
     trunk=("", "hf:NAME_OR_PATH: a language model of transformers is the trunk (width must be its own)"),
     trunk_start=("pretrained", "or random: the same language model, fresh", one_of("pretrained", "random")),
     trunk_train=("all", "which weights of the trunk learn", one_of("all", "norms", "none")),
@@ -516,7 +517,8 @@ def build_pretrained_model(cfg, slots, classes):
         if slot.get("embed") == "timm":
             encoders[name], slot["encoder"] = open_timm(cfg[f"{name}_embed"])
             fit_encoder(encoders[name], slot["encoder"], cfg[f"{name}_embed"], cfg["image_size"])
-            slot.update(mean=[0.0], std=[255.0])  # the encoder scales numbers from 0 to 1 itself
+            # the encoder scales numbers from 0 to 1 itself
+            slot.update(mean=[0.0], std=[255.0], batchnorm=cfg["encoder_batchnorm"])
     if cfg["trunk"]:
         language_model, _, trunk = open_hf(cfg["trunk"])
     model = build_model(cfg, slots, classes, trunk)
@@ -836,12 +838,24 @@ def pick_device(cfg):
 # evaluation: the target only
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def evaluating(model):
+    """Meanwhile no gradients, and the BatchNorm of an encoder uses the statistics that it has gathered."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 def extract(model, slot, arrays, rows=None, layer=-1):
     """Frozen features of the given rows of a split (None: all), (n, C) on the CPU."""
     parts = []
-    for batch in slot.evaluation_batches(arrays, rows):
-        parts.append(model.features(slot.name, batch["tokens"], batch.get("real"), layer).float().cpu())
+    with evaluating(model):
+        for batch in slot.evaluation_batches(arrays, rows):
+            parts.append(model.features(slot.name, batch["tokens"], batch.get("real"), layer).float().cpu())
     return torch.cat(parts)
 
 
@@ -904,9 +918,10 @@ def evaluate(model, slot, arrays, chosen=None):
     labels, classes = arrays.get("labels"), len(slot.meta["classes"])
     if labels is None or classes < 2:
         loss = 0.0
-        for batch in slot.evaluation_batches(arrays):
-            share = len(batch["tokens"]) / len(arrays["tokens"])
-            loss += share * model(slot.name, **batch).item()
+        with evaluating(model):
+            for batch in slot.evaluation_batches(arrays):
+                share = len(batch["tokens"]) / len(arrays["tokens"])
+                loss += share * model(slot.name, **batch).item()
         return dict(score=-loss, accuracy=None, balanced_accuracy=None, probe=None)
     features = extract(model, slot, arrays)
     truth, unseen = torch.from_numpy(labels).long(), torch.from_numpy(np.isin(labels, slot.unseen))
@@ -988,8 +1003,11 @@ def score_run(run):
 
 def count_flops(model, name, batch):
     """FLOPs of forward and backward on a batch, counted by torch, operation by operation."""
+    training = model.training
+    model.eval()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # attention as its matmuls
         model(name, **batch).backward()
+    model.train(training)
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
