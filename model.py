@@ -115,9 +115,12 @@ class PretrainedEmbed(nn.Module):
             self.register_buffer(key, torch.tensor(encoder[key])[:, None, None])
 
     def train(self, mode=True):
-        """Without `batchnorm` it stays as in evaluation, with the statistics of its own training pictures."""
+        """Without `batchnorm` all stays as in evaluation, with statistics of its own training pictures."""
         super().train(mode)
-        self.net.train(mode and self.batchnorm)
+        self.net.eval()  # no dropout: it would draw numbers that no checkpoint keeps
+        for part in self.net.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.train(mode and self.batchnorm)
         return self
 
     def forward(self, tokens):
@@ -182,6 +185,8 @@ class LanguageTrunk(nn.Module):
         super().__init__()
         from transformers import AutoConfig, AutoModel
         self.net = AutoModel.from_config(AutoConfig.for_model(**config)).eval()
+        if not all(hasattr(self.net.config, key) for key in ("hidden_size", "max_position_embeddings")):
+            raise ValueError(f"trunk='hf:...' takes models like BERT and GPT-2, not {config['model_type']}")
         if self.net.config.hidden_size != width:
             raise ValueError(f"the language model is {self.net.config.hidden_size} wide: set width to that, "
                              f"not to {width}")
@@ -218,13 +223,13 @@ class Batch(NamedTuple):
     """What an objective may read."""
     tokens: torch.Tensor         # normalised (B, T, D), or ids (B, T)
     real: torch.Tensor | None    # (B, T) bool, False on padding; None: there is no padding
-    places: torch.Tensor         # (B, T) bool, the same, and all True where there is no padding
+    places: torch.Tensor         # (B, T) bool, like real, but never None
     labels: torch.Tensor | None  # (B,) rows of the label head
     hidden: torch.Tensor | None  # (B, T) bool, True where a token is hidden from the model
 
 
 def next_loss(model, name, batch):
-    """Predict every token from those before it (causal attention: state t knows tokens up to t)."""
+    """Predict every token from those before it: state t has seen tokens 0 to t and predicts t + 1."""
     h = model.states(name, batch.tokens[:, :-1], causal=True)[-1]  # (B, T - 1, C)
     return token_loss(model, name, h, batch.tokens[:, 1:], batch.places[:, 1:])
 
@@ -295,7 +300,7 @@ class Adapter(nn.Module):
     embed: tokens -> (B, T, C). head: (B, T, C) -> predicted tokens; ids have none, their table serves both
     ways. position (T, C). mean, std (D,): of the training tokens. hidden (C,): stands in for a hidden token.
     log_temperature (1,): of the label scores. rows (k,): the rows of the label head that the slot has
-    examples of; place (classes,): the place of each row among them.
+    examples of; place[row]: where that row stands in `rows`, so that labels become numbers 0 to k - 1.
     """
 
     def __init__(self, name, slot, width, classes, temperature):
@@ -460,7 +465,8 @@ class UML(nn.Module):
             # parameter[0] is all inputs of one unit of a matrix or convolution, or one entry of a table
             std = 0.02 if is_hidden else 1 / math.sqrt(parameter[0].numel())
             if "blocks" in name and name.endswith(("proj.weight", "down.weight")):
-                std /= math.sqrt(2 * len(self.trunk.blocks))  # 2 writes a block: their sum keeps its size
+                # each block adds two outputs to h: smaller weights keep h from growing with depth
+                std /= math.sqrt(2 * len(self.trunk.blocks))
             parts = name.split(".")
             if parts[0] == "adapters":
                 parts = [parts[2], parts[1], *parts[3:]]

@@ -158,7 +158,8 @@ PREPARE_KEYS.update(
     shard_mb=(256, "largest shard file in MiB", at_least(1)),
     workers=(0, "threads that read and encode (0: one a core); the shards are the same", at_least(0)),
 )
-for slot, library in dict(image="timm", text="hf", audio="hf").items():
+for slot in MODALITIES:  # a modality of one's own takes "hf", and open_encoder() refuses what it cannot read
+    library = "timm" if slot == "image" else "hf"
     PREPARE_KEYS.update({f"{slot}_{end}": key for end, key in dict(
         column=("", f"parquet: column of the {slot} items, where it has not the Hub's usual name"),
         label=("", "parquet: column of their classes (empty: 'label', if there is one)"),
@@ -909,7 +910,8 @@ def open_hf(spec):
 
 
 def check_weights(model, missing):
-    """Both libraries leave what a file lacks at random. A pooler or a mask may be missing, not the half."""
+    """Both libraries fill missing weights at random. A few may be missing (a pooler); if more than half are,
+    the file belongs to another model."""
     if len(missing) > len(model.state_dict()) / 2:
         raise ValueError("the weights are of another architecture than config.json says")
 

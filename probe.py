@@ -38,14 +38,14 @@ from PIL import Image, ImageFilter
 
 from model import mean_over_real
 from prepare import (CHUNK, LEVELS_PER_DB, UserError, active_slots, at_least, encode_features,
-                     encode_pictures, encode_recordings, encode_text, exit_on_user_error, explained,
-                     file_sha256, levels_of, load_bpe, log_mel_of, modality_of, open_encoder, patchify,
-                     plain_name, prepare, print_help, read_config, read_json, read_meta, read_picture,
-                     read_recording, read_text, real_places, tell, unpatchify, write_file, write_json,
-                     writing)
-from train import (CHECKPOINT_FORMAT, FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, build_model,
-                   choose_examples, evaluate, extract, fit_probe, linear_probe, load_model, open_slots,
-                   pick_device, read_run_config, resolve, shard_names)
+                     encode_pictures, encode_recordings, encode_text, encoder_sha256, exit_on_user_error,
+                     file_sha256, imported, levels_of, load_bpe, log_mel_of, modality_of, open_encoder,
+                     patchify, plain_name, prepare, print_help, read_config, read_json, read_meta,
+                     read_picture, read_recording, read_text, real_places, tell, unpatchify, write_file,
+                     write_json, writing)
+from train import (FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, choose_examples, evaluate, extract,
+                   fit_probe, linear_probe, load_model, open_slots, pick_device, read_run_config, resolve,
+                   shard_names)
 from train import run as train_run
 
 
@@ -161,7 +161,7 @@ ARMS = {
     "unrelated": ("a real auxiliary of another domain", unrelated_source),
     "head": ("label head started at an auxiliary's class means, then the target alone", head_start_only),
     "stages": ("alone, with the phases of uml and all its updates", dict(stages=True, head_from="")),
-    "nearest": ("of features: the nearest neighbour by cosine, nothing trained", {}),
+    "nearest": ("of features: the nearest neighbour by cosine of standardised features", {}),
     "linear": ("of features: the linear probe, nothing trained", {}),
 }
 FROZEN = {"nearest", "linear"}  # a target of features gets these two without being asked
@@ -250,7 +250,8 @@ def candidates(text, cfg):
             factors = [float(factor) for factor in text.split(",")]
         except ValueError:
             raise UserError(f"search='{text}' must be numbers joined by commas, or settings by ';'") from None
-        return [dict(learning_rate=cfg["learning_rate"] * factor) for factor in factors]
+        rates = [f"--learning_rate={cfg['learning_rate'] * factor}" for factor in factors]
+        return [dict(learning_rate=read_config([rate], KEYS)["learning_rate"]) for rate in rates]
     for part in text.split(";"):
         pairs = [pair.strip() for pair in part.split(",")]
         values = read_config([f"--{pair}" for pair in pairs], KEYS)  # the other keys at their defaults
@@ -292,7 +293,8 @@ def run_arms(cfg, options, arms, settings, per_seed):
         for arm in wave:
             results[arm] = [next(finished) for _ in seeds]
     for arm in FROZEN & set(arms):
-        results[arm] = [score_features(cfg | dict(seed=seed), arm) for seed in seeds]
+        scored = {}  # seeds that have the same examples are scored once
+        results[arm] = [score_features(cfg | dict(seed=seed), arm, scored) for seed in seeds]
         chosen[arm], searched[arm] = [{}] * len(seeds), np.array([])  # nothing to choose
     return results, chosen, searched
 
@@ -303,9 +305,15 @@ def target_is_features(cfg):
     return meta["kind"] == "continuous" and not {"patch", "mels"} & set(meta) and len(meta["classes"]) > 1
 
 
-def score_features(cfg, arm):
-    """'nearest' or 'linear' on the examples that a run of this config would have -> a result like a run's."""
+def score_features(cfg, arm, scored):
+    """'nearest' or 'linear' on the examples that a run of this config would have -> a result like a run's.
+
+    scored: {what decides the result: result} of earlier calls.
+    """
     slot, split = open_slots(resolve(cfg, quiet), quiet)[0][cfg["target"]], split_of(cfg)
+    decides = (slot.folder, np.sort(slot.examples).tobytes(), tuple(slot.unseen))
+    if decides in scored:
+        return scored[decides]
     data = {}  # {part of the data: (features (n, D), labels (n,))}
     for part in ("train", "val", split):
         arrays, rows = slot.split(part), slot.examples if part == "train" else seen_rows(slot, part)
@@ -322,7 +330,9 @@ def score_features(cfg, arm):
         # a new item's own length changes nothing in its order of cosines
         nearest = [((part - mean) / std @ directions.T).argmax(1) for part in new.split(1000)]
         answers = labels[torch.cat(nearest)]
-    return {f"{split}_accuracy": (answers == truth).float().mean().item(), "flops": 0, "seconds": 0}
+    accuracy = (answers == truth).float().mean().item()
+    scored[decides] = {f"{split}_accuracy": accuracy, "flops": 0, "seconds": 0}
+    return scored[decides]
 
 
 def seen_rows(slot, part):
@@ -480,7 +490,7 @@ def run_all(configs, progress):
     """Run every config to its end -> their results, in the order of the configs.
 
     Runs that an earlier, interrupted call finished are read back; those it began go on from their last
-    checkpoint. Equal configs are one run.
+    checkpoint. If two arms give the same config, it is trained once.
     """
     os.makedirs(progress.folder, exist_ok=True)
     configs = [resolve(cfg, say=quiet) for cfg in configs]
@@ -510,6 +520,8 @@ def run_folder(cfg, parent):
     if cfg["init_from"]:
         files.append(os.path.join(cfg["init_from"], "best.pt"))
     checksums = [file_sha256(file) for file in files]
+    pretrained = [cfg["trunk"], *(cfg[f"{slot}_embed"] for slot in active_slots(cfg))]
+    checksums += [encoder_sha256(spec) for spec in pretrained if ":" in spec]
     text = json.dumps([TRAINING_VERSION, decisive, checksums], sort_keys=True)
     return os.path.join(parent, f"run-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
 
@@ -848,6 +860,8 @@ def embed(folder, path):
     if modality_of(name) == "text" and slot["kind"] == "discrete":
         arrays, items = read_new_texts(folder, path, cfg)
     elif "patch" in slot or "mels" in slot or (cfg[f"{name}_encoder"] and os.path.isdir(path)):
+        if cfg[f"{name}_encoder"]:
+            check_shards(folder, cfg)  # the encoder must be the one that the run was trained on
         arrays, items = read_new_files(path, dict(cfg), slot)
     else:
         arrays, items = read_new_numbers(path, slot)
@@ -899,6 +913,8 @@ def read_new_files(path, cfg, slot):
     """
     name, files, items = cfg["target"], [], {}
     is_image = modality_of(name) == "image"
+    if modality_of(name) not in ("image", "audio"):
+        raise UserError(f"the {name} slot reads no folder: give the encoder's outputs as an .npy array")
     change, encode = (lambda item: item), encode_pictures if is_image else encode_recordings
     if cfg[f"{name}_encoder"]:
         change, encode = open_encoder(cfg, name)
@@ -942,8 +958,7 @@ EXPORTED = ("format", "config", "slots", "trunk", "classes", "target_classes")  
 
 def export(folder, into):
     """Write a run's best model into a folder: model.safetensors, config.json and README.md, a card."""
-    with explained("the package safetensors is missing", ": pip install safetensors"):
-        from safetensors.torch import save
+    save = imported("safetensors.torch", "export").save
     run, readme = open_run(folder, probed=False), os.path.join(into, "README.md")
     if os.path.exists(readme) and not os.path.exists(os.path.join(into, "model.safetensors")):
         raise UserError(f"{readme} is there already and belongs to no model: name another folder")
@@ -983,7 +998,7 @@ In a checkout of nanoUML: `model, saved = train.load_model("this folder")`.
 - command: `{shlex.join(["python", "train.py", *changed])}`
 - seed {cfg["seed"]}, trained in {result["seconds"]:.0f} s; exported on {HARDWARE}
 - {split} split, n = {len(run.seen):,}: {", ".join(scores)}
-- compare: {verdict}
+- compare (of uml, whichever arm this run is): {verdict}
 """
 
 

@@ -3,9 +3,6 @@
     python -m pytest -q                    # what takes half a minute
     UML_SLOW=1 python -m pytest -q         # all: kills, several processes, long comparisons, fuzzing
     python -m pytest -q -k resume          # one promise
-
-Sections: config, letters, shards, text, pictures, sound, features, Parquet and encoders, bad input, model, batches, train, probe,
-README, several processes, faults, strangers, fuzzing.
 """
 import contextlib
 import http.server
@@ -28,7 +25,6 @@ import tarfile
 import threading
 import time
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -45,7 +41,7 @@ import train as T
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.append(os.path.join(HERE, "assets", "results"))
-import confusions, exchange, sharing, speed, theory
+import exchange, sharing, speed, theory
 slow = pytest.mark.skipif(not os.environ.get("UML_SLOW"), reason="UML_SLOW=1 runs it")
 cases, quiet = pytest.mark.parametrize, lambda line: None
 SOME = "AEOaeoÀÉÖàéö"  # 12 letters instead of 564
@@ -98,9 +94,9 @@ def config(data, out, *more):
     """A run of a second: 96 pictures and all texts of the small world through a trunk of width 32."""
     return T.read_run_config([*LETTERS, f"--data_dir={data}", f"--out_dir={out}", *more])
 
-def prepared(data, *argv):
+def prepared(data, *argv, say=quiet):
     cfg = P.read_config([*argv, f"--data_dir={data}"], P.PREPARE_KEYS)
-    return P.prepare(cfg, *P.active_slots(cfg), quiet)
+    return P.prepare(cfg, *P.active_slots(cfg), say)
 
 def set_up(data, *more):
     """Slots, model and optimizer of such a run."""
@@ -118,6 +114,12 @@ def start(script, *argv, **how):
 def finish(job):
     out, wrong = job.communicate(timeout=240)
     return job.returncode, out, wrong
+
+def done(job):
+    """What a process printed that ended well."""
+    code, out, wrong = finish(job)
+    assert code == 0, wrong
+    return out
 
 def picture_folder(path, classes=("cat", "dog"), count=6, parts=("train", "test")):
     for part, (i, name) in itertools.product(parts, enumerate(classes)):
@@ -157,49 +159,38 @@ def write_archive(path, bodies, kind=tarfile.REGTYPE):
     ("--learning_rat=0.1", "did you mean 'learning_rate'"), ("--steps=1.5", "a whole number"),
     ("--steps=True", "a whole number"), ("--image_flip=1", "True or"), ("--learning_rate=fast", "a number"),
     ("--compile=maybe", "True, False or None"), ("--image_affine=-0.1", "image_affine must be at least 0"),
-    ("--label_smoothing=nan", "a number"), ("--vocab_size=255", "256 to 65536"), ("--steps=0", "at least 1"),
-    ("--learning_rate=1e999", "above 0"), ("--schedule=joined", "one of alternate, joint"),
-    ("--text2_examples=-2", "at least -1"), ("--learning_rate=1" + "0" * 400, "learning_rate"),
-    ("--val_fraction=1", "below 1"), ("--steps=" + "-" * 100_000 + "1", "steps")])
+    ("--label_smoothing=nan", "a number"), ("--vocab_size=255", "256 to 65536"),
+    ("--schedule=joined", "one of alternate, joint"), ("--learning_rate=1e999", "above 0"),
+    ("--val_fraction=1", "below 1"), ("--steps=" + "-" * 100_000, "steps")])
 def test_config_refuses_unknown_keys_wrong_types_and_values_out_of_range(argument, words):
     refuses(words, P.read_config, [argument], T.KEYS)
 
-def test_config_takes_ints_for_floats_bare_switches_and_values_with_equals():
-    argv = ["--learning_rate=1", "--resume", "--text=file:/a=b.txt", "--text2=cupl", "--text2_batch=3"]
-    cfg = P.read_config(argv, T.KEYS)
-    assert cfg["learning_rate"] == 1.0 and cfg["resume"] is True and cfg["text"] == "file:/a=b.txt"
-    assert cfg["text2_batch"] == 3 and cfg["text2_loss"] == cfg["text_loss"]
-
-def test_config_files_are_read_and_never_executed(tmp_path):
+def test_config_files_are_read_and_never_executed_and_arguments_win(tmp_path):
     path = tmp_path / "c.py"
     for body, words in ((f"steps = __import__('os').mkdir('{tmp_path}/ran') or 5", "line 1.*not executed"),
                         ("steps = 1 +", "not a config file"), ("steps = " + "1+" * 20_000 + "1", "c.py")):
         path.write_text(body)
         refuses(words, P.read_config, [str(path)], T.KEYS)
-    path.write_text('"""Words."""\nsteps = 7\nimage_size = 8')
-    assert P.read_config([str(path), "--seed=3"], T.KEYS)["steps"] == 7 and not (tmp_path / "ran").exists()
+    path.write_text('"""Words."""\nsteps = 7\nimage_size = 8\nseed = 1')
+    argv = [str(path), "--seed=3", "--learning_rate=1", "--resume", "--text=file:/a=b.txt"]
+    cfg = P.read_config(argv, T.KEYS)
+    assert cfg["steps"] == 7 and cfg["seed"] == 3 and not (tmp_path / "ran").exists()
+    assert cfg["learning_rate"] == 1.0 and cfg["resume"] is True and cfg["text"] == "file:/a=b.txt"
     assert P.read_config([str(path)], P.PREPARE_KEYS, strict=False)["image_size"] == 8
     path.write_text("image_siz = 8\n")  # prepare leaves keys of training alone, but not typos of its own
     refuses("did you mean 'image_size'", P.read_config, [str(path)], P.PREPARE_KEYS, False)
 
-@cases("name", [os.path.basename(path) for path in glob(f"{HERE}/sample_configs", "*.py")])
-def test_every_sample_config_has_keys_and_sources_that_exist(name, monkeypatch):
-    monkeypatch.setattr(P, "encoder_sha256", lambda spec: spec)  # without a network
-    cfg = T.resolve(T.read_run_config([os.path.join(HERE, "sample_configs", name)]), quiet)
-    assert cfg["out_dir"] == os.path.join("out", name[:-3]) and T.shard_names(cfg)
-
 # -- letters ------------------------------------------------------------------------------------------------
 def test_letters_of_a_split_are_drawn_in_its_own_typefaces_and_no_others(data, monkeypatch):
-    drawn, real, used = [], P.ImageFont.truetype, {}
-    monkeypatch.setattr(P.ImageFont, "truetype", lambda path, size: (drawn.append(path), real(path, size))[1])
+    drawn, real, used = set(), P.ImageFont.truetype, {}
+    monkeypatch.setattr(P.ImageFont, "truetype", lambda path, size: (drawn.add(path), real(path, size))[1])
     source = P.letters_source(AUDIO, "image", "")
     for part, faces in P.FACES.items():
         drawn.clear()
-        scans = [source["make"](row) for row in np.flatnonzero(source["split"] == part)]
+        scans = {source["make"](row).tobytes() for row in np.flatnonzero(source["split"] == part)}
         used[part], each = {os.path.basename(path)[:-4] for path in drawn}, len(faces) * P.SCANS[part]
-        assert used[part] == set(faces) and len({scan.tobytes() for scan in scans}) == 12 * each
-        labels = P.load_split(prepared(data, "--image=letters"), part)["labels"]
-        assert (np.bincount(labels) == each).all() and len(labels) == 12 * each
+        assert used[part] == set(faces) and len(scans) == 12 * each
+        assert (np.bincount(P.load_split(prepared(data, "--image=letters"), part)["labels"]) == each).all()
     assert not used["test"] & (used["train"] | used["val"]) and not used["train"] & used["val"]
 
 def test_pictures_and_texts_of_letters_cannot_be_paired(data, tmp_path, monkeypatch):
@@ -222,8 +213,8 @@ def test_many_small_shards_read_as_one_and_one_of_another_size_or_with_a_flipped
     folder, wanted = prepared(tmp_path, *source), np.load(tmp_path / "f.npz")
     files = P.read_meta(folder)["splits"]["train"]["files"]["tokens"]
     assert [entry["count"] for entry in files] == [2621, 2621, 1758]
-    for entry in files:
-        assert os.path.getsize(f"{folder}/{entry['file']}") == entry["count"] * 400 <= 2**20
+    sizes = [os.path.getsize(f"{folder}/{entry['file']}") for entry in files]
+    assert sizes == [entry["count"] * 400 for entry in files] and max(sizes) <= 2**20
     split, rows = P.load_split(folder, "train"), np.array([6999, 0, 2620, 2621, 17])
     features, labels = (wanted[key][wanted["split"] == "train"] for key in ("features", "labels"))
     assert np.allclose(split["tokens"][rows][:, 0], features[rows]) and (split["labels"] == labels).all()
@@ -257,26 +248,6 @@ def test_an_edited_source_makes_new_shards_and_an_edited_comment_does_not(tmp_pa
         folders.append(edited["shard_folder"](dict(AUDIO, image="letters"), "image")[0])
     assert folders[0] == folders[1] == P.shard_folder(dict(AUDIO, image="letters"), "image")[0] != folders[2]
 
-@cases("bad", [200, 21])
-def test_threads_stay_close_to_what_is_written_and_the_first_bad_item_counts(monkeypatch, bad):
-    made, alive = [], threading.active_count()
-    def make(i):
-        made.append(i)
-        time.sleep(0.1 if i == bad else 0)  # whatever is wrong with a later item is known before
-        if bad <= i < bad + 9:
-            raise P.UserError(f"item {i}")
-        return [float(i)]
-    def read():
-        source = dict(encode="features", items=range(200), make=make, labels=None)
-        bar = SimpleNamespace(update=quiet)
-        chunks = P.encoded_chunks(dict(AUDIO, workers=3), source, np.arange(200), None, bar)
-        for written, _ in enumerate(chunks, 1):
-            time.sleep(0.1 if written == 1 else 0)  # time enough to run ahead, for threads that do
-            assert len(made) <= 4 * (written + 3 + 2)
-    monkeypatch.setattr(P, "CHUNK", 4)
-    refuses("item 21$", read) if bad == 21 else read()
-    assert threading.active_count() == alive and (len(made) < 50 if bad == 21 else len(made) == 200)
-
 # -- text ---------------------------------------------------------------------------------------------------
 def test_odd_text_comes_back_whole_and_has_no_special_tokens(tmp_path):
     """A byte-order mark, NUL, empty lines, a line of 1 MB, and what other tokenizers take for commands."""
@@ -286,11 +257,10 @@ def test_odd_text_comes_back_whole_and_has_no_special_tokens(tmp_path):
     (tmp_path / "t.txt").write_text("\n\n".join(documents), encoding="utf-8-sig")
     folder = prepared(tmp_path, f"--text=file:{tmp_path}/t.txt", "--text_length=16", "--vocab_size=300")
     bpe, whole = P.load_bpe(folder), b""
-    for split in (P.load_split(folder, part) for part in ("train", "val", "test")):
-        rows = zip(split["tokens"][np.arange(len(split["tokens"]))], split["lengths"])
+    for part in ("train", "val", "test"):
+        rows = zip(tokens_of(folder, part), P.load_split(folder, part)["lengths"])
         whole += b"".join(bpe.decode_bytes(row[:k].tolist()) for row, k in rows)
-    back = re.findall(r"document.*?(?=document|$)", whole.decode())
-    assert sorted(back) == sorted(documents) and "".join(back) == whole.decode()
+    assert sorted(re.findall(r"document.*?(?=document|$)", whole.decode())) == sorted(documents)
     assert P.read_meta(folder)["vocab"] == 300 and not bpe.special_tokens_set
 
 def test_windows_of_one_document_stay_in_one_split_and_keep_its_class(tmp_path):
@@ -299,20 +269,17 @@ def test_windows_of_one_document_stay_in_one_split_and_keep_its_class(tmp_path):
     folder = prepared(tmp_path, f"--text=file:{tmp_path}/t.json", "--text_length=8", "--vocab_size=600")
     bpe, seen = P.load_bpe(folder), {}
     for part in ("train", "val", "test"):
-        split = P.load_split(folder, part)
-        words = [bpe.decode(row.tolist()) for row in split["tokens"][np.arange(len(split["tokens"]))]]
+        words = [bpe.decode(row.tolist()) for row in tokens_of(folder, part)]
         seen[part] = {mark for text in words for mark in re.findall(r"[xy]\d+mark", text)}
-        assert all(set(re.findall("[xy]", text)) <= {"xy"[k]} for text, k in zip(words, split["labels"]))
+        assert all(set(re.findall("[xy]", text)) <= {c} for text, c in zip(words, classes_of(folder, part)))
     assert not seen["train"] & seen["val"] and not (seen["train"] | seen["val"]) & seen["test"]
 
 @cases("name, body, words", [
-    ("t.txt", "one\ntwo\n", r"too few items \(2\)"), ("t.json", "[1", "is not JSON"),
-    ("t.json", '{"a": []}', "'a' has no documents"), ("t.json", "[" * 200_000, "is not JSON"),
-    ("t.txt", b"caf\xe9\n" * 20, "not UTF-8"), ("c.py", 'text = "file:no\\0thing.txt"', "thing")])
+    ("t.txt", b"one\ntwo\n", r"too few items \(2\)"), ("t.txt", b"caf\xe9\n" * 20, "not UTF-8"),
+    ("t.json", b'{"a": []}', "'a' has no documents"), ("t.json", b"[" * 200_000, "is not JSON")])
 def test_what_is_no_text_is_refused(tmp_path, name, body, words):
-    path = tmp_path / name
-    path.write_bytes(body if isinstance(body, bytes) else body.encode())
-    refuses(words, prepared, tmp_path / "d", str(path) if name == "c.py" else f"--text=file:{path}")
+    (tmp_path / name).write_bytes(body)
+    refuses(words, prepared, tmp_path / "d", f"--text=file:{tmp_path}/{name}")
 
 # -- pictures -----------------------------------------------------------------------------------------------
 def register(monkeypatch, folder, name, checksum, url="http://127.0.0.1:9"):
@@ -327,51 +294,41 @@ def test_cifar10_is_read_from_its_archive_planes_and_all(tmp_path, monkeypatch):
     bodies = dict.fromkeys([*batches, "test_batch.bin"], records.tobytes())
     bodies["batches.meta.txt"] = "\n".join(f"class{i}" for i in range(10)).encode()
     write_archive(path, {f"cifar-10-batches-bin/{name}": body for name, body in bodies.items()})
-    argv = [tmp_path / "d", "--image=cifar10", f"--raw_dir={tmp_path}/raw"]
-    refuses("wrong checksum: .* has sha256", prepared, *argv)
-    assert not files_under(tmp_path / "d")
     register(monkeypatch, tmp_path, "cifar10/cifar-10-binary.tar.gz", P.file_sha256(path))
-    folder = prepared(*argv)
-    test, red = P.load_split(folder, "test"), records[0, 1:1025].reshape(32, 32)
+    folder = prepared(tmp_path / "d", "--image=cifar10", f"--raw_dir={tmp_path}/raw")
+    red, first = records[0, 1:1025].reshape(32, 32), P.unpatchify(tokens_of(folder, "test")[:1], 8)[0]
     assert counts(folder) == [180, 20, 40] and P.read_meta(folder)["classes"][3] == "class3"
-    assert np.array_equal(P.unpatchify(test["tokens"][np.array([0])], 8)[0, :, :, 0], red)
-    assert np.array_equal(test["labels"], records[:, 0])
+    assert np.array_equal(first[:, :, 0], red)
+    assert np.array_equal(P.load_split(folder, "test")["labels"], records[:, 0])
 
 def test_folders_are_read_in_every_layout_and_anew_when_they_change(tmp_path):
     root, unsplit = picture_folder(tmp_path / "split"), picture_folder(tmp_path / "unsplit", parts=("",))
     read = lambda path: prepared(tmp_path / "d", f"--image=folder:{path}", "--image_size=16")
-    folder = read(root)
+    folder, flat = read(root), P.read_meta(read(f"{unsplit}/cat"))
     meta = P.read_meta(folder)
     assert meta["classes"] == ["cat", "dog"] and counts(folder)[2] == 12 and counts(read(unsplit))[2] == 2
+    assert meta["arrays"]["tokens"]["shape"] == [4, 192] and len(meta["mean"]) == 3  # colours
+    assert flat["classes"] == [] and "labels" not in flat["arrays"]
     picture_folder(root, count=2, parts=("val",))
     assert counts(read(root)) == [12, 4, 12]  # a val/ of its own is used as it is
-    assert meta["arrays"]["tokens"]["shape"] == [4, 192] and len(meta["mean"]) == 3  # colours
-    flat = P.read_meta(read(f"{unsplit}/cat"))
-    assert flat["classes"] == [] and "labels" not in flat["arrays"]
-    Image.new("RGB", (9, 9)).save(f"{root}/train/cat/new.png")
-    assert read(root) != folder
 
 def test_pictures_of_every_odd_kind_are_read_or_refused(tmp_path, monkeypatch):
-    def save(name, mode, size, colour, **more):
-        Image.new(mode, size, colour).save(tmp_path / name, **more)
-        return picture(tmp_path / name)
-    assert save("cmyk.jpg", "CMYK", (20, 20), (0, 0, 0, 0)).min() > 240
-    assert (save("clear.png", "P", (20, 20), 0, transparency=0) == 255).all()
-    assert (save("glass.png", "RGBA", (20, 20), (0, 0, 0, 0)) == 255).all()
-    assert (save("deep.png", "I;16", (9, 9), 40000) == 155).all()
-    assert save("dot.png", "RGB", (1, 1), "red")[4, 4].tolist() == [255, 0, 0]
-    assert picture(tmp_path / "dot.png", channels=1).shape == (8, 8, 1)
-    assert save("wide.png", "L", (20000, 3), 9).shape == (8, 8, 3)
     moves = dict(save_all=True, append_images=[Image.new("L", (9, 9), 99)])
-    assert (save("a.gif", "L", (9, 9), 7, **moves) == 7).all()
+    for name, mode, size, colour, wanted, more in (
+            ("cmyk.jpg", "CMYK", (20, 20), (0, 0, 0, 0), 255, {}),
+            ("clear.png", "P", (20, 20), 0, 255, dict(transparency=0)),
+            ("glass.png", "RGBA", (20, 20), (0, 0, 0, 0), 255, {}),
+            ("deep.png", "I;16", (9, 9), 40000, 155, {}), ("moves.gif", "L", (9, 9), 7, 7, moves),
+            ("wide.png", "L", (20000, 3), 9, 9, {}), ("dot.png", "RGB", (1, 1), "red", [255, 0, 0], {})):
+        Image.new(mode, size, colour).save(tmp_path / name, **more)
+        found = picture(tmp_path / name)
+        assert (found == wanted).all() and found.shape == (8, 8, 3), name
+    assert picture(tmp_path / "dot.png", channels=1).shape == (8, 8, 1)
     half, exif = Image.new("RGB", (16, 16), "white"), Image.Exif()
     half.paste("black", (0, 0, 16, 8))
     exif[0x0112] = 6  # "turn me by 90 degrees"
     half.save(tmp_path / "turned.jpg", exif=exif)
     assert picture(tmp_path / "turned.jpg")[:, 0].mean() > 200
-    for body in (b"", (tmp_path / "wide.png").read_bytes()[:60], b"hello"):
-        (tmp_path / "bad.png").write_bytes(body)
-        refuses("bad.png is not a readable image", picture, tmp_path / "bad.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # so that a bomb need not be 10 GB
     refuses("wide.png is not a readable image .*bomb", picture, tmp_path / "wide.png")
 
@@ -406,38 +363,30 @@ def test_folders_of_recordings_are_split_by_speaker(tmp_path):
     argv = [f"--audio=folder:{root}", r"--audio_groups=_([a-z]+)_", "--audio_test_group=cy"]
     folder = prepared(d, *argv, "--audio_val_group=ann")
     assert counts(folder) == [12, 6, 6] and P.read_meta(folder)["classes"] == ["one", "two"]
-    solo = speaker_folder(tmp_path / "solo", ["ann"])
-    for words, *more in (("'eve' is not there", "--audio_test_group=eve"),
-                         ("cy and cy", "--audio_val_group=cy"),
-                         ("must find a group", "--audio_groups=x(y)"),
-                         ("must find a group", "--audio_groups=x(y)?|_[a-z]+_"),
-                         ("cannot be split by speaker", "--audio_groups="),
-                         ("needs three", f"--audio=folder:{solo}", "--audio_test_group=")):
-        refuses(words, prepared, d, *argv, *more)
+    for words, more in (("'eve' is not there", "--audio_test_group=eve"),
+                        ("cy and cy", "--audio_val_group=cy"),
+                        ("must find a group", "--audio_groups=x(y)?|_[a-z]+_"),
+                        ("cannot be split by speaker", "--audio_groups=")):
+        refuses(words, prepared, d, *argv, more)
 
-def test_bad_recordings_are_named(tmp_path):
-    root, d = speaker_folder(tmp_path / "r"), tmp_path / "d"
+def test_bad_recordings_are_named_or_skipped(tmp_path):
+    """Lying headers: no channels, no rate, one needing a filter of terabytes, odd widths, a wrong size."""
+    source, bad = f"--audio=folder:{speaker_folder(tmp_path / 'r')}", tmp_path / "r/one/bad.wav"
     whole = [open(write_sound(tmp_path / f"whole.{ext}"), "rb").read() for ext in ("wav", "flac", "ogg")]
-    halves = [body[:len(body) // 2] for body in whole]
-    for body in (b"", b"hello" * 99, whole[0][:30], whole[0][:44], *halves):
-        open(f"{root}/one/bad.wav", "wb").write(body)
-        refuses("bad.wav.*remove this recording, or pass --skip_bad", prepared, d, f"--audio=folder:{root}")
-    argv, said = [f"--audio=folder:{root}", "--skip_bad=True", f"--data_dir={d}"], []
-    assert sum(counts(P.prepare(P.read_config(argv, P.PREPARE_KEYS), "audio", said.append))) == 24
+    bodies = [b"", b"hello" * 99, whole[0][:44], *(body[:len(body) // 2] for body in whole)]
+    for at, kind, lie in ((22, "<H", 0), (24, "<I", 0), (24, "<I", 10_000_019), (34, "<H", 0), (34, "<H", 64),
+                          (40, "<I", 2**31)):
+        bodies.append(bytearray(whole[0]))
+        struct.pack_into(kind, bodies[-1], at, lie)
+    for body in bodies:
+        bad.write_bytes(body)
+        refuses("bad.wav", P.read_recording, AUDIO, bad)
+    said = []
+    assert sum(counts(prepared(tmp_path / "d", source, "--skip_bad=True", say=said.append))) == 24
     assert any(re.match("skipped 1 of 25 files, the first: .*bad.wav is ", line) for line in said)
     for samples, words in ((np.zeros(2400), "only silence"), (np.full(2400, np.nan), "not numbers")):
-        write_sound(f"{root}/one/bad.wav", samples, subtype="FLOAT")
-        refuses(f"bad.wav .*{words}", prepared, d, f"--audio=folder:{root}")
-
-@cases("at, kind, lie", [(22, "<H", 0), (24, "<I", 0), (24, "<I", 10_000_019), (34, "<H", 0), (34, "<H", 64),
-                         (40, "<I", 2**31)])
-def test_sound_headers_that_lie_are_refused(tmp_path, at, kind, lie):
-    """No channels, no rate, one needing a filter of terabytes, odd widths, a size beyond the file."""
-    path = write_sound(tmp_path / "a.wav")
-    body = bytearray(open(path, "rb").read())
-    struct.pack_into(kind, body, at, lie)
-    open(path, "wb").write(body)
-    refuses("a.wav", P.read_recording, AUDIO, path)
+        write_sound(bad, samples, subtype="FLOAT")
+        refuses(f"bad.wav .*{words}.*or pass --skip_bad", prepared, tmp_path / "d", source)
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
@@ -459,7 +408,7 @@ def numbers(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(P, "TAKES", 1)
     return [f"--raw_dir={digits}", "--audio_frames=64"]
 
-def test_a_spoken_number_is_two_digits_of_one_speaker_who_is_in_one_split(numbers, tmp_path):
+def test_a_spoken_number_is_two_digits_of_one_speaker_who_is_in_one_split(numbers, tmp_path, monkeypatch):
     folder = prepared(tmp_path, "--audio=numbers", *numbers)
     meta, train_part = P.read_meta(folder), P.load_split(folder, "train")
     assert counts(folder) == [400, 100, 100] and meta["classes"][37] == "three seven"
@@ -467,9 +416,8 @@ def test_a_spoken_number_is_two_digits_of_one_speaker_who_is_in_one_split(number
     row = int(np.flatnonzero(train_part["labels"] == 29)[0])  # low two, high nine: the band of energy rises
     mels = train_part["tokens"][row].reshape(-1, meta["mels"]).astype(int)
     assert mels[5:25].mean(0).argmax() < mels[40:55].mean(0).argmax()
-
-def test_other_spoken_digits_than_those_of_the_dataset_are_refused(digits, tmp_path):
-    argv = ["--audio=numbers", f"--raw_dir={digits}"]
+    register(monkeypatch, tmp_path, "fsdd/v1.0.10.tar.gz", "contents:" + "0" * 64)
+    argv = ["--audio=numbers", *numbers, "--audio_mels=20"]
     refuses("other recordings than the 3000 of v1.0.10", prepared, tmp_path, *argv)
 
 def test_numbers_are_heard_seen_and_read_under_the_same_names(numbers, tmp_path):
@@ -484,20 +432,17 @@ def test_numbers_are_heard_seen_and_read_under_the_same_names(numbers, tmp_path)
     write_sound(tmp_path / "new/one.wav", tone())
     B.embed(f"{tmp_path}/audio", f"{tmp_path}/new")  # the stem wants no padding mask: it ended in a traceback
     assert np.load(tmp_path / "audio/embed.npy").shape == (1, 32)
-    for digits, word in (((3, 7), "thirty-seven"), ((1, 4), "fourteen"), ((0, 5), "five"), ((4, 0), "forty")):
-        assert word in P.number_documents(*digits)
+    assert "thirty-seven" in P.number_documents(3, 7) and "fourteen" in P.number_documents(1, 4)
 
 # -- features -----------------------------------------------------------------------------------------------
 def test_npz_features_come_in_with_labels_names_and_splits(tmp_path):
     path, d = tmp_path / "f.npz", tmp_path / "d"
     folder = prepared(d, f"--image={write_npz(path)}")
-    meta, split = P.read_meta(folder), P.load_split(folder, "train")
-    assert meta["classes"] == ["a", "b", "c"] and meta["arrays"]["tokens"]["shape"] == [1, 5]
-    assert np.allclose(split["tokens"][np.arange(2)][:, 0], np.load(path)["features"][:2], atol=1e-5)
+    assert classes_of(folder)[:2] == ["a", "b"] and counts(folder) == [30, 15, 15]
+    assert np.allclose(tokens_of(folder)[:2, 0], np.load(path)["features"][:2], atol=1e-5)
     for change, words in ((dict(features=np.full((60, 5), np.nan)), "NaN"), (dict(labels=np.ones(9)), "60 "),
                           (dict(labels=np.arange(60)), "expected 0"), (dict(features=np.ones(60)), "array"),
-                          (dict(split=np.array(["dev"] * 60)), "train, test and perhaps val"),
-                          (dict(labels=np.array(["a"] * 60)), "whole numbers")):
+                          (dict(split=np.array(["dev"] * 60)), "train, test and perhaps val")):
         refuses(words, prepared, d, f"--image={write_npz(path, **change)}")
     path.write_bytes(b"PK or so")
     refuses("not a readable .npz", prepared, d, f"--image=npz:{path}")
@@ -513,7 +458,7 @@ def frozen_features(folder):
     return [*argv, *into(folder)], centres
 
 def test_features_of_a_frozen_encoder_train_and_embed(tmp_path):
-    """A projection a slot and one label head, started at the text's class means: the paper's frozen setting."""
+    """A projection a slot, one label head started at the text's class means: the paper's frozen setting."""
     argv, centres = frozen_features(tmp_path)
     result = run(*argv, "--layers=0", "--width=384", "--head_from=text", "--temperature=True", "--steps=150",
                  "--learning_rate=3e-3", "--weight_decay=1.0", "--image_examples=30")
@@ -521,8 +466,7 @@ def test_features_of_a_frozen_encoder_train_and_embed(tmp_path):
     B.embed(f"{tmp_path}/o", f"{tmp_path}/new.npy")
     rows = (tmp_path / "o/embed.csv").read_text().splitlines()[1:]
     assert result["test_accuracy"] > 0.8 and [row.split(",")[1][-1] for row in rows] == list("012345")
-    for path, words in (("odd.npy", r"\(n, 1, 20\), found \(6, 1, 5\)"), ("image.npz", "be an .npy array")):
-        refuses(words, B.embed, f"{tmp_path}/o", f"{tmp_path}/{path}")
+    refuses(r"\(n, 1, 20\), found \(6, 1, 5\)", B.embed, f"{tmp_path}/o", f"{tmp_path}/odd.npy")
 
 # -- Parquet and encoders -----------------------------------------------------------------------------------
 def picture_cells(count=6, first=0):
@@ -564,8 +508,7 @@ def test_parquet_of_every_modality_comes_with_the_hubs_splits_columns_and_class_
     folder = prepared(d, f"--image=parquet:{tmp_path}/p", "--image_size=8")
     pictures = [P.read_picture(dict(image_size=8), io.BytesIO(cell["bytes"])) for cell in picture_cells(12)]
     assert np.array_equal(tokens_of(folder), P.patchify(np.stack(pictures), 8))
-    assert counts(folder) == [12, 6, 6]
-    assert P.read_meta(folder)["classes"] == names and classes_of(folder)[:4] == ["dog", "cat", "cat", "dog"]
+    assert counts(folder) == [12, 6, 6] and classes_of(folder)[:4] == ["dog", "cat", "cat", "dog"]
     folder = prepared(d, f"--audio=parquet:{tmp_path}/s")
     assert counts(folder) == [12, 6, 6] and classes_of(folder, "test") == list("aabbaa")
     folder = prepared(d, f"--text=parquet:{tmp_path}/t", "--text_label=kind")  # an empty text is left out
@@ -575,13 +518,12 @@ def test_parquet_of_every_modality_comes_with_the_hubs_splits_columns_and_class_
 
 def test_parquet_that_datasets_writes_is_read_and_one_file_is_split_at_random(tmp_path):
     datasets = pytest.importorskip("datasets")
-    kinds = dict(image=datasets.Image(), audio=datasets.Audio(decode=False), text=datasets.Value("string"))
-    texts = [f"text {i}" for i in range(40)]
-    cells = dict(image=picture_cells(40), audio=sound_cells(tmp_path, 40), text=texts)
-    for name, kind in kinds.items():
+    for name, kind, cells in (("image", datasets.Image(), picture_cells(40)),
+                              ("audio", datasets.Audio(decode=False), sound_cells(tmp_path, 40)),
+                              ("text", datasets.Value("string"), [f"text {i}" for i in range(40)])):
         features = datasets.Features({name: kind, "label": datasets.ClassLabel(names=["b", "a"])})
-        rows = {name: cells[name], "label": [i % 2 for i in range(40)]}
-        datasets.Dataset.from_dict(rows).cast(features).to_parquet(f"{tmp_path}/{name}.parquet")
+        rows = datasets.Dataset.from_dict({name: cells, "label": [0, 1] * 20})
+        rows.cast(features).to_parquet(f"{tmp_path}/{name}.parquet")
         folder = prepared(tmp_path / "d", f"--{name}=parquet:{tmp_path}/{name}.parquet")
         assert counts(folder) == [32, 4, 4] and P.read_meta(folder)["classes"] == ["b", "a"]
 
@@ -600,196 +542,159 @@ def test_each_row_group_is_read_once_a_split_and_few_are_in_memory(tmp_path, mon
     assert reads == 3 * list(range(12)) and max(held) < 4e6  # pyarrow frees a little later
 
 def test_parquet_that_cannot_be_used_is_refused_in_a_sentence(tmp_path):
-    cells, ten, d = picture_cells(10), list(range(10)), tmp_path / "d"
+    cells, d = picture_cells(10), tmp_path / "d"
     write = lambda name, *how, **columns: write_parquet(f"{tmp_path}/{name}.parquet", *how, **columns)
-    whole, lost = write("whole", image=cells, label=ten), dict(path="x.png")
-    body = open(whole[8:], "rb").read()
-    bodies = dict(cut=body[:-9], middle=body[:50] + b"?" * 200 + body[250:], lfs=b"version https://git-lfs")
-    for name, body in bodies.items():
-        (tmp_path / f"{name}.parquet").write_bytes(body)
-    for part, labels in dict(train="ab", test="ac").items():
-        write(f"odd/{part}", image=cells, label=list(labels * 5))
-    write("half/train", image=cells, label=list("ab" * 5)), write("half/test", image=cells)
-    write("imdb/train", text=["a"] * 10), write("imdb/unsupervised", text=["a"] * 10)
+    whole, lost = write("whole", image=cells, label=list(range(10))), dict(path="x.png")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "whole.parquet").read_bytes()[:-9])
+    write("imdb/train", image=cells), write("imdb/unsupervised", image=cells)
+    write("odd/train", image=cells, label=list("ab" * 5))
+    write("odd/test", image=cells, label=list("ac" * 5))
     for words, source, *more in (
-            (r"no column 'image' of image, but a \(int64\)", write("none", a=ten, b=["x"] * 10)),
             (r"no column 'image' of image, but image \(string\)", write("type", image=["x"] * 10)),
             ("no column 'image'.* image_column", write("two", one=cells, other=cells)),
             ("no column 'kind' of classes, but image", whole, "--image_label=kind"),
-            ("no column 'pixels' of image", whole, "--image_column=pixels"),
-            *((f"{name}.parquet is not a readable", f"parquet:{tmp_path}/{name}.parquet") for name in bodies),
+            ("cut.parquet is not a readable", f"parquet:{tmp_path}/cut.parquet"),
             ("same classes, or none: they differ in b, c", f"parquet:{tmp_path}/odd"),
-            ("same classes, or none: they differ in a, b", f"parquet:{tmp_path}/half"),
             ("holds -1, which is no class", write("secret", image=cells, label=[-1] * 10)),
             ("holds None, which", write("null", image=cells, label=["a"] * 9 + [None])),
             ("holds 9, which", write("high", 100, ["a", "b"], image=cells, label=[1] * 9 + [9])),
-            (r"holds \[1\], which", write("lists", image=cells, label=[[1]] * 10)),
             ("group 1 row 2 holds no bytes, only .*x.png", write("path", 4, image=cells[:6] + [lost])),
             ("row 0 is not a readable image", write("junk", image=[dict(bytes=b"x", path="")] * 10)),
-            ("is no Parquet file, and no folder", f"parquet:{tmp_path}/nowhere"),
+            ("unsupervised.parquet names no split", f"parquet:{tmp_path}/imdb"),
             ("did you mean 'parquet:PATH'", "parquet")):
         refuses(words, prepared, d, f"--image={source}", "--image_size=8", *more)
         assert not glob(d, "*.tmp")
-    refuses("unsupervised.parquet names no split", prepared, d, f"--text=parquet:{tmp_path}/imdb")
     folder = prepared(d, f"--image={write('skip', image=cells + [lost])}", "--skip_bad=True")
     assert sum(counts(folder)) == 10
 
-def save_vit(path, seed=0):
-    """A timm model of a few thousand random weights, as save_for_hf writes it; read back by timm alone."""
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(seed)
-    shape = dict(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
-    net = timm.create_model("vit_tiny_patch16_224", **shape)
-    timm.models.save_for_hf(net, str(path), safe_serialization=True)
-    return timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0).eval()
-
-def save_bert(path):
-    """A BERT of a few thousand random weights that knows some words of the letters."""
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """Models of a few thousand random weights, saved as the Hub's folders are."""
+    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    tokenizers, folder = pytest.importorskip("tokenizers"), tmp_path_factory.mktemp("hub")
+    torch.manual_seed(0)
+    for name in ("test_efficientnet", "test_vit"):
+        net = timm.create_model(name, num_classes=3)
+        timm.models.save_for_hf(net, folder / name, safe_serialization=True)
+    shape = dict(vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                 intermediate_size=40)
+    waves = dict(conv_dim=(8, 8), conv_stride=(16, 10), conv_kernel=(16, 10), num_conv_pos_embeddings=4,
+                 num_conv_pos_embedding_groups=2)
+    gpt2 = dict(vocab_size=30, n_embd=32, n_layer=2, n_head=2, n_positions=40, bos_token_id=0, eos_token_id=0)
+    for name, about in dict(bert=transformers.BertConfig(**shape, max_position_embeddings=40),
+                            gpt2=transformers.GPT2Config(**gpt2),
+                            wav2vec=transformers.Wav2Vec2Config(**shape, **waves)).items():
+        transformers.AutoModel.from_config(about).save_pretrained(folder / name)
     words = "[PAD] [UNK] latin small capital letter a e o with acute grave diaeresis".split()
     table = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
     table.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     special = dict(pad_token="[PAD]", unk_token="[UNK]")
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=table, **special)
-    torch.manual_seed(0)
-    model = transformers.BertModel(transformers.BertConfig(
-        vocab_size=len(words), max_position_embeddings=24, hidden_size=8, num_hidden_layers=1,
-        num_attention_heads=2, intermediate_size=8))
-    model.save_pretrained(path), tokenizer.save_pretrained(path)
-    return model.eval(), tokenizer
+    transformers.PreTrainedTokenizerFast(tokenizer_object=table, **special).save_pretrained(folder / "bert")
+    transformers.Wav2Vec2FeatureExtractor(sampling_rate=16000).save_pretrained(folder / "wav2vec")
+    return folder
 
-def save_wav2vec(path):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    model = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, conv_dim=(8, 8),
-        conv_stride=(16, 10), conv_kernel=(16, 10), num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2))
-    extractor = transformers.Wav2Vec2FeatureExtractor(sampling_rate=16000)
-    model.save_pretrained(path), extractor.save_pretrained(path)
-    return model.eval(), extractor
+def from_hub(path, *readers):
+    import transformers
+    return [getattr(transformers, name).from_pretrained(path) for name in ("AutoModel", *readers)]
 
 @torch.no_grad()
-def test_frozen_pictures_are_what_the_encoder_says_of_them_in_its_own_size_and_colours(tmp_path):
-    net, cells, d = save_vit(tmp_path / "vit"), picture_cells(100), tmp_path / "d"
+@cases("name, places", [("test_vit", 101), ("test_efficientnet", 25)])
+def test_frozen_pictures_are_what_the_encoder_says_in_its_own_size_and_colours(hub, tmp_path, name, places):
+    """A vector a picture or, with _tokens, one for each patch or place; other weights, other shards."""
     import timm
+    net = timm.create_model(f"local-dir:{hub}/{name}", pretrained=True, num_classes=0).eval()
     change = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
-    source = write_parquet(f"{tmp_path}/train.parquet", image=cells, label=[0, 1] * 50)
-    argv = [f"--image={source}", f"--image_encoder=timm:{tmp_path}/vit"]
-    folder = prepared(d, *argv)
-    rows = np.flatnonzero(P.draw_share(np.arange(100) % 2, np.ones(100, bool), 0.1, 1))  # the test split
+    cells, d, path = picture_cells(40), tmp_path / "d", shutil.copytree(hub / name, tmp_path / "net")
+    source = write_parquet(f"{tmp_path}/train.parquet", image=cells, label=[0, 1] * 20)
+    argv = [f"--image={source}", f"--image_encoder=timm:{path}"]
+    rows = np.flatnonzero(P.draw_share(np.arange(40) % 2, np.ones(40, bool), 0.1, 1))  # the test split
     pixels = torch.stack([change(Image.open(io.BytesIO(cells[row]["bytes"]))) for row in rows])
+    folder, wanted = prepared(d, *argv), net.forward_features(pixels)
     assert np.allclose(tokens_of(folder, "test")[:, 0], net(pixels), atol=1e-5)
-    assert P.read_meta(folder)["kind"] == "continuous" and set(rows % 2) == {0, 1}
     assert classes_of(folder, "test") == [str(row % 2) for row in rows]
+    wanted = wanted.flatten(2).mT if wanted.ndim == 4 else wanted  # (B, T, C)
     tokens = tokens_of(prepared(d, *argv, "--image_encoder_tokens=True"), "test")
-    assert np.allclose(tokens, net.forward_features(pixels), atol=1e-5) and tokens.shape == (10, 5, 8)
+    assert np.allclose(tokens, wanted, atol=1e-5) and tokens.shape[:2] == (4, places)
     letters = P.common_letters(P.typefaces())
     drawn = P.printed("letters", AUDIO, list(letters), list(letters.values()))["make"](0)  # an array
     first = change(Image.fromarray(drawn[:, :, 0]).convert("RGB"))
     assert np.allclose(tokens_of(prepared(d, "--image=letters", argv[1]))[0, 0], net(first[None]), atol=1e-5)
-    opened, about = P.open_timm(f"timm:{tmp_path}/vit")
-    again = timm.create_model(about["architecture"], num_classes=0, **about["arguments"])
-    again.load_state_dict(opened.state_dict())
-    assert (about["size"], about["fixed_size"], about["mean"]) == (16, True, [0.5] * 3)
-    save_vit(tmp_path / "vit", seed=1)
-    assert prepared(d, *argv) != folder  # other weights
-
-def test_a_convnets_map_becomes_tokens(tmp_path):
-    timm = pytest.importorskip("timm")
-    net = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=3)
-    timm.models.save_for_hf(net, str(tmp_path / "net"), safe_serialization=True)
-    argv = ["--image=letters", f"--image_encoder=timm:{tmp_path}/net"]
-    one = tokens_of(prepared(tmp_path / "d", *argv))
-    tokens = tokens_of(prepared(tmp_path / "d", *argv, "--image_encoder_tokens"))
-    assert one.shape[1:] == (1, 8) and tokens.shape[1:] == (49, 8)
+    timm.models.save_for_hf(timm.create_model(name, num_classes=3), path, safe_serialization=True)
+    assert prepared(d, *argv) != folder
 
 @torch.no_grad()
-def test_frozen_texts_are_the_mean_of_real_tokens_whatever_they_are_padded_with(tmp_path):
-    (model, tokenizer), d = save_bert(tmp_path / "bert"), tmp_path / "d"
+def test_frozen_texts_are_the_mean_of_real_tokens_whatever_they_are_padded_with(hub, tmp_path):
+    (model, tokenizer), d = from_hub(hub / "bert", "AutoTokenizer"), tmp_path / "d"
     lines = ["capital letter a", "small", "letter e with acute", "unknown words only", "a " * 99]
     (tmp_path / "t.txt").write_text("\n".join(lines * 20))
-    cut = [tokenizer(line, max_length=24, truncation=True, return_tensors="pt") for line in lines]
+    cut = [tokenizer(line, max_length=40, truncation=True, return_tensors="pt") for line in lines]
     alone = [model(**ids).last_hidden_state[0].numpy() for ids in cut]
-    argv = [f"--text=file:{tmp_path}/t.txt", f"--text_encoder=hf:{tmp_path}/bert"]
+    argv = [f"--text=file:{tmp_path}/t.txt", f"--text_encoder=hf:{hub}/bert"]
     means = np.stack([tokens.mean(0) for tokens in alone])
     distance = np.abs(tokens_of(prepared(d, *argv)) - means).max(2)  # (items, 5)
     assert distance.min(1).max() < 1e-5 and set(distance.argmin(1)) == {0, 1, 2, 3, 4}
     split = P.load_split(prepared(d, *argv, "--text_encoder_tokens=True", "--text_length=6"), "train")
-    assert set(split["lengths"]) == {1, 3, 4, 6} and split["tokens"].row_shape == (6, 8)
+    assert set(split["lengths"]) == {1, 3, 4, 6} and split["tokens"].row_shape == (6, 32)
     item = split["tokens"][np.flatnonzero(split["lengths"] == 4)][0]
     assert np.allclose(item[:4], alone[2], atol=1e-5) and not item[4:].any()
 
 @torch.no_grad()
-def test_frozen_recordings_are_heard_at_the_encoders_rate_and_without_padding(tmp_path):
-    (model, extractor), d, said = save_wav2vec(tmp_path / "wav"), tmp_path / "d", []
+def test_frozen_recordings_are_heard_at_the_encoders_rate_and_without_padding(hub, tmp_path):
+    (model, extractor), d, said = from_hub(hub / "wav2vec", "AutoFeatureExtractor"), tmp_path / "d", []
     for i in range(40):
         sound = tone(300 + 9 * i, 16000)[:2400 + 480 * (i % 3)]
         write_sound(tmp_path / f"r/{'ab'[i % 2]}/{i}.wav", sound, 16000)
-    argv = [f"--audio=folder:{tmp_path}/r", f"--audio_encoder=hf:{tmp_path}/wav", "--audio_frames=18"]
-    folder = P.prepare(P.read_config([*argv, f"--data_dir={d}"], P.PREPARE_KEYS), "audio", said.append)
+    argv = [f"--audio=folder:{tmp_path}/r", f"--audio_encoder=hf:{hub}/wav2vec", "--audio_frames=18"]
+    folder = prepared(d, *argv, say=said.append)
     recordings = [soundfile.read(file)[0][:2880] for file in glob(tmp_path, "r/*/*.wav")]
     batches = [extractor(sound, sampling_rate=16000, return_tensors="pt") for sound in recordings]
     means = np.concatenate([model(**batch).last_hidden_state.mean(1) for batch in batches])
     assert np.abs(tokens_of(folder) - means).max(2).min(1).max() < 1e-3 and "cut 13 of 40" in " ".join(said)
     split = P.load_split(prepared(d, *argv, "--audio_encoder_tokens=True"), "train")
-    assert set(split["lengths"]) == {15, 18} and split["tokens"].row_shape == (18, 8)
+    assert set(split["lengths"]) == {15, 18} and split["tokens"].row_shape == (18, 32)
 
 def without_a_hub(monkeypatch, cache):
     """Nobody answers, and nothing was fetched before but what lies in the folder `cache`."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
 
-def test_an_encoder_that_was_fetched_once_is_found_by_its_name_without_a_network(tmp_path, monkeypatch):
+def test_an_encoder_that_was_fetched_once_is_found_by_its_name_without_a_network(hub, tmp_path, monkeypatch):
     stored = tmp_path / "models--some--bert"
-    save_bert(stored / "snapshots/abc"), os.makedirs(stored / "refs")
-    (stored / "refs/main").write_text("abc")
+    snapshot = shutil.copytree(hub / "bert", stored / "snapshots/abc")
+    os.makedirs(stored / "refs"), (stored / "refs/main").write_text("abc")
     without_a_hub(monkeypatch, tmp_path)
-    assert P.encoder_sha256("hf:some/bert") == P.encoder_sha256(f"hf:{stored}/snapshots/abc")
-    assert P.open_hf("hf:some/bert")[2]["hidden_size"] == 8
+    assert P.encoder_sha256("hf:some/bert") == P.encoder_sha256(f"hf:{snapshot}")
+    assert P.open_hf("hf:some/bert")[2]["hidden_size"] == 32
 
-def test_encoders_that_cannot_be_used_are_refused_in_a_sentence(tmp_path, monkeypatch):
-    save_vit(tmp_path / "vit"), save_bert(tmp_path / "bert"), save_wav2vec(tmp_path / "wav")
-    other = (tmp_path / "wav/model.safetensors").read_bytes()
-    bodies = dict(bare=None, other=other, junk=b"9" * 99)
-    for name, (end, body) in itertools.product(("vit", "bert"), bodies.items()):
-        shutil.copytree(tmp_path / name, tmp_path / f"{name}_{end}")
-        os.remove(tmp_path / f"{name}_{end}/model.safetensors")
-        if body:
-            (tmp_path / f"{name}_{end}/model.safetensors").write_bytes(body)
-        else:  # a pickle is no weights
-            torch.save(dict(a=torch.ones(1)), tmp_path / f"{name}_{end}/pytorch_model.bin")
-    shutil.copytree(tmp_path / "vit", tmp_path / "vit_size")
-    about = json.loads((tmp_path / "vit/config.json").read_text())
-    about["pretrained_cfg"].update(input_size=[3, 20, 20], fixed_input_size=False)
-    (tmp_path / "vit_size/config.json").write_text(json.dumps(about))
+def test_encoders_that_cannot_be_used_are_refused_in_a_sentence(hub, tmp_path, monkeypatch):
+    """And within seconds: what is not there is said without a network as well. A pickle is no weights."""
+    other, broken = (hub / "wav2vec/model.safetensors").read_bytes(), []
+    for name, slot, kind in (("test_vit", "image", "timm"), ("bert", "text", "hf")):
+        for words, body in (("lacks model.*safetensors", b""), ("of another architecture", other),
+                            ("no model that (timm|transformers) reads", b"9" * 99)):
+            path = shutil.copytree(hub / name, tmp_path / f"{name}_{len(body)}")
+            os.rename(path / "model.safetensors", path / "pytorch_model.bin")
+            (path / "model.safetensors").write_bytes(body) if body else None
+            broken.append((words, slot, f"{kind}:{path}"))
     (tmp_path / "t.txt").write_text("some line\n" * 40)
-    recordings, d, began = speaker_folder(tmp_path / "r"), tmp_path / "d", time.time()
-    sources = dict(image="letters", text=f"file:{tmp_path}/t.txt", audio=f"folder:{recordings}")
+    sources = dict(image="letters", text=f"file:{tmp_path}/t.txt", image2=write_npz(tmp_path / "f.npz"),
+                   audio=f"folder:{speaker_folder(tmp_path / 'r')}")
+    d, began = tmp_path / "d", time.time()
     without_a_hub(monkeypatch, tmp_path)
     for words, slot, encoder in (
-            ("image_encoder must be empty or timm:NAME_OR_PATH, found 'hf:", "image", f"hf:{tmp_path}/bert"),
-            ("text_encoder must be empty or hf:", "text", f"timm:{tmp_path}/vit"),
-            ("no model of timm: .*must have 'architecture'", "image", f"timm:{tmp_path}/bert"),
-            ("no model of hf: .*must have 'model_type'", "text", f"hf:{tmp_path}/vit"),
-            ("reads no texts: it takes input_values and has no tok", "text", f"hf:{tmp_path}/wav"),
-            ("reads no recordings: it takes input_ids", "audio", f"hf:{tmp_path}/bert"),
+            ("image_encoder must be empty or timm:NAME_OR_PATH, found 'hf:", "image", f"hf:{hub}/bert"),
+            ("no model of timm: .*must have 'architecture'", "image", f"timm:{hub}/bert"),
+            ("no model of hf: .*must have 'model_type'", "text", f"hf:{hub}/test_vit"),
+            ("reads no texts: it takes input_values and has no tok", "text", f"hf:{hub}/wav2vec"),
+            ("reads no recordings: it takes input_ids", "audio", f"hf:{hub}/bert"),
             ("neither a folder nor a model of timm", "image", "timm:no_such_model"),
-            *(("cannot be fetched from hugging", "image", f"timm:{name}") for name in ("resnet18", "a/b")),
-            *(("cannot be fetched from hugging", "text", f"hf:{name}") for name in ("a/b", "/no/where")),
+            ("cannot be fetched from hugging", "image", "timm:resnet18"),
+            ("cannot be fetched from hugging", "text", "hf:a/b"),
             ("lacks config.json", "image", f"timm:{tmp_path}/r"),
-            ("lacks model.*safetensors", "image", f"timm:{tmp_path}/vit_bare"),
-            ("lacks model.*safetensors", "text", f"hf:{tmp_path}/bert_bare"),
-            ("of another architecture", "image", f"timm:{tmp_path}/vit_other"),
-            ("of another architecture", "text", f"hf:{tmp_path}/bert_other"),
-            ("no model that timm reads", "image", f"timm:{tmp_path}/vit_junk"),
-            ("no model that transformers reads", "text", f"hf:{tmp_path}/bert_junk"),
-            ("cannot encode what image=letters holds .*20", "image", f"timm:{tmp_path}/vit_size")):
+            ("holds features already", "image2", f"timm:{hub}/test_vit"), *broken):
         refuses(words, prepared, d, f"--{slot}={sources[slot]}", f"--{slot}_encoder={encoder}")
         assert not glob(d, "*.tmp") and not glob(d, "*/meta.json")
-    npz = f"--image={write_npz(tmp_path / 'f.npz')}"
-    refuses("holds features already", prepared, d, npz, f"--image_encoder=timm:{tmp_path}/vit")
-    assert time.time() - began < 20  # what is not there is said in seconds, without a network as well
+    assert time.time() - began < 20
 
 @cases("package, argv", [("timm", ["--image=letters", "--image_encoder=timm:resnet18"]),
                          ("transformers", ["--text=letters", f"--text_encoder=hf:{HERE}"]),
@@ -799,13 +704,6 @@ def test_packages_that_only_some_configs_need_are_named_where_they_lack(package,
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(P, "encoder_folder", lambda spec: P.imported(package, spec))
     refuses(f"needs {package}: pip install {package}$", prepared, tmp_path / "d", *argv)
-
-def test_shards_of_frozen_encoders_train_under_one_shared_head(tmp_path):
-    save_vit(tmp_path / "vit"), save_bert(tmp_path / "bert")
-    encoders = [f"--image_encoder=timm:{tmp_path}/vit", f"--text_encoder=hf:{tmp_path}/bert"]
-    result = run("--image=letters", "--text=letters", "--text_loss=label", *encoders, *RUN, "--layers=0",
-                 *into(tmp_path))
-    assert 0 <= result["test_accuracy"] <= 1
 
 @slow
 def test_minilm_reads_sentences_as_sentence_transformers_does(tmp_path):
@@ -838,7 +736,6 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
             ("joins an item into one", "--image_loss=next", "--image_embed=conv"),
             ("there are numbers, folder", "--audio=letters"), ("did you mean 'letters'", "--image=leters"),
             (f"did you mean 'folder:{HERE}'", f"--image={HERE}"),
-            ("did you mean 'folder:PATH'", "--audio=folder"),
             ("must name an auxiliary", "--text=letters", "--head_from=audio")):
         refuses(words, run, "--image=letters", *RUN, *argv, *into(tmp_path))
         assert not glob(tmp_path, "o/*") and not glob(tmp_path, "d/*.tmp")
@@ -895,16 +792,7 @@ def test_the_conv_stem_joins_a_picture_into_one_token_blind_to_brightness_and_co
     assert [h.shape for h in model.states("image", model.normalise("image", tokens))] == [(3, 1, 16)] * 3
     features = model.features("image", tokens)
     assert torch.allclose(model.features("image", 0.5 * tokens + 30), features, atol=0.02)
-    assert torch.allclose(model.features("image", tokens[:1])[0], features[0], atol=1e-5)
     assert not torch.allclose(features[0], features[1], atol=0.02)
-
-def test_the_conv_stem_hears_no_hiss():
-    """What lies SILENCE below the loudest is silence, whatever it holds; what is louder is heard."""
-    stem, frames = M.ConvStem(dict(mels=20, length=8, dim=80), 16), torch.rand(2, 8, 80)
-    frames[:, 3] += 4
-    hiss = torch.where(frames > 1, frames, torch.rand(2, 8, 80))
-    assert torch.allclose(stem(hiss), stem(frames), atol=1e-5)
-    assert not torch.allclose(stem(hiss + 3 * torch.rand(2, 8, 80)), stem(frames), atol=1e-2)
 
 def test_a_label_loss_is_over_a_slots_own_classes_and_so_is_its_smoothing():
     """Row 3 is the text's only: pictures give it no gradient. By hand: 0.3 over three is 0.1 for each."""
@@ -939,24 +827,21 @@ def test_linear_probe_finds_the_known_optimum():
     scores = (features - mean) / std @ w.T + bias + weight @ mean
     loss = torch.nn.functional.cross_entropy(scores, labels, reduction="sum") + w.square().sum()
     assert torch.autograd.grad(loss, w)[0].abs().max() < 0.05
-    with pytest.raises(ValueError, match="two classes"):
-        T.linear_probe(features, labels, 1)
 
 # -- batches ------------------------------------------------------------------------------------------------
-def test_examples_are_nested_even_over_classes_and_epochs_are_permutations_of_them():
+def test_examples_are_nested_and_even_over_classes():
     labels = np.random.default_rng(0).integers(0, 7, 500)
     few, many = (T.choose_examples(labels, 500, n, 3, "image") for n in (14, 100))
     assert np.array_equal(many[:14], few) and (np.bincount(labels[few]) == 2).all()
     assert not np.array_equal(few, T.choose_examples(labels, 500, 14, 4, "image"))
     assert not np.isin(labels[T.choose_examples(labels, 500, -1, 3, "image", banned=[2])], [2]).any()
-    epochs = [T.epoch_order(0, "image", epoch, 30) for epoch in range(4)]
-    assert all(sorted(epoch) == list(range(30)) for epoch in epochs) and (epochs[0] != epochs[1]).any()
 
-def test_a_batch_takes_up_where_the_one_before_ended_and_reaches_into_the_next_epoch(data):
+def test_epochs_are_permutations_and_a_batch_takes_up_where_the_one_before_ended(data):
     """96 examples in batches of 36: two epochs are 5 batches and a third; every example comes twice."""
     slot = set_up(data, "--image_batch=36", "--image_shift=0", "--text=").slots["image"]
-    order = np.concatenate([T.epoch_order(0, "image", epoch, 96) for epoch in (0, 1, 2)])
-    rows = slot.examples[order[36 * 3:36 * 4]]  # the batch that holds the end of epoch 1 and more
+    epochs = [T.epoch_order(0, "image", epoch, 96) for epoch in (0, 1, 2)]
+    assert all(sorted(epoch) == list(range(96)) for epoch in epochs) and (epochs[0] != epochs[1]).any()
+    rows = slot.examples[np.concatenate(epochs)[36 * 3:36 * 4]]  # the end of epoch 1 and more
     assert torch.equal(slot.batch(3)["labels"], torch.from_numpy(slot.split("train")["labels"][rows]).long())
 
 @cases("names, words", [("A b", "classes of text that are"), ("x y", "no label teaches both")])
@@ -977,17 +862,6 @@ def test_adding_a_modality_changes_no_other_modalitys_batches(data):
         plain = both.load(both.split("train"), np.array(rows), {})["tokens"]
         assert same(one, two) and 2 < (one["tokens"] - plain).abs().mean() < 80 and plain.dtype == torch.uint8
 
-@cases("channels", [1, 3])
-def test_warps_are_the_identity_at_zero_and_move_pixels_by_a_known_shift(channels):
-    """Units are half a picture: 2/S is one pixel, and the first row of the map is that of x."""
-    pictures = torch.randint(0, 256, (5, 16, 16, channels), generator=torch.Generator().manual_seed(0))
-    tokens, warp = P.patchify(pictures.to(torch.uint8), 4), torch.eye(2, 3).repeat(5, 1, 1)
-    assert torch.allclose(T.warp_pictures(tokens, 4, warp), tokens.float(), atol=0.01)
-    warp[:, 0, 2] = 2 / 16 * 3
-    moved = P.unpatchify(T.warp_pictures(tokens, 4, warp), 4)
-    assert torch.allclose(moved[:, :, :-3], pictures[:, :, 3:].float(), atol=0.01)
-    assert torch.allclose(moved[:, :, -3:], pictures[:, :, -1:].float().expand(-1, -1, 3, -1), atol=0.01)
-
 def test_the_control_keeps_marginals_and_destroys_structure(data, tmp_path):
     """Items of one token are shuffled number by number: whole vectors in another order are the same data."""
     plain, control = (set_up(data, "--text_loss=next+label", f"--control={on}").slots for on in (False, True))
@@ -1006,44 +880,41 @@ def test_the_control_keeps_marginals_and_destroys_structure(data, tmp_path):
 
 def test_pictures_are_shifted_and_mirrored_by_whole_pixels_and_edges_repeat(data):
     slot = set_up(data, "--image_batch=96", "--image_shift=2", "--image_flip=True", "--text=").slots["image"]
-    order = slot.examples[T.epoch_order(0, "image", 0, 96)]
+    order, seen = slot.examples[T.epoch_order(0, "image", 0, 96)], set()
     before, after = slot.split("train")["tokens"][order], slot.batch(0)["tokens"]
-    views = set()
     for old, new in zip(P.unpatchify(before, 8)[..., 0], P.unpatchify(after, 8)[..., 0]):
-        padded = np.pad(old, 2, mode="edge")
-        shifted = {(i, j): padded[i:i + 32, j:j + 32] for i in range(5) for j in range(5)}
-        shifted.update({(*key, "mirrored"): view[:, ::-1] for key, view in list(shifted.items())})
-        views |= {key for key, view in shifted.items() if np.allclose(new, view, atol=0.05)}
-        assert any(np.allclose(new, view, atol=0.05) for view in shifted.values())
-    assert len(views) > 30  # of 50
+        padded, places = np.pad(old, 2, mode="edge"), itertools.product(range(5), range(5), (1, -1))
+        found = {(i, j, by) for i, j, by in places
+                 if np.allclose(new, padded[i:i + 32, j:j + 32][:, ::by], atol=0.05)}
+        assert found
+        seen |= found
+    assert len(seen) > 30  # of 50
 
 def test_moving_and_masking_recordings_keeps_their_length_true():
-    tokens, rng = np.random.default_rng(0).integers(1, 255, (200, 16, 160)).astype(np.uint8), np.random.default_rng(1)
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(1, 255, (200, 16, 160)).astype(np.uint8)
     def change(shift, mask):
         changes = dict(move=rng.integers(-shift, shift + 1, 200), gain=np.zeros(200),
                        blank_size=rng.integers(0, mask + 1, (200, 2)), blank_start=rng.random((200, 2)))
         return T.change_recordings(tokens, np.full(200, 9), 40, changes)
-    kept, lengths = change(0, 0)
-    assert np.array_equal(kept, tokens) and (lengths == 9).all()
+    assert np.array_equal(change(0, 0)[0], tokens) and 0.02 < (change(0, 8)[0] != tokens).mean() < 0.3
     moved, lengths = change(8, 0)
+    assert set(lengths) == {7, 8, 9, 10, 11}
     i = int(np.flatnonzero(lengths == 11)[0])  # moved 8 frames, two tokens, or a little less, to the right
     before, after = tokens[i].reshape(64, 40), moved[i].reshape(64, 40)
-    assert set(lengths) == {7, 8, 9, 10, 11}
     assert any(np.array_equal(after[m:], before[:64 - m]) for m in range(5, 9))
-    assert 0.02 < (change(0, 8)[0] != tokens).mean() < 0.3
 
-def test_batches_that_a_thread_builds_ahead_give_the_same_bits_and_errors():
+def test_batches_that_a_thread_builds_ahead_are_the_same_in_any_order_and_so_are_errors():
     """What a GPU trains with, here on the CPU."""
     builders = set()
     def build(update):
         builders.add(threading.current_thread())
-        if update == 3:
-            raise P.UserError("broken shard")
-        return update * 10
+        return [0, 10, 20][update]
     batch = T.read_ahead(build)
     assert [batch(update) for update in (0, 1, 0, 2)] == [0, 10, 0, 20]
     assert builders and threading.main_thread() not in builders
-    refuses("broken shard", batch, 3)
+    with pytest.raises(IndexError):
+        batch(3)
 
 # -- train --------------------------------------------------------------------------------------------------
 @cases("more, name, idle", [
@@ -1051,7 +922,7 @@ def test_batches_that_a_thread_builds_ahead_give_the_same_bits_and_errors():
     ("--text_loss=next", "text", ("adapters.image", "label_head")),
     ("--apart=True", "text", ("adapters.image", "trunk")),
     ("--apart=True", "image", ("adapters.text", "own_trunk.text"))])
-def test_a_step_reaches_its_slot_and_the_trunk_and_what_is_idle_does_not_drift(data, tmp_path, more, name, idle):
+def test_a_step_reaches_its_slot_and_the_trunk_and_no_idle_part_drifts(data, tmp_path, more, name, idle):
     this = set_up(data, more, "--text_updates=0", f"--out_dir={tmp_path}")
     groups = [p for group in this.optimizer.param_groups for p in group["params"]]
     assert len(groups) == len(set(map(id, groups))) == len(list(this.model.parameters()))
@@ -1096,8 +967,6 @@ def test_more_steps_go_on_from_a_finished_run_and_fewer_are_refused(data, tmp_pa
     assert again("--steps=8", "--resume")["steps"] == 8
     refuses("is at step 11, beyond the 7 asked for", again, "--steps=4", "--resume")
     assert again("--steps=8")["steps"] == 8  # the refusal left the finished run as it was
-    late = partial(train, data, f"{tmp_path}/p", "--eval_interval=6")
-    assert late("--stop_after=7") is None and late("--steps=4", "--resume")["best_step"] == 7
 
 def test_a_run_whose_data_changed_is_another_run(tmp_path):
     root = picture_folder(tmp_path / "p", count=8)
@@ -1112,22 +981,22 @@ def test_score_test_false_never_opens_the_test_split(tmp_path):
         os.remove(file)
     assert train(tmp_path, f"{tmp_path}/o", "--score_test=False")["test_accuracy"] is None
 
-@cases("loss", ["next", "reconstruct"])
-def test_a_target_without_label_loss_is_judged_by_a_linear_probe(tmp_path, loss):
-    features = np.random.default_rng(0).normal(size=(60, 3, 5)) + 3 * (np.arange(60) % 3)[:, None, None]
-    image = f"--image={write_npz(tmp_path / 'f.npz', features=features)}"
-    result = run(image, f"--image_loss={loss}", *RUN, *into(tmp_path))
-    assert result["test_accuracy"] > 0.8 and result["losses"] == dict(image=loss)
-
-@cases("labels", [dict(labels=np.zeros(60, int), classes=np.array(["all"])), {}])
-def test_a_target_of_one_class_or_none_is_judged_by_its_loss(tmp_path, labels):
-    np.savez(tmp_path / "f.npz", features=np.random.default_rng(0).normal(size=(60, 5)), **labels)
-    result = run(f"--image=npz:{tmp_path}/f.npz", "--image_loss=reconstruct", *RUN, *into(tmp_path))
-    assert result["test_accuracy"] is None and 0.3 < result["test_loss"] < 5
-    refuses("no classes to probe for", B.open_run, f"{tmp_path}/o")
+@cases("loss, classes", [("next", 3), ("reconstruct", 3), ("reconstruct", 1), ("reconstruct", 0)])
+def test_without_label_loss_a_linear_probe_is_the_judge_and_without_classes_the_loss(tmp_path, loss, classes):
+    labels = np.arange(60) % max(classes, 1)
+    found = dict(features=np.random.default_rng(0).normal(size=(60, 3, 5)) + 3 * labels[:, None, None])
+    found.update(dict(labels=labels, classes=np.array(list("abc"[:classes]))) if classes else {})
+    np.savez(tmp_path / "f.npz", **found)
+    result = run(f"--image=npz:{tmp_path}/f.npz", f"--image_loss={loss}", *RUN, *into(tmp_path))
+    assert result["losses"] == dict(image=loss)
+    if classes > 1:
+        assert result["test_accuracy"] > 0.8
+    else:
+        assert result["test_accuracy"] is None and 0.3 < result["test_loss"] < 5
+        refuses("no classes to probe for", B.open_run, f"{tmp_path}/o")
 
 def test_sound_can_be_the_target_with_pictures_and_text_beside_it(data, tmp_path):
-    """FLAC and OGG, every audio key; probed, aligned with text over common classes, embeds new sounds."""
+    """FLAC and OGG, every audio key; probed, and aligned with text over the classes that both have."""
     names = [unicodedata.name(c).lower() for c in SOME[:5]]
     for k, i in np.ndindex(5, 12):
         write_sound(tmp_path / f"r/{names[k]}/{i}.{('flac', 'ogg')[i % 2]}", tone(400 + 300 * k + i))
@@ -1137,8 +1006,6 @@ def test_sound_can_be_the_target_with_pictures_and_text_beside_it(data, tmp_path
     report, (folder,) = B.analyse(B.open_run(f"{tmp_path}/o")).report, glob(data, "audio-folder-r-*")
     assert P.read_meta(folder)["arrays"]["tokens"]["shape"] == [3, 8 * 24] and counts(folder) == [50, 5, 5]
     assert {*report["robustness"]} == {*B.SOUND_CORRUPTIONS} and report["alignment"]["text"]["classes"] == 5
-    B.embed(f"{tmp_path}/o", f"{tmp_path}/r/{names[0]}")
-    assert np.load(tmp_path / "o/embed.npy").shape == (12, 32)
 
 def test_unseen_report_by_hand():
     """Classes 2 and 3 are unseen. An item turns from seen to unseen where the offset reaches its gap, 2, 1 |
@@ -1156,24 +1023,16 @@ def test_unseen_classes_have_no_labelled_examples_and_are_tested_with_validation
     more = [*UNSEEN, "--steps=20", "--eval_interval=20", "--image_embed=conv"]
     result, model = train(data, f"{tmp_path}/o", *more), T.load_model(f"{tmp_path}/o/best.pt")[0]
     slots = set_up(data, *more).slots
-    slot, rows = slots["image"], {name: known["rows"] for name, known in T.model_slots(slots).items()}
+    slot, known = slots["image"], T.model_slots(slots)
     assert len(slot.unseen) == 4
     assert not set(slot.split("train")["labels"][slot.examples]) & set(slot.unseen)
-    assert len(rows["image"]) == 8 and len(rows["text"]) == 12  # what either has labelled examples of
-    test = P.load_split(slot.folder, "test")
-    features, truth = T.extract(model, slot, test), torch.tensor(test["labels"]).long()
-    scores, seen = model.label_scores("image", features).detach()[:, :12], ~np.isin(truth, slot.unseen)
+    assert len(known["image"]["rows"]) == 8 and len(known["text"]["rows"]) == 12  # labelled examples of these
+    features, truth = T.extract(model, slot, slot.split("test")), slot.split("test")["labels"]
+    scores, truth = model.label_scores("image", features).detach()[:, :12], torch.tensor(truth).long()
     again = T.unseen_report(scores, truth, slot.unseen, result["unseen_offset"])
     assert all(result[f"test_{key}"] == pytest.approx(again[key]) for key in again if key != "unseen_offset")
-    assert result["test_accuracy"] == pytest.approx((scores.argmax(1) == truth)[seen].float().mean().item())
-
-def test_unseen_classes_that_validation_lacks_do_not_end_a_run(tmp_path):
-    labels, n = np.arange(120) % 4, np.arange(120)
-    banned = T.stream(0, "unseen classes").permutation(4)[0]
-    split = np.where(n < 60, "train", np.where((n < 80) & (labels != banned), "val", "test"))
-    source = write_npz(tmp_path / "f.npz", 120, labels=labels, split=split, classes=np.array(list("abcd")))
-    result = run(f"--image={source}", "--unseen_classes=1", *RUN, *into(tmp_path))
-    assert 0 <= result["test_accuracy"] <= 1
+    right = (scores.argmax(1) == truth)[~np.isin(truth, slot.unseen)]
+    assert result["test_accuracy"] == pytest.approx(right.float().mean().item())
 
 def test_slots_alternate_in_the_printed_order():
     cfg = dict(target="image", text_updates=2, audio_updates=1, warm_start_steps=4, schedule="alternate",
@@ -1182,7 +1041,7 @@ def test_slots_alternate_in_the_printed_order():
     assert [T.pattern(cfg, slots, s) for s in range(4)] == [[["text"]], [["text"]], [["audio"]], [["text"]]]
     assert T.pattern(cfg, slots, 4) == [["image"], ["text"], ["text"], ["audio"]]
     assert T.pattern(dict(cfg, schedule="joint"), slots, 4) == [["image", "text", "audio"]]
-    assert T.pattern(dict(cfg, stages=True), slots, 4) == [["image"]] * 4 and T.pattern(cfg, slots, 0) == [["text"]]
+    assert T.pattern(dict(cfg, stages=True), slots, 4) == [["image"]] * 4
 
 def test_joint_is_one_step_on_the_weighted_sum(data, tmp_path):
     more = ["--text_weight=0.5", "--schedule=joint", "--warm_start_steps=0", "--steps=1", "--eval_interval=1"]
@@ -1195,24 +1054,12 @@ def test_joint_is_one_step_on_the_weighted_sum(data, tmp_path):
     taken = weights(f"{tmp_path}/o")
     assert all(torch.allclose(p, taken[key], atol=1e-5) for key, p in parts.model.named_parameters())
 
-def test_init_from_takes_the_trunk_of_another_run(data, tmp_path, pair):
+def test_init_from_takes_the_trunk_of_another_run(data, pair):
     parts = set_up(data, "--seed=5", f"--init_from={pair.uml}")
     one, two = weights(pair.uml, "best.pt"), parts.model.state_dict()
     assert all(torch.equal(one[key], two[key]) for key in one if key.startswith("trunk."))
     assert not torch.equal(one["adapters.text.embed.weight"], two["adapters.text.embed.weight"])
-    refuses("another width", train, data, f"{tmp_path}/wide", "--width=64", f"--init_from={pair.uml}")
-
-@slow
-def test_a_run_goes_on_with_another_number_of_threads(data, tmp_path):
-    """On a busy machine one may resume with --threads=1; without the key the stored number is used."""
-    train(data, f"{tmp_path}/o", "--threads=2", "--stop_after=4")
-    torch.set_num_threads(1)
-    said = []
-    T.run(config(data, f"{tmp_path}/o", "--stop_after=5", "--resume"), said.append)
-    assert torch.get_num_threads() == 2
-    result = T.run(config(data, f"{tmp_path}/o", "--threads=1", "--resume"), said.append)
-    assert result["test_accuracy"] is not None
-    assert torch.get_num_threads() == 1 and any("changed since the run began: threads" in line for line in said)
+    refuses("another width", set_up, data, "--width=64", f"--init_from={pair.uml}")
 
 @slow
 def test_benchmark_says_where_the_time_goes(data, tmp_path):
@@ -1243,14 +1090,11 @@ def test_gradients_agree_by_the_cosine_of_their_means_block_by_block():
     found = sharing.gradient_agreement(model, [one, two], [three])
     cosine = torch.nn.functional.cosine_similarity(flat(one, two), flat(three), dim=0)
     assert len(found) == 2 and found[1] == pytest.approx(cosine.item(), abs=1e-5)
-    assert sharing.gradient_agreement(model, [one], [one]) == pytest.approx([1, 1], abs=1e-5)
-    assert all(p.grad is None for p in model.parameters())
 
 def test_a_head_whose_rows_are_sums_of_words_follows_the_words():
     names = [(i, 3 + j) for i in range(3) for j in range(3)]  # nine pairs of words; a row is the sum of both
     classes = [f"sign {'abcdef'[i]}_{'abcdef'[j]}" for i, j in names]
     rows = torch.stack([torch.eye(6)[i] + torch.eye(6)[j] for i, j in names])
-    assert B.class_words(classes)[1] == ["a", "e"]  # all say 'sign'
     found = sharing.head_geometry(7 * rows + 5, classes)
     assert found["neither"] == pytest.approx(-0.5, abs=1e-5) and found["p"] < 0.02
     assert found["first"] == found["last"] == pytest.approx(0.25, abs=1e-5)
@@ -1265,18 +1109,6 @@ def test_what_finished_runs_share_is_printed_and_drawn(pair, monkeypatch, capsys
     assert uml["head"]["first"] is not None and alone["head"]
     assert np.std(Image.open(f"{pair.uml}/sharing.png").convert("L")) > 5  # not blank
 
-def test_batches_of_another_seed_are_others_and_leave_the_run_its_own(data):
-    slot = set_up(data).slots["image"]
-    first, second = (sharing.draw_batches(slot, seed)[0][1] for seed in (0, 1))
-    assert torch.equal(first["tokens"], slot.batch(0)["tokens"])
-    assert not torch.equal(first["tokens"], second["tokens"])
-
-def test_confusions_are_told_apart_by_the_parts_of_a_name():
-    parts = confusions.parts_of("latin capital letter u with diaeresis and caron")
-    assert parts == dict(case="capital", base="u", marks="diaeresis and caron")
-    assert confusions.group_of(parts) == "2 marks or more"
-    assert confusions.parts_of("three seven")["second"] == "seven"
-
 def test_statistics_agree_with_tables():
     mean, half = B.t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3 and half == pytest.approx(1.963, rel=1e-3) and B.t_interval([0.5]) == (0.5, None)
@@ -1285,26 +1117,19 @@ def test_statistics_agree_with_tables():
     assert d["p"] == pytest.approx(0.0029, abs=1e-4)  # t = 1.125 / 0.125 = 9 with 3 degrees of freedom
     assert B.paired([1, 2], [1, 2])["p"] == 1 and B.paired([2, 3], [1, 2])["p"] == 0
 
-def test_theory_agrees_with_what_can_be_worked_out_by_hand():
+def test_theory_agrees_with_what_can_be_worked_out_by_hand_and_measured(tmp_path, monkeypatch):
     """No nuisance: information is A'A / noise^2. A nuisance hides its direction. Rates: 1/w^2."""
     eye, none = np.eye(3), np.zeros((3, 1))
     assert np.allclose(theory.information(eye, none, 0.5), 4 * eye)
     assert np.allclose(theory.information(eye, eye[:, :1], 1.0), np.diag([0, 1, 1]))
     weak = theory.information(eye * [1, 0.1, 0], none, 1.0)
     rates, vectors = theory.exchange_rates(weak, theory.information(eye, none, 1.0))
-    assert np.allclose(np.sort(rates)[:2], [1, 100]) and np.isinf(rates).sum() == 1
-    assert abs(vectors[2, np.isinf(rates)]) > 0.99
-    refuses("no modality sees the direction", theory.exchange_rates, np.diag([1.0, 0]), np.diag([1.0, 0]))
-    refuses("must be positive", theory.information, eye, none, 0.0)
-
-def test_theory_is_measured_as_the_bounds_say_and_drawn(tmp_path, monkeypatch):
+    assert np.allclose(np.sort(rates)[:2], [1, 100]) and abs(vectors[2, np.isinf(rates)]) > 0.99
     monkeypatch.chdir(tmp_path)
     exact = theory.theory(["--seeds=0", "--repetitions=20000"])["exact"]
     assert all(row["measured"] == pytest.approx(row["bound"], rel=0.03) for row in exact["traces"])
     assert exact["loewner_gain"][0] > 0 and exact["slope"] == pytest.approx(-2, abs=0.1)
-    assert exact["exchange_rates"].count(None) == 1 and files_under(tmp_path) == ["theory.json", "theory.png"]
-    one, again, mixed = (theory.learned_world(500, 500, 0, steps=5, shuffle=on) for on in (False, False, True))
-    assert one == again and one["r2"] != mixed["r2"] and one["error"] == one["errors"][-1]
+    assert files_under(tmp_path) == ["theory.json", "theory.png"]
 
 def test_exchange_recovers_the_known_rate_of_the_linear_world():
     n_x, n_y = np.array([(x, y) for x in (50, 200, 800) for y in (0, 50, 200, 800)], float).T
@@ -1330,6 +1155,9 @@ def test_the_verdict_claims_help_only_above_alone_and_above_the_control(words, a
     assert words in B.verdict(dict(arms=arms, chance=0.1, seeds=seeds))
     assert f"{alone[0]:+.3f}" in B.verdict(dict(arms=arms, chance=None, seeds=seeds))  # of a loss: no points
 
+def configs_under(folder):
+    return [json.load(open(path)) for path in glob(folder / "o/compare", "run-*/config.json")]
+
 def test_compare_runs_its_arms_says_a_verdict_and_is_cached(data, tmp_path, monkeypatch, capsys):
     argv = [*TINY, *UNSEEN, "--search=1", "--arms=control,apart", *into(tmp_path), f"--data_dir={data}"]
     out = B.compare(argv)
@@ -1337,7 +1165,7 @@ def test_compare_runs_its_arms_says_a_verdict_and_is_cached(data, tmp_path, monk
     for arm, entry in out["arms"].items():
         assert len(entry["scores"]) == len(entry["harmonic_mean"]) == 2
         assert ("uml_minus" in entry) == (arm in ("control", "apart"))
-    made = [json.load(open(path)) for path in glob(tmp_path / "o/compare", "run-*/config.json")]
+    made = configs_under(tmp_path)
     assert len(made) == 8 and sum(c["apart"] for c in made) == sum(c["control"] for c in made) == 2
     monkeypatch.setattr(T, "set_up", None)  # whatever still trained would end in a TypeError
     assert B.compare(argv) == out == json.load(open(tmp_path / "o/compare.json"))
@@ -1354,8 +1182,7 @@ def test_frozen_features_get_nearest_and_linear_and_head_and_stages_train_as_the
     """Of 6 target and 3 warm-start steps, each with one text update: how often is each slot updated?"""
     argv = [*frozen_features(tmp_path)[0], "--layers=0", "--width=20", "--steps=6", "--warm_start_steps=3",
             "--image_examples=12", "--eval_interval=6"]
-    own = ["--search=1", "--seeds=2", "--arms=head,stages", "--jobs=1"]
-    out, updates = B.compare([*argv, *own]), {}
+    out, updates = B.compare([*argv, "--search=1", "--seeds=2", "--arms=head,stages", "--jobs=1"]), {}
     assert list(out["arms"]) == ["alone", "uml", "head", "stages", "nearest", "linear"]
     for path in glob(tmp_path / "o/compare", "run-*/last.pt"):
         saved = T.load_checkpoint(path)
@@ -1371,7 +1198,6 @@ def test_frozen_features_get_nearest_and_linear_and_head_and_stages_train_as_the
     right = np.mean(train["labels"][slot.examples][nearest] == test["labels"])
     assert out["arms"]["nearest"]["scores"][0] == pytest.approx(right) and right > 0.7
     assert out["arms"]["linear"]["mean"] > 0.7 and "p" in out["arms"]["linear"]["uml_minus"]
-    assert out == json.load(open(tmp_path / "o/compare.json")) == B.compare([*argv, *own])
 
 def test_a_run_of_compare_is_found_by_what_decides_its_result(data, monkeypatch):
     """The config, the shards and the version of the training code decide, neither paths nor logging."""
@@ -1381,11 +1207,10 @@ def test_a_run_of_compare_is_found_by_what_decides_its_result(data, monkeypatch)
     monkeypatch.setattr(B, "TRAINING_VERSION", T.TRAINING_VERSION + 1)
     assert name() != first
 
-def test_of_a_step_that_was_logged_twice_the_last_line_counts(tmp_path):
-    lines = [dict(step=1, loss=dict(image=3)), dict(step=2, loss=dict(image=9)), dict(step=2, val_score=0.1),
-             dict(step=2, loss=dict(image=2)), dict(step=2, val_score=0.2)]
+def test_a_log_may_repeat_steps_of_a_killed_run_and_end_in_half_a_line(tmp_path):
+    lines = [dict(step=2, loss=dict(image=9)), dict(step=2, val_score=0.1), dict(step=2, loss=dict(image=2))]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "lo')
-    assert B.read_log(tmp_path / "log.jsonl") == ({"image": {1: 3, 2: 2}}, {2: 0.2})
+    assert B.read_log(tmp_path / "log.jsonl") == ({"image": {2: 2}}, {2: 0.1})
 
 def test_probe_reads_runs_side_by_side(pair, monkeypatch, capsys):
     monkeypatch.setattr(B, "few_shot", partial(B.few_shot, shots=(1, 2), draws=2))
@@ -1401,7 +1226,7 @@ def test_probe_reads_runs_side_by_side(pair, monkeypatch, capsys):
 def test_embed_takes_files_of_any_mode_and_sees_what_the_run_saw(data, pair, tmp_path):
     """A grey run sees colours as grey, a stored picture as evaluation does; what is none is passed over."""
     slot, root = set_up(data).slots["image"], picture_folder(tmp_path / "new")
-    tokens = P.load_split(slot.folder, "test")["tokens"][np.arange(3)]
+    tokens = tokens_of(slot.folder, "test")[:3]
     for i, grey in enumerate(P.unpatchify(tokens, 8)):
         Image.fromarray(grey[:, :, 0]).save(f"{root}/{i}.png")
     open(f"{root}/none.png", "w").write("nothing")
@@ -1411,18 +1236,17 @@ def test_embed_takes_files_of_any_mode_and_sees_what_the_run_saw(data, pair, tmp
     assert re.search(r",latin .*,(0\.\d+|1\.0+)$", rows[1])
     seen = T.load_model(f"{pair.uml}/best.pt")[0].features("image", torch.from_numpy(tokens))
     assert np.allclose(features[:3], seen.detach(), atol=1e-5)
-    refuses("is no folder", B.embed, pair.uml, f"{root}/0.png")
 
 def test_an_exported_model_gives_the_same_bits_and_a_card_with_its_scores(data, pair, tmp_path, monkeypatch):
     pytest.importorskip("safetensors")
     folder, out = shutil.copytree(pair.uml, tmp_path / "run"), tmp_path / "out"
-    said = dict(target="image=letters", verdict="the unpaired data helped", seeds=8, command="python probe.py")
+    said = dict(target="image=letters", verdict="the unpaired data helped", seeds=8, command="probe.py")
     (folder / "compare.json").write_text(json.dumps(said))
     monkeypatch.setattr(sys, "argv", ["probe.py", "export", str(folder), str(out)])
     B.main(), B.main()  # the second one writes over the first
     card, batch = (out / "README.md").read_text(), set_up(data).slots["image"].batch(0)
-    for words in ("---\nlicense: ", "tags: [multimodal, unpaired, image, text]", "--text_loss=label", "seed 0",
-                  "n = ", f"accuracy {pair.result['test_accuracy']:.4f}", "the unpaired data helped (8 seeds"):
+    for words in ("tags: [multimodal, unpaired, image, text]", "--text_loss=label", "seed 0",
+                  f"accuracy {pair.result['test_accuracy']:.4f}", "the unpaired data helped (8 seeds"):
         assert words in card
     (one, _), (two, saved) = T.load_model(f"{folder}/best.pt"), T.load_model(out)
     assert torch.equal(*(model.features("image", batch["tokens"]) for model in (one, two)))
@@ -1430,10 +1254,7 @@ def test_an_exported_model_gives_the_same_bits_and_a_card_with_its_scores(data, 
     (tmp_path / "mine").mkdir(), (tmp_path / "mine/README.md").write_text("my own")
     refuses("belongs to no model", B.export, str(folder), f"{tmp_path}/mine")
     (out / "model.safetensors").write_bytes(b"cut short")
-    for place in (out, folder):
-        refuses("is no export", T.load_model, place)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    refuses("pip install safetensors", B.export, str(folder), str(out))
+    refuses("is no export", T.load_model, out)
 
 @slow
 def test_compare_searches_without_the_test_split_and_gives_the_same_in_processes(tmp_path):
@@ -1443,17 +1264,15 @@ def test_compare_searches_without_the_test_split_and_gives_the_same_in_processes
             "--search=learning_rate=1e-3,weight_decay=0.5;learning_rate=2e-3,text_updates=2",
             f"--unrelated=file:{tmp_path}/t.txt"]
     prepared(tmp_path, "--image=letters")
-    out = B.compare(argv)
-    made = [json.load(open(path)) for path in glob(tmp_path / "o/compare", "run-*/config.json")]
+    out, made = B.compare(argv), configs_under(tmp_path)
     assert all(cfg["score_test"] == (cfg["seed"] != B.SEARCH_SEED) for cfg in made)
     assert {cfg["weight_decay"] for cfg in made} == {0.5, 0.05}
     flops = {arm: entry["gflops"] for arm, entry in out["arms"].items()}
     assert list(flops) == arms and flops["longer"] >= 0.6 * flops["uml"] > flops["alone"]
     assert out["command"].count("'") == 2  # its ';' does not end the command in a shell
     argv = [*argv, "--search=1", "--arms=uml", "--threads=1"]
-    jobs = B.compare([*argv, "--jobs=2", f"--out_dir={tmp_path}/two"])
-    one = B.compare([*argv, f"--out_dir={tmp_path}/one"])
-    assert jobs["arms"]["uml"]["scores"] == one["arms"]["uml"]["scores"]
+    two, one = (B.compare([*argv, f"--jobs={jobs}", f"--out_dir={tmp_path}/{jobs}"]) for jobs in (2, 1))
+    assert two["arms"]["uml"]["scores"] == one["arms"]["uml"]["scores"]
 
 @slow
 def test_compare_that_is_interrupted_saves_its_runs_and_the_same_command_goes_on(data, tmp_path):
@@ -1473,11 +1292,9 @@ def test_compare_gives_every_speaker_a_turn_and_chooses_within_each_fold(data, t
     """With audio_test_group='each' seed k is tested on speaker k and chooses on its own validation one."""
     root = speaker_folder(tmp_path / "r", speakers=("1", "2", "3"))
     argv = [*TINY, f"--audio=folder:{root}", "--audio_groups=_([0-9])_", "--audio_test_group=each",
-            "--target=audio", "--image=", "--audio_batch=4", "--arms=uml", f"--data_dir={data}",
-            f"--out_dir={tmp_path}/o"]
+            "--target=audio", "--image=", "--audio_batch=4", "--arms=uml", *into(tmp_path)]
     out = B.compare([*argv, "--seeds=3", "--search=1,2"])
-    made = [json.load(open(path)) for path in glob(tmp_path / "o/compare", "run-*/config.json")]
-    turns = {(c["seed"], c["audio_test_group"], c["audio_val_group"]) for c in made}
+    turns = {(c["seed"], c["audio_test_group"], c["audio_val_group"]) for c in configs_under(tmp_path)}
     assert turns == {(k, f"#{k}", f"#{k + 1}") for k in range(3)} and out["folds"] == 3
     assert np.shape(out["arms"]["uml"]["search_scores"]) == (3, 2)
     out = B.compare([*argv, "--seeds=6", "--search=1"])  # two seeds a speaker are averaged first
@@ -1485,20 +1302,17 @@ def test_compare_gives_every_speaker_a_turn_and_chooses_within_each_fold(data, t
     assert out["folds"] == 3 and out["arms"]["alone"]["half"] == pytest.approx(B.t_interval(means)[1])
     assert "too few speakers" in out["verdict"]
 
-def test_exchange_refuses_what_is_no_grid_before_anything_is_trained(data, tmp_path):
-    argv = [*LETTERS, f"--data_dir={data}", f"--out_dir={tmp_path}/o"]
-    for words, x, y in (("exactly two lists", "[48,96]", "64"), ("no grid to fit", "[48,96]", "[0,64]"),
-                        ("no grid to fit", "[48,72,96]", "[0,-1]"), ("whole numbers", "[48,x]", "[0,64]"),
-                        ("image_examples=9999", "[48,72,9999]", "[0,64]")):
-        refuses(words, exchange.exchange, [*argv, f"--image_examples={x}", f"--text_examples={y}"])
-    assert not files_under(tmp_path)
-
 @slow
-def test_exchange_runs_a_grid(data, tmp_path, monkeypatch):
+def test_exchange_runs_a_grid_and_first_refuses_what_is_none(data, tmp_path, monkeypatch):
     fit = dict(rho=0.1, gamma=1.0, b0=0.0, b1=0.1, residual=0.0)  # three steps teach nothing to fit
     monkeypatch.setattr(exchange, "fit_exchange", lambda *cells: fit)
-    out = exchange.exchange([*LETTERS, f"--data_dir={data}", f"--out_dir={tmp_path}/o", "--seeds=2",
-                             "--steps=3", "--image_examples=[48,72,96]", "--text_examples=[0,64]"])
+    grid = lambda x, y: [*LETTERS, f"--data_dir={data}", f"--out_dir={tmp_path}/o", "--seeds=2", "--steps=3",
+                         f"--image_examples={x}", f"--text_examples={y}"]
+    for words, x, y in (("exactly two lists", "[48,96]", "64"), ("no grid to fit", "[48,96]", "[0,64]"),
+                        ("image_examples=9999", "[48,72,9999]", "[0,64]")):
+        refuses(words, exchange.exchange, grid(x, y))
+    assert not files_under(tmp_path)
+    out = exchange.exchange(grid("[48,72,96]", "[0,64]"))
     assert len(out["cells"]) == 6 and out["rate"] == pytest.approx(0.1) and 1 < out["words_per_item"] < 20
     assert {"exchange.json", "exchange.png"} <= set(os.listdir(tmp_path / "o"))
 
@@ -1510,22 +1324,22 @@ def test_help_lists_the_keys_and_waits_for_torch_only_in_probe(module, keys):
     assert ("torch" in done.stderr) == (module is B)
 
 # -- README -------------------------------------------------------------------------------------------------
-def test_the_readmes_commands_name_files_keys_and_sources_that_exist():
+def test_sample_configs_and_the_readmes_commands_name_keys_and_sources_that_exist(monkeypatch):
+    monkeypatch.setattr(P, "encoder_sha256", lambda spec: spec)  # without a network
     lines = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
     commands = re.findall(r"python (\S+) (.*?)(?= +#| +&&|$)", lines, re.M)
     assert len(commands) > 8
-    for script, words in commands:
-        args = [word.replace("sample_configs", f"{HERE}/sample_configs") for word in words.split()]
+    configs = [os.path.basename(path) for path in glob(f"{HERE}/sample_configs", "*.py")]
+    for script, words in [*commands, *(("train.py", f"sample_configs/{name}") for name in configs)]:
+        args, keys = words.replace("sample_configs", f"{HERE}/sample_configs").split(), T.KEYS
         assert script == "-m" or os.path.exists(f"{HERE}/{script}")
-        keys = T.KEYS
-        if args[0] in ("compare", "exchange"):
+        if args[0] == "compare":
             script, args, keys = "train.py", args[1:], dict(T.KEYS, **B.COMPARE_KEYS)
         if script in ("train.py", "prepare.py"):
             assert T.shard_names(T.resolve(T.read_run_config(args, keys), quiet))
 
 def test_the_pages_are_what_the_result_files_say():
-    code, _, wrong = finish(start("assets/results/make.py", "--check"))
-    assert code == 0, wrong
+    done(start("assets/results/make.py", "--check"))
 
 def test_the_readmes_snippet_embeds_pictures(pair, tmp_path):
     snippet = re.search(r"```python\n(import numpy.*?)```", README, re.S)[1]
@@ -1536,76 +1350,53 @@ def test_the_readmes_snippet_embeds_pictures(pair, tmp_path):
 @slow
 def test_the_readmes_new_modality_and_new_objective_run_as_written(tmp_path):
     snippet = lambda where: re.search(rf"```python\n# {where}\n(.*?)```", README, re.S)[1]
-    def insert(name, before, text):
-        code = open(tmp_path / name, encoding="utf-8").read()
-        assert code.count(before) == 1
-        (tmp_path / name).write_text(code.replace(before, text + before), encoding="utf-8")
     for name in ("prepare.py", "model.py", "train.py"):
         shutil.copy(os.path.join(HERE, name), tmp_path)
-    insert("prepare.py", '    image=("label", ', snippet("prepare.py, in MODALITIES"))
-    insert("prepare.py", "\nWITH_PATH = ", "\n" + snippet("prepare.py, after SOURCES") + "\n")
-    insert("model.py", "\nOBJECTIVES = {", "\n" + snippet("model.py, before the table OBJECTIVES") + "\n")
-    insert("model.py", '    "next": Objective(', snippet("model.py, in OBJECTIVES"))
+    for name, before, text in (
+            ("prepare.py", '    image=("label", ', snippet("prepare.py, in MODALITIES")),
+            ("prepare.py", "\nWITH_PATH = ", "\n" + snippet("prepare.py, after SOURCES") + "\n"),
+            ("model.py", "\nOBJECTIVES = {", "\n" + snippet("model.py, before the table OBJECTIVES") + "\n"),
+            ("model.py", '    "next": Objective(', snippet("model.py, in OBJECTIVES"))):
+        code = (tmp_path / name).read_text(encoding="utf-8")
+        assert code.count(before) == 1
+        (tmp_path / name).write_text(code.replace(before, text + before), encoding="utf-8")
     (tmp_path / "walks.py").write_text(snippet("sample_configs/walks.py"))
     for more in ([], ["--sensor_loss=contrast", "--text=", "--out_dir=out/contrast"]):
-        code, out, wrong = finish(start(tmp_path / "train.py", "walks.py", "--threads=1", *more, cwd=tmp_path))
-        assert code == 0, wrong
+        out = done(start(tmp_path / "train.py", "walks.py", "--threads=1", *more, cwd=tmp_path))
         assert json.loads(out.splitlines()[-1])["test_accuracy"] > 0.6, more
 
 # -- other people's models -----------------------------------------------------------------------------------
-def pretrained(folder):
-    """A timm and two transformers models with random weights, saved as the Hub's folders are."""
-    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
-    pytest.importorskip("safetensors")
-    for name in ("test_efficientnet", "test_vit"):
-        net = timm.create_model(name, num_classes=3)
-        timm.models.save_for_hf(net, folder / name, safe_serialization=True)
-    for name, config in dict(
-            bert=transformers.BertConfig(vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                         intermediate_size=40, max_position_embeddings=40),
-            gpt2=transformers.GPT2Config(vocab_size=30, n_embd=32, n_layer=2, n_head=2, n_positions=40,
-                                         bos_token_id=0, eos_token_id=0)).items():
-        transformers.AutoModel.from_config(config).save_pretrained(folder / name)
-    return folder
-
-@pytest.fixture(scope="session")
-def hub(tmp_path_factory):
-    return pretrained(tmp_path_factory.mktemp("hub"))
-
 @cases("name", ["test_efficientnet", "test_vit"])
 def test_a_timm_model_is_fine_tuned_saved_and_read_back_without_its_folder(data, hub, tmp_path, name):
-    """With its own weights first; BatchNorm keeps its statistics; a factor of 0 freezes it; resume is exact."""
+    """Its own weights first; BatchNorm keeps its statistics; a factor of 0 freezes it; resume is exact."""
+    import timm
     folder = shutil.copytree(hub / name, tmp_path / name)
     more = [f"--image_embed=timm:{folder}", "--layers=0", "--image_colour=0.3", "--image_crop=0.5"]
-    this, frozen = (set_up(data, *more, f"--encoder_learning_rate={rate}") for rate in (0.1, 0.0))
-    import timm
+    this, frozen = (set_up(data, *more, f"--encoder_learning_rate={rate}").model for rate in (0.1, 0.0))
+    net_of = lambda model: model.adapters["image"].embed.net.state_dict()
     before = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).state_dict()
-    loaded = this.model.adapters["image"].embed.net.state_dict()
-    other = {key for key in before if not torch.equal(before[key], loaded[key])}
-    assert before.keys() == loaded.keys() and other <= {"pos_embed"}  # resampled for 32 pixels
+    assert differs(before, net_of(this)) <= {"pos_embed"}  # resampled for 32 pixels
     train(data, f"{tmp_path}/o", *more)
     assert train(data, f"{tmp_path}/parts", *more, "--stop_after=5") is None
     train(data, f"{tmp_path}/parts", *more, "--resume")
     shutil.rmtree(folder)
-    after = T.load_model(f"{tmp_path}/o/last.pt")[0].adapters["image"].embed.net.state_dict()
-    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    changed = differs(before, net_of(T.load_model(f"{tmp_path}/o/last.pt")[0]))
     assert changed and not {key for key in changed if "running" in key}
     assert same(weights(f"{tmp_path}/o"), weights(f"{tmp_path}/parts"))
-    learns = {key for key, p in frozen.model.named_parameters() if p.requires_grad}
+    learns = {key for key, p in frozen.named_parameters() if p.requires_grad}
     assert "adapters.image.embed.join.weight" in learns and not any(".net." in key for key in learns)
 
-@cases("name, start, learn", [("bert", "pretrained", "norms"), ("gpt2", "pretrained", "all"), ("bert", "random", "none")])
+@cases("name, start, learn",
+       [("bert", "pretrained", "norms"), ("gpt2", "pretrained", "all"), ("bert", "random", "none")])
 def test_a_language_model_is_the_trunk(data, hub, tmp_path, name, start, learn):
-    """Its weights or fresh ones of its shape; all of them learn, its norms, or none; read back from a checkpoint."""
-    import transformers
+    """Its weights or fresh ones; all learn, its norms, or none; read back from a checkpoint."""
     more = [f"--trunk=hf:{hub / name}", f"--trunk_start={start}", f"--trunk_train={learn}"]
-    net = transformers.AutoModel.from_pretrained(hub / name).state_dict()
+    net = from_hub(hub / name)[0].state_dict()
     loaded = set_up(data, *more).model.trunk.net.state_dict()
     assert loaded.keys() < net.keys()
     assert all(torch.equal(loaded[key], net[key]) for key in loaded) == (start == "pretrained")
     train(data, f"{tmp_path}/o", *more)
-    after = T.load_model(f"{tmp_path}/o/last.pt")[0].trunk.net.state_dict()
-    changed = {key for key in loaded if not torch.equal(loaded[key], after[key])}
+    changed = differs(loaded, T.load_model(f"{tmp_path}/o/last.pt")[0].trunk.net.state_dict())
     assert (len(changed) > 4) == (learn != "none")
     assert learn == "all" or all("norm" in key.lower() for key in changed)
 
@@ -1619,14 +1410,14 @@ def test_a_language_model_that_cannot_be_the_trunk_is_refused(data, hub):
 
 def test_the_recipe_of_pretrained_py_trains_and_embeds_with_small_local_models(hub, tmp_path):
     """Pictures in Parquet through a fine-tuned timm model, sentences through a frozen language model."""
+    names = ["cat", "dog"]
     for part in ("train", "test"):
-        write_parquet(f"{tmp_path}/p/{part}-00000-of-00001.parquet", image=picture_cells(24), names=["cat", "dog"],
-                      label=[i % 2 for i in range(24)])
-    (tmp_path / "t.json").write_text(json.dumps({c: [f"a {c} {i}" for i in range(12)] for c in ("cat", "dog")}))
-    save_bert(tmp_path / "bert")
-    result = run(os.path.join(HERE, "sample_configs", "pretrained.py"), f"--image=parquet:{tmp_path}/p",
+        write_parquet(f"{tmp_path}/p/{part}-00000-of-00001.parquet", 100, names, image=picture_cells(24),
+                      label=[0, 1] * 12)
+    (tmp_path / "t.json").write_text(json.dumps({c: [f"a {c} {i}" for i in range(12)] for c in names}))
+    result = run(f"{HERE}/sample_configs/pretrained.py", f"--image=parquet:{tmp_path}/p",
                  f"--text=file:{tmp_path}/t.json", f"--image_embed=timm:{hub}/test_vit", *into(tmp_path),
-                 f"--text_encoder=hf:{tmp_path}/bert", "--image_size=32", "--steps=4", "--image_batch=8",
+                 f"--text_encoder=hf:{hub}/bert", "--image_size=32", "--steps=4", "--image_batch=8",
                  "--text_batch=8", "--eval_interval=2")
     assert 0 <= result["test_accuracy"] <= 1 and result["examples"]["text"] < 24
     picture_folder(tmp_path / "new", parts=("",))
@@ -1636,30 +1427,32 @@ def test_the_recipe_of_pretrained_py_trains_and_embeds_with_small_local_models(h
 # -- several processes --------------------------------------------------------------------------------------
 def torchrun(script, *argv, world=2, **how):
     """Start a script under torchrun, on this machine or as one node of several."""
-    how = [f"--{key}={value}" for key, value in (how or dict(standalone="")).items()]
-    how = ["--standalone"] if how == ["--standalone="] else how
-    command = [sys.executable, "-m", "torch.distributed.run", *how, f"--nproc_per_node={world}", str(script), *argv]
+    how = [f"--{key}={value}" for key, value in how.items()] or ["--standalone"]
+    how += [f"--nproc_per_node={world}", script, *argv]
+    command = [sys.executable, "-m", "torch.distributed.run", *how]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 @slow
 def test_sharded_weights_learn_as_whole_ones_and_resume(data, hub, tmp_path):
     """FSDP2 in two gloo processes: a timm embed, a language model as trunk, a head started from the text."""
-    argv = [*LETTERS, f"--image_embed=timm:{hub}/test_efficientnet", f"--trunk=hf:{hub}/bert", "--head_from=text",
-            "--threads=1", f"--data_dir={data}", "--resume"]
+    argv = [*LETTERS, f"--image_embed=timm:{hub}/test_efficientnet", f"--trunk=hf:{hub}/bert", "--resume",
+            "--head_from=text", "--threads=1", f"--data_dir={data}"]
     set_up(data)  # the small world, before the children meet the big one
     for out, stop, *more in (("one", 9), ("two", 5, "--fsdp=True"), ("two", 9, "--fsdp=True")):
-        job = torchrun(f"{HERE}/train.py", *argv, *more, f"--out_dir={tmp_path}/{out}", f"--stop_after={stop}",
-                       world=2 if more else 1)
-        code, _, wrong = finish(job)
-        assert code == 0, wrong
+        done(torchrun(f"{HERE}/train.py", *argv, *more, f"--out_dir={tmp_path}/{out}", f"--stop_after={stop}",
+                      world=2 if more else 1))
     one, two = weights(f"{tmp_path}/one"), weights(f"{tmp_path}/two")
     assert all(torch.allclose(one[key], two[key], atol=2e-4) for key in one)
     refuses("torchrun", set_up, data, "--fsdp=True")
 
-@slow
-def test_label_losses_of_two_processes_equal_one_process_and_resume_as_one(data, tmp_path):
-    """In double precision, to rounding, in turn and jointly, on one machine and as two nodes with a rendezvous.
+def logged_losses(folder):
+    lines = [json.loads(line) for line in open(folder / "log.jsonl")]
+    return [list(line["loss"].values()) for line in lines if "loss" in line]
 
+@slow
+@cases("kind", [["--schedule=alternate"], ["--schedule=joint", "--label_smoothing=0.1"]])
+def test_label_losses_of_two_processes_equal_one_process_and_resume_as_one(data, tmp_path, kind):
+    """In double precision, to rounding, in turn and jointly, on one machine and as two nodes.
     Token losses are the mean of the processes' means, and those equal one process's where nothing is padded.
     The group's threads end before the process does: one that outlived the interpreter aborted a run."""
     (tmp_path / "run.py").write_text(
@@ -1668,26 +1461,20 @@ def test_label_losses_of_two_processes_equal_one_process_and_resume_as_one(data,
         "names = [open(path).read() for path in glob.glob('/proc/self/task/*/comm')]\n"
         "assert not [name for name in names if 'gloo' in name]")
     argv = [*LETTERS, "--warm_start_steps=1", "--image_batch=14", "--log_interval=1", "--threads=1",
-            "--image_loss=label+next", "--image_affine=0.1", "--resume", f"--data_dir={data}"]
+            "--image_loss=label+next", "--image_affine=0.1", "--resume", f"--data_dir={data}", *kind]
     set_up(data)  # the small world, before the children meet the big one
-    for kind in (["--schedule=alternate"], ["--schedule=joint", "--label_smoothing=0.1"]):
-        folders = [f"{tmp_path}/{name}-{kind[0][11:]}" for name in ("one", "two", "nodes")]
-        one = partial(torchrun, tmp_path / "run.py", *argv, *kind, f"--out_dir={folders[0]}", world=1)
-        two = partial(torchrun, tmp_path / "run.py", *argv, *kind, f"--out_dir={folders[1]}")
-        node = partial(torchrun, tmp_path / "run.py", *argv, *kind, f"--out_dir={folders[2]}", "--stop_after=4",
-                       world=1, nnodes=2, rdzv_backend="c10d", rdzv_id=kind[0][11:], rdzv_endpoint="localhost:29511")
-        stop_2, stop_4 = "--stop_after=2", "--stop_after=4"
-        for starts in ([partial(one, stop_4)], [partial(two, stop_2)], [partial(two, stop_4)], [node, node]):
-            for job in [start_it() for start_it in starts]:
-                code, _, wrong = finish(job)
-                assert code == 0, wrong
-        first, *others = (weights(folder) for folder in folders)
-        assert first["trunk.norm.weight"].dtype == torch.float64
-        lines = [[json.loads(line) for line in open(f"{folder}/log.jsonl")] for folder in folders]
-        losses = [[list(line["loss"].values()) for line in run if "loss" in line] for run in lines]
-        for other, theirs in zip(others, losses[1:]):
-            assert all(torch.allclose(first[key], other[key], rtol=1e-7, atol=1e-10) for key in first)
-            assert all(np.allclose(mine, their, 1e-9, 0) for mine, their in zip(losses[0], theirs))
+    node = dict(nnodes=2, rdzv_backend="c10d", rdzv_id="uml", rdzv_endpoint="localhost:29511", world=1)
+    for out, stop, *nodes in (("one", 4, dict(world=1)), ("two", 2, {}), ("two", 4, {}),
+                              ("nodes", 4, node, node)):
+        more = [*argv, f"--out_dir={tmp_path}/{out}", f"--stop_after={stop}"]
+        for job in [torchrun(tmp_path / "run.py", *more, **how) for how in nodes]:
+            done(job)
+    first, *others = (weights(tmp_path / out) for out in ("one", "two", "nodes"))
+    mine, *theirs = (logged_losses(tmp_path / out) for out in ("one", "two", "nodes"))
+    assert first["trunk.norm.weight"].dtype == torch.float64 and len(mine) > 3
+    for other, losses in zip(others, theirs):
+        assert all(torch.allclose(first[key], other[key], rtol=1e-7, atol=1e-10) for key in first)
+        assert all(np.allclose(one, two, 1e-9, 0) for one, two in zip(mine, losses, strict=True))
 
 # -- faults: nothing is lost, and nothing half-written is taken for whole -----------------------------------
 def test_a_signal_ends_a_run_after_its_step_and_resume_reaches_the_same_bits(data, pair, tmp_path):
@@ -1736,8 +1523,7 @@ def test_a_full_disk_or_a_folder_that_cannot_be_written_costs_nothing_that_was_s
     assert same(before, weights(f"{tmp_path}/o")) and train(data, f"{tmp_path}/o", "--resume")
     assert not files_under(tmp_path / "d")
     (tmp_path / "file").write_text("in the way")
-    for argv in ((f"{tmp_path}/file/d", f"{tmp_path}/o2"), (data, f"{tmp_path}/file/o")):
-        refuses("cannot write .*file/.*(Not a directory|File exists)", train, *argv)
+    refuses("cannot write .*file/.*(Not a directory|File exists)", train, data, f"{tmp_path}/file/o")
 
 def test_two_processes_in_one_folder_wait_or_are_refused(data, tmp_path):
     with P.locked(f"{tmp_path}/.o.lock", "busy"):
@@ -1771,21 +1557,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(data, 
     refuses("loss is no longer finite by step 6: lower", train, data, f"{tmp_path}/o", "--resume")
     assert same(before, weights(f"{tmp_path}/o"))
 
-@slow
-def test_a_reader_that_leaves_and_a_terminal_without_utf8_do_not_end_a_run(data, tmp_path):
-    """`| head`, stdout closed, a folder with blanks and Chinese letters, an ASCII locale."""
-    env = dict(os.environ, PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
-    argv = ["train.py", *LETTERS, "--text=", f"--data_dir={data}", "--threads=1"]
-    set_up(data)
-    left = start(*argv, f"--out_dir={tmp_path}/ein Lauf 中文", env=env)
-    left.stdout.readline()
-    left.stdout.close()
-    closed = start(*argv, f"--out_dir={tmp_path}/closed", env=env, preexec_fn=lambda: os.close(1))
-    for job, name in ((left, "ein Lauf 中文"), (closed, "closed")):
-        code, _, wrong = finish(job)
-        assert code == 0 and not wrong, wrong
-        assert json.load(open(tmp_path / name / "result.json"))["steps"] == 6
-
 # -- strangers: what they send is read or refused, and never executed ---------------------------------------
 def test_downloads_that_go_wrong_leave_nothing_and_a_right_one_stays(tmp_path, monkeypatch):
     """An HTML page with status 200, an error, nobody there; what came right is not asked for again."""
@@ -1811,13 +1582,11 @@ def test_downloads_that_go_wrong_leave_nothing_and_a_right_one_stays(tmp_path, m
                             ("data_batch_1.bin", 40_000_000, tarfile.REGTYPE)])
 def test_archives_are_never_extracted_and_links_and_huge_files_in_them_are_left_out(
         tmp_path, monkeypatch, name, size, kind):
-    path, argv = tmp_path / ARCHIVE, [tmp_path / "d", "--image=cifar10", f"--raw_dir={tmp_path}/raw"]
-    write_archive(path, {f"cifar-10-batches-bin/{name}": bytes(size)}, kind)
-    for words in ("lacks data_batch_1.bin: remove it", "not a readable tar.gz"):
-        register(monkeypatch, tmp_path, "cifar10/cifar-10-binary.tar.gz", P.file_sha256(path))
-        refuses(words, prepared, *argv)
-        path.write_bytes(path.read_bytes()[:99])
-    assert files_under(tmp_path) == [path.name, "registry"]
+    write_archive(tmp_path / ARCHIVE, {f"cifar-10-batches-bin/{name}": bytes(size)}, kind)
+    register(monkeypatch, tmp_path, "cifar10/cifar-10-binary.tar.gz", P.file_sha256(tmp_path / ARCHIVE))
+    refuses("lacks data_batch_1.bin: remove it", prepared, tmp_path / "d", "--image=cifar10",
+            f"--raw_dir={tmp_path}/raw")
+    assert files_under(tmp_path) == [os.path.basename(ARCHIVE), "registry"]
 
 class Attack(str):
     def __reduce__(self):
@@ -1834,16 +1603,17 @@ def test_files_from_strangers_execute_nothing(tmp_path):
     refuses("not a readable .npz", prepared, d, f"--image=npz:{tmp_path}/f.npz")
     slot = dict(kind="continuous", length=1, dim=5)
     refuses("must be an .npy array", B.read_new_numbers, f"{tmp_path}/f.npy", slot)
-    for key, value, words in (("file", "../secret.bin", "secret.bin"), ("dtype", "O", "numbers of dtype O")):
-        folder = prepared(d, "--text=letters")
-        meta = P.read_meta(folder)
-        entry = dict(file=meta["splits"]["train"]["files"]["tokens"][0], dtype=meta["arrays"]["tokens"])[key]
-        shutil.copy(f"{folder}/train_000.bin", d / "secret.bin")
-        entry[key] = value
-        P.write_json(f"{folder}/meta.json", dict(meta, sha256=P.meta_sha256(meta)))
-        refuses(f"damaged .*{words}", P.load_split, folder, "train")
-        shutil.rmtree(folder)
     assert not os.path.exists(mark)
+
+@cases("place, key, value", [("files", "file", "../secret.bin"), ("arrays", "dtype", "O")])
+def test_shards_from_strangers_name_no_file_outside_and_no_objects(tmp_path, place, key, value):
+    folder = prepared(tmp_path, "--text=letters")
+    meta = P.read_meta(folder)
+    entry = meta["arrays"]["tokens"] if place == "arrays" else meta["splits"]["train"]["files"]["tokens"][0]
+    shutil.copy(f"{folder}/train_000.bin", tmp_path / "secret.bin")
+    entry[key] = value
+    P.write_json(f"{folder}/meta.json", dict(meta, sha256=P.meta_sha256(meta)))
+    refuses("damaged .*(secret.bin|numbers of dtype O)", P.load_split, folder, "train")
 
 # -- fuzzing: what comes in works or is refused in one sentence (UML_SLOW=1: more of it; UML_FUZZ=10000) ----
 rounds = 20 if os.environ.get("UML_SLOW") else 2
@@ -1865,30 +1635,26 @@ def damaged(rng, body):
 
 def read_shards(folder):
     """What a run reads of a shard folder."""
-    arrays, meta = P.load_split(folder, "train"), P.read_meta(folder)
+    arrays, meta, no = P.load_split(folder, "train"), P.read_meta(folder), ("labelled", "hides", "joined")
     cfg = T.resolve(T.read_run_config([*LETTERS[:1], "--image_loss=next"]), quiet)
-    slot = SimpleNamespace(**dict.fromkeys(("labelled", "hides", "joined"), False), name="image", folder=folder,
-                           meta=meta, device=T.CPU, length=meta["arrays"]["tokens"]["shape"][0], cfg=cfg, batch_size=9)
+    slot = SimpleNamespace(name="image", folder=folder, meta=meta, cfg=cfg, device=T.CPU, batch_size=9,
+                           length=meta["arrays"]["tokens"]["shape"][0], **dict.fromkeys(no, False))
     changes = T.Slot.draw_changes(slot, np.random.default_rng(0))
     rows = np.arange(min(9, len(arrays["tokens"])))
     T.Slot.load(slot, arrays, rows, {key: value[:len(rows)] for key, value in changes.items()})
     P.verify_shards(folder, meta), "vocab" in meta and P.load_bpe(folder)
 
 @fuzz
-def test_fuzz_configs_and_overrides(tmp_path, seed):
-    rng, path = random.Random(seed), tmp_path / "c.py"
-    body = "".join(f"{key} = {T.KEYS[key][0]!r}\n" for key in rng.sample([*T.KEYS], 3))
-    path.write_bytes(damaged(rng, body.encode()))
-    key, value = rng.choice([*T.KEYS, "text2_loss", "no key", "é"]), rng.choice([*ODD, 1, "letters", "next"])
-    argv = rng.choice([[str(path)], [f"--{key}={value}"], [str(path), f"--{key}={value}"]])
-    with refused:
-        T.shard_names(T.resolve(T.read_run_config(argv), quiet))
-
-@fuzz
-@cases("kind", ["shards", "meta.json", "png", "jpg", "gif", "wav", "flac", "ogg", "json", "txt", "npz"])
-def test_fuzz_shards_pictures_recordings_texts_and_features(data, tmp_path, seed, kind):
+@cases("kind", ["py", "shards", "meta.json", "png", "jpg", "gif", "wav", "flac", "ogg", "json", "txt", "npz"])
+def test_fuzz_configs_shards_pictures_recordings_texts_and_features(data, tmp_path, seed, kind):
     rng, path = random.Random(seed), f"{tmp_path}/fuzz.{kind}"
-    if kind in ("shards", "meta.json"):
+    if kind == "py":
+        body = "".join(f"{key} = {T.KEYS[key][0]!r}\n" for key in rng.sample([*T.KEYS], 3))
+        open(path, "w").write(body)
+        key, value = rng.choice([*T.KEYS, "text2_loss", "é"]), rng.choice([*ODD, 1, "letters", "next"])
+        argv = rng.choice([[path], [f"--{key}={value}"], [path, f"--{key}={value}"]])
+        read = lambda: T.shard_names(T.resolve(T.read_run_config(argv), quiet))
+    elif kind in ("shards", "meta.json"):
         folder = shutil.copytree(prepared(data, rng.choice(LETTERS[:2])), f"{tmp_path}/shards")
         path, read = rng.choice(glob(folder, kind) or glob(folder, "*")), partial(read_shards, folder)
     elif kind in ("wav", "flac", "ogg"):

@@ -56,7 +56,7 @@ SLOT_KEYS = {f"{slot}_{end}": key for slot, (loss, _) in MODALITIES.items() for 
     updates=(1, "steps per target step under schedule='alternate' (target: 1)", at_least(0)),
     batch=(64, f"{slot} items in a step", at_least(1)),
     examples=(-1, "training items: nested, even over classes (-1: all, 0: off)", at_least(-1)),
-    embed=("linear", "a matrix a token (ids: a table); or one vector an item: a ConvNet (conv), a timm model",
+    embed=("linear", "one matrix for all tokens (a table for ids), or one vector an item: a ConvNet, timm",
            ("linear, conv or timm:NAME_OR_PATH", lambda value: re.fullmatch("linear|conv|timm:.+", value))),
 ).items()}
 KEYS = dict(
@@ -82,8 +82,9 @@ KEYS = dict(
     layers=(4, "blocks of the trunk (0: none, for features of a frozen encoder)", at_least(0)),
     heads=(4, "attention heads", at_least(1)),
     encoder_learning_rate=(0.1, "factor on the rate of a timm: embed's weights (0: frozen)", at_least(0)),
-    encoder_batchnorm=(False, "a timm: embed's BatchNorm learns statistics, instead of keeping its own"),
-    trunk=("", "hf:NAME_OR_PATH: a language model of transformers is the trunk (width must be its own)"),
+    encoder_batchnorm=(False, "a timm: embed's BatchNorm learns statistics (those of process 0)"),
+    trunk=("", "a language model of transformers is the trunk (width must be its own)",
+           ("empty or hf:NAME_OR_PATH", re.compile("(hf:.+)?").fullmatch)),
     trunk_start=("pretrained", "or random: the same language model, fresh", one_of("pretrained", "random")),
     trunk_train=("all", "which weights of the trunk learn", one_of("all", "norms", "none")),
     temperature=(False, "learn a temperature of the label logits per slot"),
@@ -106,7 +107,7 @@ KEYS = dict(
     resume=(False, "go on from last.pt; from scratch if there is none"),
     score_test=(True, "score the target's test split, once, at the end (False: never open it)"),
     device=("auto", "where to train", one_of("auto", "cpu", "cuda", "mps")),
-    fsdp=(False, "torchrun: shard weights over the processes, block by block, instead of copying them"),
+    fsdp=(False, "torchrun: each process trains its part of every block; one whole copy is kept to evaluate"),
     compile=(None, "torch.compile (None: on GPU; on CPU it does not pay within runs of minutes)"),
     threads=(0, "torch CPU threads (0: torch's choice)", at_least(0)),
 )
@@ -345,7 +346,11 @@ class Slot:
         if self.labelled:
             arrays["labels"] = arrays["labels"].copy()
             arrays["labels"][rows] = rng.permutation(arrays["labels"][rows])
-        if any(OBJECTIVES[objective].head for objective in self.objectives):
+        predicts = any(OBJECTIVES[objective].head for objective in self.objectives)
+        if not self.labelled and not predicts:
+            raise UserError(f"control: {self.name}_loss={'+'.join(self.objectives)} reads no labels and "
+                            "predicts no tokens, so there is nothing to destroy")
+        if predicts:
             arrays["tokens"] = arrays["tokens"][np.arange(len(arrays["tokens"]))]  # out of the memory map
             tokens = arrays["tokens"][rows]
             lengths = arrays["lengths"][rows] if "lengths" in arrays else np.full(len(rows), self.length)
@@ -422,7 +427,7 @@ def choose_examples(labels, n, count, seed, name, banned=()):
     if labels is not None:
         shuffled = labels[order]
         by_class = np.argsort(shuffled, kind="stable")  # classes together, each in its shuffled order
-        turn = np.empty(n, np.int64)  # the how-many-eth of its class an item is
+        turn = np.empty(n, np.int64)  # 0 for the first item of its class, 1 for the second, ...
         turn[by_class] = np.arange(n) - np.searchsorted(shuffled[by_class], shuffled[by_class])
         order = order[np.argsort(turn, kind="stable")]  # first everyone's first, then everyone's second, ...
         order = order[~np.isin(labels[order], list(banned))]
@@ -498,6 +503,8 @@ def build_model(cfg, slots, classes, trunk=None):
     keys = ("width", "layers", "heads", "temperature", "label_smoothing", "apart", "seed")
     try:
         model = UML(slots, len(classes), trunk=trunk, **{key: cfg[key] for key in keys})
+    except ImportError as problem:
+        raise UserError(f"this model needs {problem.name}: pip install {problem.name}") from None
     except ValueError as problem:
         raise UserError(str(problem)) from None
     for name, parameter in model.named_parameters():
@@ -548,7 +555,7 @@ def fit_encoder(encoder, about, spec, size):
 
 
 def make_optimizer(model, cfg):
-    """AdamW over every parameter once: matrices decay, the rest (norms, biases, positions) does not.
+    """AdamW over every parameter once: matrices decay, the rest (norms, biases, our positions) does not.
 
     A slot that is idle in a step has no gradient (None): AdamW passes it over, it neither decays nor drifts.
     """
@@ -565,7 +572,7 @@ def make_optimizer(model, cfg):
 
 
 def learning_rate(cfg, step):
-    """Each phase, the warm start and the main one, has its own linear warm-up (5%) and cosine to zero."""
+    """The warm start and the main phase each rise for 5% of their steps, then fall by a cosine to 0."""
     warm = cfg["warm_start_steps"]
     place, length = (step, warm) if step < warm else (step - warm, cfg["steps"])
     rising = (place + 1) / max(1, length // 20)
@@ -748,7 +755,7 @@ def run(cfg, say=tell):
     with locked(os.path.join(parent, f".{name}.lock"), busy) if first else contextlib.nullcontext():
         finished, saved = earlier_run(cfg, say)
         if finished:
-            return finished
+            return finished if first else None
         this = set_up(cfg, say, saved)
         begin_folder(cfg)
         order = " then ".join("+".join(names) for names in pattern(cfg, this.slots, cfg["warm_start_steps"]))
@@ -761,11 +768,14 @@ def run(cfg, say=tell):
                 "on")
             if SIGNALS:
                 sys.exit(128 + SIGNALS[0])
-        if this.step < this.total or not first:
+        if this.step < this.total:
+            return None
+        optimizer_state = whole_state(this) if this.best is None else None  # all processes gather
+        if not first:
             return None
         # The best checkpoint by validation, and the target's test split for the first and only time.
         if this.best is None:  # resumed exactly at its end, never evaluated
-            validate(this, say, whole_state(this))
+            validate(this, say, optimizer_state)
         this.model.load_state_dict(load_checkpoint(os.path.join(cfg["out_dir"], "best.pt"))["model"])
         result = score_run(this)
         write_json(os.path.join(cfg["out_dir"], "result.json"), result)
@@ -783,11 +793,12 @@ def set_up(cfg, say, saved=None):
         model = build_model(cfg, saved["slots"], classes, saved["trunk"])
     else:
         model = build_pretrained_model(cfg, model_slots(slots), classes)
-    if folder := cfg["init_from"]:  # whatever slots that run had
+    if (folder := cfg["init_from"]) and not saved:  # whatever slots that run had
         other, checkpoint = load_model(os.path.join(folder, "best.pt"))
         if any(checkpoint["config"][key] != cfg[key] for key in ("width", "layers", "heads")):
             raise UserError(f"init_from={folder} has a trunk of another width, depth or number of heads")
-        model.trunk.load_state_dict(other.trunk.state_dict())
+        with explained(f"init_from={folder} has a trunk of another kind"):
+            model.trunk.load_state_dict(other.trunk.state_dict())
     model.to(device)
     if saved:
         load_saved(cfg, model, saved["model"])
@@ -913,7 +924,7 @@ def evaluate(model, slot, arrays, chosen=None):
     With a label loss the label head answers, over the target's classes; without, a linear probe fitted on
     the run's own training examples. Penalty and offset are the best on this split, unless `chosen`, what
     evaluate() said of validation, is handed in. Without labels the score is minus the loss. score and
-    accuracy count items of classes that have labelled examples; of the others see unseen_report().
+    accuracy leave out items of unseen_classes; of those see unseen_report().
     """
     labels, classes = arrays.get("labels"), len(slot.meta["classes"])
     if labels is None or classes < 2:
@@ -949,8 +960,9 @@ def evaluate(model, slot, arrays, chosen=None):
 def unseen_report(scores, truth, banned, offset=None):
     """Accuracy where some classes had no labelled examples (generalised zero-shot, arXiv 1605.04253).
 
-    scores (n, classes), truth (n,), banned: the unseen classes. Seen classes outshout them, so `offset` is
-    taken off their scores; None chooses the best harmonic mean here, on labels of unseen classes too.
+    scores (n, classes), truth (n,), banned: the unseen classes. A model prefers classes that it has seen, so
+    `offset` is taken off their scores; None chooses the best harmonic mean here, on labels of unseen classes
+    too.
     """
     is_banned = torch.zeros(scores.shape[1], dtype=torch.bool)
     is_banned[banned] = True
@@ -993,7 +1005,7 @@ def score_run(run):
         result["unseen_offset"] = val["unseen_offset"]
     if val["accuracy"] is None:
         result.update(val_loss=-val["score"], test_loss=-test["score"] if test else None)
-    # All updates of a slot cost what its first batch costs; of several processes each has an equal share.
+    # Every update of a slot is counted as its first batch; of several processes each has an equal share.
     flops = ranks()[1] * sum(run.updates[name] * count_flops(model, name, slot.batch(0))
                              for name, slot in slots.items())
     memory = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else peak_memory()
