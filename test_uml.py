@@ -794,6 +794,14 @@ def test_the_conv_stem_joins_a_picture_into_one_token_blind_to_brightness_and_co
     assert torch.allclose(model.features("image", 0.5 * tokens + 30), features, atol=0.02)
     assert not torch.allclose(features[0], features[1], atol=0.02)
 
+def test_the_conv_stem_hears_no_hiss():
+    """What lies SILENCE below the loudest is silence, whatever it holds; what is louder is heard."""
+    stem, frames = M.ConvStem(dict(mels=20, length=8, dim=80), 16), torch.rand(2, 8, 80)
+    frames[:, 3] += 4
+    hiss = torch.where(frames > 1, frames, torch.rand(2, 8, 80))
+    assert torch.allclose(stem(hiss), stem(frames), atol=1e-5)
+    assert not torch.allclose(stem(hiss + 3 * torch.rand(2, 8, 80)), stem(frames), atol=1e-2)
+
 def test_a_label_loss_is_over_a_slots_own_classes_and_so_is_its_smoothing():
     """Row 3 is the text's only: pictures give it no gradient. By hand: 0.3 over three is 0.1 for each."""
     for smoothing in (0.0, 0.3):
