@@ -761,6 +761,7 @@ def run(cfg, say=tell):
         order = " then ".join("+".join(names) for names in pattern(cfg, this.slots, cfg["warm_start_steps"]))
         warm = f"{cfg['warm_start_steps']} steps on the auxiliaries alone, then "
         say(f"{warm if cfg['warm_start_steps'] else ''}{cfg['steps']} of {order}")
+        never_validated = this.step == this.total and this.best is None  # resumed exactly at its end
         with signals_caught():
             train(this, say)
         if this.step < this.total:
@@ -768,13 +769,12 @@ def run(cfg, say=tell):
                 "on")
             if SIGNALS:
                 sys.exit(128 + SIGNALS[0])
-        if this.step < this.total:
             return None
-        optimizer_state = whole_state(this) if this.best is None else None  # all processes gather
+        optimizer_state = whole_state(this) if never_validated else None  # all processes gather
         if not first:
             return None
         # The best checkpoint by validation, and the target's test split for the first and only time.
-        if this.best is None:  # resumed exactly at its end, never evaluated
+        if never_validated:
             validate(this, say, optimizer_state)
         this.model.load_state_dict(load_checkpoint(os.path.join(cfg["out_dir"], "best.pt"))["model"])
         result = score_run(this)
