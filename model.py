@@ -438,10 +438,12 @@ class UML(nn.Module):
         """What a probe reads of a batch as stored: trunk states, mean over the real tokens (B, C).
 
         Attention is causal if "next" is the slot's only loss. layer: 0 the embed, 1 ... after each block; -1
-        (the default) the last, normed.
+        (the default) the last, normed; "every": all of them, (layers + 1, B, C).
         """
-        h = self.states(name, self.normalise(name, tokens), real, self.adapters[name].causal)[layer]
-        return mean_over_real(h, real)
+        states = self.states(name, self.normalise(name, tokens), real, self.adapters[name].causal)
+        if layer == "every":
+            return torch.stack([mean_over_real(h, real) for h in states])
+        return mean_over_real(states[layer], real)
 
     # -- initialisation --------------------------------------------------------------------------------------
 

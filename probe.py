@@ -9,7 +9,7 @@
 Analyses use frozen features of the target's test split (of validation, if the run must never open test).
 Probes are fitted on the run's own training examples, their penalty is chosen on validation, and items of
 unseen classes are left out. Only few-shot probes, which draw from the whole training split, and alignment
-take in every class. The last line an analysis prints is JSON.
+take in every class. All numbers of an analysis are in analysis.json of the first run's folder.
 
 Sections: statistics, compare, many runs, measures, corruptions, analyses, embed, export, figures, commands.
 """
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch loads OpenMP; train.py says why
@@ -35,6 +36,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch loads OpenMP; tr
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from tqdm import tqdm
 
 from model import mean_over_real
 from prepare import (CHUNK, LEVELS_PER_DB, UserError, active_slots, at_least, encode_features,
@@ -43,9 +45,9 @@ from prepare import (CHUNK, LEVELS_PER_DB, UserError, active_slots, at_least, en
                      patchify, plain_name, prepare, print_help, read_config, read_json, read_meta,
                      read_picture, read_recording, read_text, real_places, tell, unpatchify, write_file,
                      write_json, writing)
-from train import (FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, choose_examples, evaluate, extract,
-                   fit_probe, linear_probe, load_model, open_slots, pick_device, read_run_config, resolve,
-                   shard_names)
+from train import (FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, choose_examples, count_right, evaluate,
+                   extract, fit_probe, linear_probe, load_model, open_slots, pick_device, read_run_config,
+                   resolve, shard_names, worded)
 from train import run as train_run
 
 
@@ -178,7 +180,6 @@ def arm_config(cfg, arm, options):
 HARDWARE = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
 SEARCH_SEED = 1000  # settings are chosen with this seed, which is never reported
 MIN_SEEDS = 6  # with 5 the sign-flip test cannot reach 0.05: its floor is 2 / 2^5 = 0.06
-ALSO_SHOWN = [key for key in REPORTED if key != "accuracy"]  # of a result, where it has them
 
 
 def compare(argv):
@@ -330,8 +331,8 @@ def score_features(cfg, arm, scored):
         # a new item's own length changes nothing in its order of cosines
         nearest = [((part - mean) / std @ directions.T).argmax(1) for part in new.split(1000)]
         answers = labels[torch.cat(nearest)]
-    accuracy = (answers == truth).float().mean().item()
-    scored[decides] = {f"{split}_accuracy": accuracy, "flops": 0, "seconds": 0}
+    counted = {f"{split}_{key}": value for key, value in count_right(answers, truth).items()}
+    scored[decides] = dict(counted, measure=slot.measure(), flops=0, seconds=0)
     return scored[decides]
 
 
@@ -359,11 +360,12 @@ def summary(cfg, arms, results, chosen, searched, folds):
     split, target, first = split_of(cfg), cfg["target"], results["alone"][0]
     out = dict(
         kind="compare", name=os.path.basename(cfg["out_dir"]), split=split,
-        measure="loss" if first[f"{split}_accuracy"] is None else "accuracy",
+        measure=first["measure"],
         target=f"{target}={cfg[target]}", target_loss=cfg[f"{target}_loss"],
         auxiliaries={slot: f"{cfg[slot]} ({cfg[f'{slot}_loss']})" for slot in auxiliaries_of(cfg)},
         examples=first["examples"][target], seeds=len(folds), folds=int(folds.max()) + 1,
-        chance=first["chance"], steps=cfg["steps"], warm_start_steps=cfg["warm_start_steps"], arms={})
+        chance=first["chance"], majority=first.get(f"{split}_majority"), items=first.get(f"{split}_items"),
+        steps=cfg["steps"], warm_start_steps=cfg["warm_start_steps"], arms={})
     fold_means = {}  # {arm: (folds,)}
     for arm in arms:
         scores = [score_of(result, split) for result in results[arm]]
@@ -373,7 +375,7 @@ def summary(cfg, arms, results, chosen, searched, folds):
                      search_scores=searched[arm].tolist(),
                      gflops=float(np.mean([result["flops"] for result in results[arm]])) / 1e9,
                      seconds=float(np.mean([result["seconds"] for result in results[arm]])))
-        for key in ALSO_SHOWN:
+        for key in REPORTED:
             if results[arm][0].get(f"{split}_{key}") is not None:
                 entry[key] = [result[f"{split}_{key}"] for result in results[arm]]
         if arm != "alone":
@@ -390,9 +392,9 @@ def split_of(cfg):
 
 
 def score_of(result, split):
-    """The accuracy of a run's result on a split; minus the loss where the target has no labels."""
-    accuracy = result[f"{split}_accuracy"]
-    return -result[f"{split}_loss"] if accuracy is None else accuracy
+    """What a run's result is judged by on a split: its measure, or minus the loss."""
+    value = result[f"{split}_{result['measure']}"]
+    return -value if result["measure"] == "loss" else value
 
 
 def verdict(out):
@@ -439,11 +441,16 @@ def short_source(source):
 
 def show_compare(out):
     """Print the comparison as a table, an arm a line, and the verdict."""
-    chance = f", chance {out['chance']:.4f}" if out["chance"] else ""
+    yardsticks = also = ""
+    if out["chance"]:
+        yardsticks = f"; guessing has {out['chance']:.4f}, always the largest class {out['majority']:.4f}"
+        also = [key for key in REPORTED if "unseen" in key or key in ("harmonic_mean", "seen_with_offset")]
+        if out["measure"] == "balanced_accuracy":
+            also = ["accuracy", *also]
     speakers = f" on {out['folds']} speakers" if out["folds"] != out["seeds"] else ""
     print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary "
-          f"{show_auxiliaries(out)}; {out['seeds']} seeds{speakers}, {out['measure']} on the {out['split']} "
-          f"split{chance}")
+          f"{show_auxiliaries(out)}; {out['seeds']} seeds{speakers}, {worded(out['measure'])} on the "
+          f"{out['split']} split{yardsticks}")
     print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}"
           f"{'GFLOP':>9}{'s':>7}  setting")
 
@@ -458,9 +465,9 @@ def show_compare(out):
         settings = [", ".join(f"{key}={value}" for key, value in one.items()) for one in entry["settings"]]
         settings = " or ".join(dict.fromkeys(settings))  # each once: most seeds of an arm have the same
         line = f"{line:80}{entry['gflops']:9,.0f}{entry['seconds']:7.0f}  {settings}"
-        for key in ALSO_SHOWN:
+        for key in also:
             if key in entry:
-                line += f"; {key} {np.mean(entry[key]):.4f}"
+                line += f"; {worded(key)} {np.mean(entry[key]):.4f}"
         print(line)
     print("verdict: " + out["verdict"])
 
@@ -483,7 +490,7 @@ class Progress:
         self.done += 1
         seconds_a_run = (time.perf_counter() - self.start) / self.done
         minutes = seconds_a_run * (self.total - self.done) / 60
-        tell(f"{self.done} of {self.total} runs finished, about {minutes:.0f} minutes to go")
+        tell(f"{self.done} of up to {self.total} runs, about {minutes:.0f} minutes to go")
 
 
 def run_all(configs, progress):
@@ -563,22 +570,26 @@ def run_in_processes(configs, progress):
 # measures on features (n, C) and labels (n,): torch tensors on the CPU
 
 
-def few_shot(features, labels, new, truth, shots=(1, 2, 4, 8, 16), draws=3):
+def few_shot(features_at, labels, new, truth, pool, shots=(1, 2, 4, 8, 16), draws=3):
     """Accuracy on new (m, C), truth (m,) of probes fitted on few examples a class: {examples: {mean, std}}.
 
-    mean and standard deviation are over draws of the examples from features (n, C), labels (n,).
+    features_at(rows) gives features (k, C) of rows of the training split, labels (n,) are its classes. mean
+    and standard deviation are over draws of the examples, which pool works on side by side.
     """
-    classes, out = int(labels.max()) + 1, {}
-    for k in shots:
-        if k > torch.bincount(labels).min() or k * classes > 2500:  # too few, or it would take minutes
-            break
-        accuracies = []
-        for draw in range(draws):
-            rows = choose_examples(labels.numpy(), len(labels), k * classes, draw, "few-shot")
-            weight, bias = linear_probe(features[rows], labels[rows], classes, l2=1.0)
+    classes, fewest = int(labels.max()) + 1, np.bincount(labels).min()
+    shots = [k for k in shots if k <= fewest and k * classes <= 2500]  # beyond, it would take minutes
+
+    def one_draw(draw):
+        rows, accuracies = choose_examples(labels, len(labels), shots[-1] * classes, draw, "few-shot"), []
+        features, known = features_at(rows), torch.from_numpy(labels[rows]).long()
+        for k in shots:  # the first k a class are those of a smaller draw
+            weight, bias = linear_probe(features[:k * classes], known[:k * classes], classes, l2=1.0)
             accuracies.append(((new @ weight.T + bias).argmax(1) == truth).float().mean().item())
-        out[k] = dict(mean=float(np.mean(accuracies)), std=float(np.std(accuracies, ddof=1)))
-    return out
+        return accuracies
+
+    found = np.array(list(pool.map(one_draw, range(draws)))) if shots else np.empty((draws, 0))
+    return {k: dict(mean=float(accuracies.mean()), std=float(accuracies.std(ddof=1)))
+            for k, accuracies in zip(shots, found.T)}
 
 
 def margins(features, labels, weight, bias):
@@ -606,14 +617,12 @@ def cka(a, b):
     return ((a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm()).clamp_min(1e-12)).item()
 
 
-def mutual_knn(a, b, k):
-    """Share of a row's k nearest rows (by cosine) on which a (n, C) and b (n, C) agree (arXiv 2405.07987)."""
-    nearest = []
-    for rows in (a, b):
-        rows = torch.nn.functional.normalize(rows - rows.mean(0), dim=1)
-        cosines = (rows @ rows.T).fill_diagonal_(-2)  # no row is its own neighbour
-        nearest.append(cosines.topk(k, dim=1).indices.tolist())
-    return np.mean([len(set(of_a) & set(of_b)) / k for of_a, of_b in zip(*nearest)])
+def neighbours(a, k):
+    """(n, n) bool: whether column j is among the k nearest (by cosine) of row i of a (n, C)."""
+    rows = torch.nn.functional.normalize(a - a.mean(0), dim=1)
+    cosines = (rows @ rows.T).fill_diagonal_(-2)  # no row is its own neighbour
+    nearest = cosines.topk(k, dim=1).indices
+    return torch.zeros(len(a), len(a), dtype=torch.bool).scatter(1, nearest, True)
 
 
 def unit_agreement(a, b):
@@ -622,11 +631,11 @@ def unit_agreement(a, b):
     return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)
 
 
-def permutation_p(measure, a, b, draws=200, seed=0):
-    """measure(a, b), and its p: how often shuffled rows of b give at least as much."""
+def permutation_p(measure, n, draws=200, seed=0):
+    """measure(order) of the order 0..n-1, and its p: how often another order gives at least as much."""
     rng = np.random.default_rng(seed)
-    value = measure(a, b)
-    shuffled = [measure(a, b[rng.permutation(len(b))]) for _ in range(draws)]
+    value = measure(np.arange(n))
+    shuffled = [measure(rng.permutation(n)) for _ in range(draws)]
     return value, (1 + sum(other >= value for other in shuffled)) / (draws + 1)
 
 
@@ -738,110 +747,160 @@ def features_of(run, slot, arrays, rows=None, layer=-1):
     return extract(run.model, slot, arrays, rows, layer), torch.from_numpy(labels).long()
 
 
-def analyse(run):
-    """All analyses of one FinishedRun -> the same, its report, margins and answers filled in."""
-    tell(f"{run.folder}: probing every layer, few examples, corruptions, alignment ...")
-    target, train, classes = run.target, run.target.split("train"), len(run.target.meta["classes"])
-    layers = []
-    for layer in [*range(run.model.depth), -1]:
-        known = features_of(run, target, train, target.examples, layer)
-        val = features_of(run, target, target.split("val"), seen_rows(target, "val"), layer)
-        new, truth = features_of(run, target, run.held, run.seen, layer)
-        weight, bias = fit_probe(known, val, classes)
-        accuracy = ((new @ weight.T + bias).argmax(1) == truth).float().mean().item()
-        layers.append(dict(linear=accuracy))
+def analyse(run, pool, bar):
+    """All analyses of one FinishedRun -> the same, its report, margins and answers filled in.
+
+    pool: its threads work on the probes side by side. bar: is told of every analysis that is done.
+    """
+    model, target, train = run.model, run.target, run.target.split("train")
+    labels, classes = torch.from_numpy(run.held["labels"]).long(), len(run.target.meta["classes"])
+    parts = [(train, target.examples), (target.split("val"), seen_rows(target, "val")), (run.held, None)]
+    features = [pool.submit(extract, model, target, *part, layer="every") for part in parts]
+    known, val, held = (job.result() for job in features)  # (layers + 1, n, C) each
+    known_labels, val_labels = (torch.from_numpy(arrays["labels"][rows]) for arrays, rows in parts[:2])
+    seen = run.seen
+    bar.update()
+
+    def probe_of(layer):
+        weight, bias = fit_probe((known[layer], known_labels), (val[layer], val_labels), classes)
+        right = (held[layer, seen] @ weight.T + bias).argmax(1) == labels[seen]
+        return right.float().mean().item(), weight, bias
+
+    layers = list(pool.map(probe_of, range(len(held))))
+    bar.update()
     # from here on of the last layer, which is the one the loop ended with
-    margin = margins(new, truth, weight, bias)
+    _, weight, bias = layers[-1]
+    margin = margins(held[-1, seen], labels[seen], weight, bias)
     low, median, high = margin.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
     chosen = dict(probe=(weight, bias), unseen_offset=0.0)
-    scored = evaluate(run.model, target, run.held, chosen)
-    held = features_of(run, target, run.held)
+    scored = evaluate(model, target, run.held, chosen)
+    features_at = lambda rows: extract(model, target, train, rows)
+    shots = few_shot(features_at, train["labels"], held[-1], labels, pool)
+    bar.update()
+    changed = robustness(run, chosen, scored["accuracy"], pool)
+    bar.update()
     others = [slot for slot in run.slots.values() if slot is not target and "labels" in slot.split("train")]
-    report = dict(name=run.name, split=run.split, accuracy=scored["accuracy"],
-                  unseen_accuracy=scored.get("unseen_accuracy"), layers=layers,
-                  few_shot=few_shot(*features_of(run, target, train), *held),
-                  margin={"10%": low, "median": median, "90%": high},
-                  robustness=robustness(run, chosen, scored["accuracy"]),
-                  alignment={slot.name: alignment(run, slot) for slot in others})
+    own_means = class_means(target, held[-1], labels)
+    run.report = dict(name=run.name, split=run.split, items=len(seen), accuracy=scored["accuracy"],
+                      balanced_accuracy=scored["balanced_accuracy"], majority=scored["majority"],
+                      unseen_accuracy=scored.get("unseen_accuracy"), layers=[layer[0] for layer in layers],
+                      few_shot=shots, margin={"10%": low, "median": median, "90%": high}, robustness=changed,
+                      alignment={slot.name: alignment(run, own_means, slot) for slot in others})
+    bar.update()
     weight, bias = scored["probe"]  # the label head where there is one
-    run.report, run.margins = report, margin.numpy()
-    run.answers = (held[0] @ weight.T + bias).argmax(1).numpy()
+    run.margins, run.answers = margin.numpy(), (held[-1] @ weight.T + bias).argmax(1).numpy()
     return run
 
 
-def robustness(run, chosen, clean):
+def robustness(run, chosen, clean, pool):
     """{corruption: accuracy at severities 0 (which is `clean`) to 3}; {} for other slots than pictures and
-    sound. chosen: the probe, as evaluate() takes it."""
+    sound. chosen: the probe, as evaluate() takes it. pool works on them side by side."""
     meta, tokens = run.target.meta, run.held["tokens"][np.arange(len(run.held["tokens"]))]
     kinds = PICTURE_CORRUPTIONS if "patch" in meta else SOUND_CORRUPTIONS if "mels" in meta else ()
-    out = {kind: [clean] for kind in kinds}
-    for kind, severity in itertools.product(kinds, (1, 2, 3)):
+
+    def accuracy(kind_and_severity):
         if "patch" in meta:
             pictures = unpatchify(tokens, meta["patch"])
-            changed = patchify(corrupt_pictures(pictures, kind, severity), meta["patch"])
+            changed = patchify(corrupt_pictures(pictures, *kind_and_severity), meta["patch"])
         else:
-            changed = corrupt_frames(tokens, meta["mels"], kind, severity)
-        scored = evaluate(run.model, run.target, dict(run.held, tokens=changed), chosen)
-        out[kind].append(scored["accuracy"])
-    return out
+            changed = corrupt_frames(tokens, meta["mels"], *kind_and_severity)
+        return evaluate(run.model, run.target, dict(run.held, tokens=changed), chosen)["accuracy"]
+
+    found = iter(list(pool.map(accuracy, itertools.product(kinds, (1, 2, 3)))))
+    return {kind: [clean, next(found), next(found), next(found)] for kind in kinds}
 
 
-def alignment(run, other):
+def alignment(run, target_means, other):
     """Do classes lie alike in the target and in another slot, although no items were ever paired?
 
-    Returns measures on the mean features of classes, each with its p; None if under 4 classes are common.
+    target_means: class_means() of the target. Returns measures on them, each with its p; None if under 4
+    classes are common.
     """
-    target_means, other_means = class_means(run, run.target), class_means(run, other)
+    other_means = class_means(other, *features_of(run, other, other.split(run.split)))
     names = sorted(target_means.keys() & other_means.keys())
     if len(names) < 4:
         return None
     a = torch.stack([target_means[name] for name in names])  # (classes, C)
     b = torch.stack([other_means[name] for name in names])
     k = max(1, len(names) // 8)
-    measures = dict(cka=cka, mutual_knn=lambda a, b: mutual_knn(a, b, k),
-                    unit_agreement=lambda a, b: unit_agreement(a, b).mean().item())
+    near_a, near_b = neighbours(a, k), neighbours(b, k)
+    measures = dict(
+        cka=lambda order: cka(a, b[order]),
+        # share of a class's k nearest on which both agree (arXiv 2405.07987)
+        mutual_knn=lambda order: (near_a & near_b[order][:, order]).sum().item() / near_a.sum().item(),
+        unit_agreement=lambda order: unit_agreement(a, b[order]).mean().item())
     out = dict(classes=len(names), k=k)
     for name, measure in measures.items():
-        out[name], out[f"{name}_p"] = permutation_p(measure, a, b)
+        out[name], out[f"{name}_p"] = permutation_p(measure, len(names))
     return out
 
 
-def class_means(run, slot):
-    """{plain name of a class: mean feature (C,) of its held-out items} in one slot."""
-    features, labels = features_of(run, slot, slot.split(run.split))
+def class_means(slot, features, labels):
+    """{plain name of a class: mean feature (C,) of its items} from features (n, C), labels (n,)."""
     names = [plain_name(name) for name in slot.meta["classes"]]
     return {names[label]: features[labels == label].mean(0) for label in labels.unique()}
 
 
-def flat(report, label=""):
-    """A nested report as {label: value}: {"layers": [{"linear": 0.7}]} -> {"layers 0 linear": 0.7}."""
-    if not isinstance(report, (dict, list)):
-        return {label: report}
-    rows = {}
-    for key, part in report.items() if isinstance(report, dict) else enumerate(report):
-        rows.update(flat(part, f"{label} {key}".strip()))
-    return rows
+def show_reports(reports):
+    """Print reports of runs side by side, in groups, each with a sentence on what it says."""
+    def row(title, cell):
+        cells = [cell(report) for report in reports]
+        if any(cell is not None for cell in cells):
+            print(f"  {title:22}" + "".join(f"{cell or '-':>{width}}" for cell in cells))
+
+    def number(value):
+        return None if value is None else f"{value:.3f}"
+
+    def of(part, key, report):
+        return report[part].get(key)
+
+    first, width = reports[0], max(18, *(len(report["name"]) + 2 for report in reports))
+    row("", lambda report: report["name"])
+    print(f"right answers on the {first['split']} split ({first['items']:,} items)")
+    row("accuracy", lambda report: number(report["accuracy"]))
+    row("balanced accuracy", lambda report: number(report["balanced_accuracy"]))
+    row("always largest class", lambda report: number(report["majority"]))
+    row("unseen classes", lambda report: number(report["unseen_accuracy"]))
+    print("a linear probe on each layer: from where on the classes can be read")
+    for layer in range(max(len(report["layers"]) for report in reports)):
+        row(f"block {layer}" if layer else "embed",
+            lambda report: number(dict(enumerate(report["layers"])).get(layer)))
+    print("a linear probe on few labelled examples a class, mean +- standard deviation of three draws")
+    for k in first["few_shot"]:
+        row(f"{k} a class", lambda report: "{mean:.3f} +- {std:.3f}".format(**shots)
+            if (shots := of("few_shot", k, report)) else None)
+    print("margins: how far items lie from the boundary, in standardised features (below 0: wrong)")
+    for key in first["margin"]:
+        row(key, lambda report: number(of("margin", key, report)))
+    if any(report["robustness"] for report in reports):
+        print("accuracy on changed items, weakly, more and strongly")
+    for kind in dict.fromkeys(itertools.chain(*(report["robustness"] for report in reports))):
+        row(kind, lambda report: " ".join(f"{value:.3f}" for value in of("robustness", kind, report)[1:])
+            if of("robustness", kind, report) else None)
+    for slot in dict.fromkeys(itertools.chain(*(report["alignment"] for report in reports))):
+        print(f"classes lie alike in {slot}, though nothing was paired (p: as alike if classes are shuffled)")
+        for key in ("cka", "mutual_knn", "unit_agreement"):
+            row(worded(key), lambda report: f"{found[key]:.3f} (p {found[f'{key}_p']:.3f})"
+                if (found := of("alignment", slot, report)) else None)
 
 
 def analyse_all(folders):
     """Analyse finished runs, print them side by side, and draw figures into the first one's folder."""
-    torch.set_num_threads(1)  # many small solves: threads would only wait for each other
+    torch.set_num_threads(1)  # many small solves: threads of torch would only wait for each other
     runs = [open_run(folder) for folder in folders]  # what is wrong with the last one shows now
-    reports, first = [analyse(run).report for run in runs], runs[0]
-    columns = [flat(report) for report in reports]
-    for label in dict.fromkeys(itertools.chain(*columns)):  # the labels of all columns, each once
-        line = f"{label:34}"
-        for column in columns:
-            value = column.get(label)
-            value = f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)[-17:]
-            line += f"{value:>18}"
-        print(line)
-    draw_side_by_side(os.path.join(first.folder, "side_by_side.png"), runs)
-    draw_curves(os.path.join(first.folder, "curves.png"), runs)
-    if "patch" in first.target.meta or "mels" in first.target.meta:
-        draw_predictions(os.path.join(first.folder, "predictions.png"), runs)
-    print(f"wrote side_by_side.png, curves.png and, of pictures and sound, predictions.png in {first.folder}")
-    print(json.dumps(reports[0] if len(reports) == 1 else reports))
+    into = runs[0].folder
+    tell("linear probes of every layer, few examples, corruptions, alignment; seconds to minutes a run")
+    with tqdm(total=5 * len(runs), disable=None) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        reports = [analyse(run, pool, bar).report for run in runs]
+    show_reports(reports)
+    written = ["analysis.json", "side_by_side.png", "curves.png"]
+    write_json(os.path.join(into, "analysis.json"), reports)
+    draw_side_by_side(os.path.join(into, "side_by_side.png"), runs)
+    draw_curves(os.path.join(into, "curves.png"), runs)
+    if "patch" in runs[0].target.meta or "mels" in runs[0].target.meta:
+        draw_predictions(os.path.join(into, "predictions.png"), runs)
+        written.append("predictions.png")
+    print(f"wrote {', '.join(written)} in {into}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1027,9 +1086,11 @@ def draw_compare(path, out):
             ax.plot(places, entry["scores"], "o", ms=4, alpha=0.6, color=f"C{i}")
             ax.errorbar(i + 0.27, entry["mean"], entry["half"] or 0, fmt="s", ms=5, capsize=4, color="black")
         if out["chance"]:
-            ax.axhline(out["chance"], ls=":", color="grey", lw=1)
+            balanced = out["measure"] == "balanced_accuracy"
+            ax.axhline(out["chance"] if balanced else out["majority"], ls=":", color="grey", lw=1)
         ax.set_xticks(range(len(out["arms"])), out["arms"])
-        ax.set_ylabel(f"{'minus ' if out['measure'] == 'loss' else ''}{out['split']} {out['measure']}")
+        minus = "minus " if out["measure"] == "loss" else ""
+        ax.set_ylabel(f"{minus}{out['split']} {worded(out['measure'])}")
         title = f"{short_source(out['target'])}, {out['examples']} examples\nwith {show_auxiliaries(out)}"
         ax.set_title(title, fontsize=9)
 

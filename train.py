@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -37,6 +38,7 @@ if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
     libc.mallopt(-1, -1)
 
 import numpy as np
+from tqdm import tqdm
 
 from prepare import (LEVELS_PER_DB, MODALITIES, PREPARE_KEYS, SLOT_NAME, UserError, above, active_slots,
                      at_least, below, exit_on_user_error, explained, imported, load_split, locked,
@@ -45,7 +47,7 @@ from prepare import (LEVELS_PER_DB, MODALITIES, PREPARE_KEYS, SLOT_NAME, UserErr
                      unpatchify, write_file, write_json, writing)
 
 CHECKPOINT_FORMAT = 5  # raise it when what a checkpoint holds, or what its weights mean, changes
-TRAINING_VERSION = 1   # raise it when a change makes results differ: compare then trains its runs again
+TRAINING_VERSION = 2   # raise it when a change makes results differ: compare then trains its runs again
 
 # ------------------------------------------------------------------------------------------------------------
 # config: these keys and prepare.py's make a run; sample_configs/*.py set some, --key=value overrides any
@@ -109,10 +111,13 @@ KEYS = dict(
     device=("auto", "where to train", one_of("auto", "cpu", "cuda", "mps")),
     fsdp=(False, "torchrun: each process trains its part of every block; one whole copy is kept to evaluate"),
     compile=(None, "torch.compile (None: on GPU; on CPU it does not pay within runs of minutes)"),
+    report_to=("", "also send what log.jsonl holds there; tensorboard writes below out_dir",
+               one_of("", "tensorboard", "trackio", "wandb")),
     threads=(0, "torch CPU threads (0: torch's choice)", at_least(0)),
 )
 # Keys that do not change the result: paths, logging, when to stop.
-FREE_KEYS = {"out_dir", "resume", "stop_after", "log_interval", "raw_dir", "data_dir", "verify", "workers"}
+FREE_KEYS = {"out_dir", "resume", "stop_after", "log_interval", "raw_dir", "data_dir", "verify", "workers",
+             "report_to"}
 # Keys that may change when a run goes on.
 FREE_ON_RESUME = FREE_KEYS | {"eval_interval", "device", "steps", "threads"}
 
@@ -251,6 +256,15 @@ class Slot:
         if part not in self.splits:
             self.splits[part] = load_split(self.folder, part)
         return self.splits[part]
+
+    def measure(self):
+        """What the slot is judged by: "accuracy"; "balanced_accuracy", the mean of the classes' accuracies,
+        where the largest class of the source has over 1.5 times its even share; without classes "loss"."""
+        labels, classes = self.split("train").get("labels"), len(self.meta["classes"])
+        if labels is None or classes < 2:
+            return "loss"
+        counts = np.bincount(labels, minlength=classes)
+        return "balanced_accuracy" if counts.max() > 1.5 * counts.mean() else "accuracy"
 
     def batch(self, update):
         """The slot's update-th training batch, augmented, on the device: what UML.forward takes.
@@ -614,6 +628,8 @@ class Run:
     model: UML                # what is evaluated and saved
     engine: torch.nn.Module   # what computes losses: the model, perhaps compiled, perhaps shared by processes
     optimizer: torch.optim.Optimizer
+    bar: tqdm                 # on a terminal
+    report: object            # function of (step, {name: number}), or None: report_to
     # What a checkpoint keeps besides weights. Batches follow from `updates`: no sampler has a state.
     step: int = 0             # updates of the target, and of the warm start before them
     updates: dict = None      # {slot: its own updates}
@@ -657,6 +673,7 @@ def train(run, say):
             torch.nn.utils.clip_grad_norm_(run.engine.parameters(), 1.0)
             optimizer.step()
         run.step = step + 1
+        run.bar.update()
 
         ending = run.step == end or any_process_has_a_signal()
         # counted from the first target step, so that arms with and without a warm start are read alike
@@ -700,9 +717,8 @@ def validate(run, say, optimizer_state):
     """Note how good the target is on validation, and keep the model as best.pt if it never was better."""
     target = run.slots[run.cfg["target"]]
     scores = evaluate(run.model, target, target.split("val"))
-    shown = "score" if scores["accuracy"] is None else "accuracy"
     also = [f", {key} {scores[key]:.4f}" for key in ("unseen_accuracy", "harmonic_mean") if key in scores]
-    note(run, say, f"validation {shown} {scores[shown]:.4f}{''.join(also)}",
+    note(run, say, f"validation {worded(target.measure())} {abs(scores['score']):.4f}{''.join(also)}",
          **{f"val_{key}": scores[key] for key in ("score", *REPORTED) if key in scores})
     if run.best is None or scores["score"] > run.best["score"]:
         run.best = dict(step=run.step, score=scores["score"])
@@ -711,11 +727,39 @@ def validate(run, say, optimizer_state):
 
 def note(run, say, line, **entry):
     """Show a line; what it says goes to log.jsonl as well (after a resume a step may stand there twice)."""
-    say(f"step {run.step}/{run.total} | {line}")
+    if run.bar.disable:
+        say(f"step {run.step}/{run.total} | {line}")
+    elif "loss" in entry:
+        run.bar.set_postfix_str(line)
+    else:  # a validation: it stays on the screen, above the bar
+        run.bar.write(f"step {run.step}/{run.total} | {line}")
     if ranks()[0] == 0:
-        path, entry = os.path.join(run.cfg["out_dir"], "log.jsonl"), json.dumps(dict(step=run.step, **entry))
-        with writing(path, len(entry)), open(path, "a", encoding="utf-8") as f:
-            f.write(entry + "\n")
+        path, line = os.path.join(run.cfg["out_dir"], "log.jsonl"), json.dumps(dict(step=run.step, **entry))
+        with writing(path, len(line)), open(path, "a", encoding="utf-8") as f:
+            f.write(line + "\n")
+        if run.report:
+            losses = {f"loss/{slot}": loss for slot, loss in entry.pop("loss", {}).items()}
+            run.report(run.step, losses | {key: value for key, value in entry.items() if value is not None})
+
+
+def open_report(cfg):
+    """Where report_to wants the log -> a function of (step, {name: number}); None if nowhere."""
+    where, folder = cfg["report_to"], cfg["out_dir"]
+    if not where or ranks()[0]:
+        return None
+    if where == "tensorboard":
+        imported("tensorboard", "report_to='tensorboard'")
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(folder)
+
+        def report(step, numbers):
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+        return report
+    tracker = imported(where, f"report_to='{where}'")
+    tracker.init(project="nanouml", name=os.path.basename(folder), config=cfg)
+    return lambda step, numbers: tracker.log(numbers, step=step)
 
 
 def read_clock(device):
@@ -758,11 +802,12 @@ def run(cfg, say=tell):
             return finished if first else None
         this = set_up(cfg, say, saved)
         begin_folder(cfg)
+        this.report = open_report(cfg)
         order = " then ".join("+".join(names) for names in pattern(cfg, this.slots, cfg["warm_start_steps"]))
         warm = f"{cfg['warm_start_steps']} steps on the auxiliaries alone, then "
         say(f"{warm if cfg['warm_start_steps'] else ''}{cfg['steps']} of {order}")
         never_validated = this.step == this.total and this.best is None  # resumed exactly at its end
-        with signals_caught():
+        with signals_caught(), this.bar:
             train(this, say)
         if this.step < this.total:
             say(f"stopped after step {this.step} of {this.total}, saved: the same command with --resume goes "
@@ -822,7 +867,10 @@ def set_up(cfg, say, saved=None):
     say(f"{every:,} parameters, {shared:,} of them in the shared trunk; {device_line}, "
         f"{torch.get_num_threads()} threads, {'compiled' if compiled else 'eager'}")
     state = {key: saved[key] for key in STATE} if saved else dict(updates=dict.fromkeys(slots, 0))
-    this = Run(cfg, device, autocast, slots, classes, model, engine, optimizer, **state)
+    # disable=None: only on a terminal
+    bar = tqdm(total=cfg["warm_start_steps"] + cfg["steps"], initial=state.get("step", 0), unit="step",
+               disable=None if say is tell else True)
+    this = Run(cfg, device, autocast, slots, classes, model, engine, optimizer, bar, None, **state)
     if this.step > this.total:  # said before anything is written
         raise UserError(f"{cfg['out_dir']} is at step {this.step}, beyond the {this.total} asked for: change "
                         "--out_dir")
@@ -862,12 +910,13 @@ def evaluating(model):
 
 
 def extract(model, slot, arrays, rows=None, layer=-1):
-    """Frozen features of the given rows of a split (None: all), (n, C) on the CPU."""
+    """Frozen features of the given rows of a split (None: all), (n, C) on the CPU; of layer="every" layer
+    (layers + 1, n, C)."""
     parts = []
     with evaluating(model):
         for batch in slot.evaluation_batches(arrays, rows):
             parts.append(model.features(slot.name, batch["tokens"], batch.get("real"), layer).float().cpu())
-    return torch.cat(parts)
+    return torch.cat(parts, dim=-2)
 
 
 def linear_probe(features, labels, classes, l2=1.0):
@@ -914,7 +963,32 @@ def fit_probe(known, val, classes):
 
 # what evaluate() says and a result repeats of validation and test, where it applies
 REPORTED = ("accuracy", "balanced_accuracy", "unseen_accuracy", "unseen_among_unseen", "harmonic_mean",
-            "seen_with_offset", "unseen_with_offset")
+            "seen_with_offset", "unseen_with_offset", "majority", "right", "items", "fewest")
+
+
+def count_right(answers, truth):
+    """answers (n,) and truth (n,) as class numbers -> accuracy, balanced accuracy, and their yardsticks.
+
+    majority: the accuracy of whoever always answers the largest class. fewest: items of the smallest class.
+    """
+    right, counts = answers == truth, torch.bincount(truth)
+    of_class = torch.bincount(truth, right.double()) / counts  # nan where a class has no items
+    return dict(accuracy=right.float().mean().item(), balanced_accuracy=of_class.nanmean().item(),
+                majority=counts.max().item() / len(truth), right=right.sum().item(), items=len(truth),
+                fewest=counts[counts > 0].min().item())
+
+
+def wilson_interval(right, n):
+    """The 95% interval (low, high) of a rate of which `right` of n were seen (Wilson 1927)."""
+    z = 1.96
+    centre, spread = (right + z * z / 2) / (n + z * z), math.sqrt(right * (n - right) / n + z * z / 4)
+    half = z * spread / (n + z * z)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def worded(measure):
+    """'balanced_accuracy' -> 'balanced accuracy'."""
+    return measure.replace("_", " ")
 
 
 @torch.no_grad()
@@ -923,11 +997,11 @@ def evaluate(model, slot, arrays, chosen=None):
 
     With a label loss the label head answers, over the target's classes; without, a linear probe fitted on
     the run's own training examples. Penalty and offset are the best on this split, unless `chosen`, what
-    evaluate() said of validation, is handed in. Without labels the score is minus the loss. score and
-    accuracy leave out items of unseen_classes; of those see unseen_report().
+    evaluate() said of validation, is handed in. The score is what slot.measure() says; without labels
+    minus the loss. score and accuracy leave out items of unseen_classes; of those see unseen_report().
     """
-    labels, classes = arrays.get("labels"), len(slot.meta["classes"])
-    if labels is None or classes < 2:
+    labels, classes, measure = arrays.get("labels"), len(slot.meta["classes"]), slot.measure()
+    if measure == "loss":
         loss = 0.0
         with evaluating(model):
             for batch in slot.evaluation_batches(arrays):
@@ -947,11 +1021,8 @@ def evaluate(model, slot, arrays, chosen=None):
     else:
         probe = chosen["probe"]
     scores = features @ probe[0].T + probe[1]  # (n, classes)
-    right = (scores.argmax(1) == truth).float()
-    accuracy = right[~unseen].mean().item()
-    by_class = [right[truth == c].mean() for c in truth[~unseen].unique()]
-    found = dict(score=accuracy, accuracy=accuracy, balanced_accuracy=torch.stack(by_class).mean().item(),
-                 probe=probe)
+    found = count_right(scores.argmax(1)[~unseen], truth[~unseen])
+    found.update(score=found[measure], probe=probe)
     if unseen.any() and (chosen is None or "unseen_offset" in chosen):  # validation may have had none
         found.update(unseen_report(scores, truth, slot.unseen, chosen["unseen_offset"] if chosen else None))
     return found
@@ -994,6 +1065,8 @@ def score_run(run):
         test = evaluate(model, target, target.split("test"), val)
     classes = len(target.meta["classes"])
     result = dict(name=os.path.basename(os.path.normpath(cfg["out_dir"])), target=target.name,
+                  split="test" if test else "val", measure=target.measure(),
+                  unseen_classes=len(target.unseen),
                   losses={name: cfg[f"{name}_loss"] for name in slots}, seed=cfg["seed"],
                   steps=cfg["steps"], warm_start_steps=cfg["warm_start_steps"],
                   examples={name: len(slot.examples) for name, slot in slots.items()},
@@ -1011,6 +1084,37 @@ def score_run(run):
     memory = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else peak_memory()
     return dict(result, flops=flops, seconds=round(run.seconds, 2), peak_memory=memory,
                 samples_per_second=round(run.items / run.seconds, 1))
+
+
+def closing_lines(result, folder, argv):
+    """What a person reads at the end of a run: how good, against what, where it lies, and what next."""
+    of_split = lambda key: result.get(f"{result['split']}_{key}")
+    name = dict(test="test", val="validation")[result["split"]]
+    if result["measure"] == "loss":
+        lines = [f"{name}: loss {of_split('loss'):.4f} (the target has no classes, so there is no accuracy)"]
+    else:
+        right, items, fewest = of_split("right"), of_split("items"), of_split("fewest")
+        low, high = wilson_interval(right, items)
+        lines = [f"{name}: accuracy {of_split('accuracy'):.3f}: {right:,} of {items:,} right (95% interval "
+                 f"{low:.3f} to {high:.3f}), where guessing has {result['chance']:.2g}"]
+        balanced = result["measure"] == "balanced_accuracy"
+        if balanced:
+            lines[0] += f" and always the largest class {of_split('majority'):.2g}"
+            lines += ["the classes are uneven, so runs are compared by balanced accuracy, the mean over "
+                      f"classes: {of_split('balanced_accuracy'):.3f}"]
+        if items < 100 or balanced and fewest < 5:
+            lines += [f"warning: {name} has {items} items, {fewest} of its smallest class: too few to tell "
+                      "good from better"]
+    if of_split("unseen_accuracy") is not None:
+        lines += [f"{result['unseen_classes']} classes had no labelled example: of their items "
+                  f"{of_split('unseen_among_unseen'):.3f} are right among themselves, "
+                  f"{of_split('unseen_accuracy'):.3f} among all classes"]
+    lines += [f"in {folder}: best.pt (step {result['best_step']}), last.pt, log.jsonl, result.json"]
+    kept = [arg for arg in argv if arg.split("=")[0] not in ("--out_dir", "--seed", "--resume")]
+    compare = shlex.join(["python", "probe.py", "compare", *kept])
+    others = len(result["losses"]) > 1
+    lines += [f"next: does the other data help? {compare}" if others else f"next: python probe.py {folder}"]
+    return lines
 
 
 def count_flops(model, name, batch):
@@ -1243,6 +1347,8 @@ def main():
         if dist.is_initialized():
             dist.destroy_process_group()
     if result is not None:
+        for line in closing_lines(result, cfg["out_dir"], sys.argv[1:]):
+            tell(line)
         tell(json.dumps(result))
 
 
