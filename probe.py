@@ -1097,25 +1097,30 @@ def draw_compare(path, out):
 
 def draw_side_by_side(path, runs):
     """Few-shot curves, margins and robustness of several runs in one figure."""
+    shots = max((list(run.report["few_shot"]) for run in runs), key=len)  # the others have the first of these
+    # the bulk: a few far items would squeeze all others; bins in common, so that heights compare
+    bulk = np.quantile(np.concatenate([run.margins for run in runs]), (0.005, 0.995))
     with figure(path, 12, 3.6, ncols=3) as (_, (left, middle, right)):
         for run in runs:
-            name, shots = run.name, run.report["few_shot"]
-            means = [entry["mean"] for entry in shots.values()]
-            spreads = [entry["std"] for entry in shots.values()]
-            left.errorbar(list(shots), means, spreads, marker="o", capsize=3, label=name)
-            middle.hist(run.margins, bins=60, density=True, histtype="step", label=name)
+            means = [entry["mean"] for entry in run.report["few_shot"].values()]
+            spreads = [entry["std"] for entry in run.report["few_shot"].values()]
+            left.errorbar(shots[:len(means)], means, spreads, marker="o", capsize=3, label=run.name)
+            middle.hist(run.margins, np.linspace(*bulk, 31), density=True, histtype="step", label=run.name)
             if run.report["robustness"]:
-                right.plot(np.mean(list(run.report["robustness"].values()), 0), marker="o", label=name)
-        left.set(xscale="log", xlabel="examples a class", ylabel="few-shot probe accuracy")
-        left.set_xticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
-        middle.set(xlabel="margin of held-out items (0: on the boundary)", ylabel="density")
-        right.set(xlabel="severity of the corruption (mean over kinds)", ylabel="accuracy", xticks=range(4))
+                right.plot(np.mean(list(run.report["robustness"].values()), 0), marker="o", label=run.name)
+        left.set(xscale="log", xlabel="examples a class", ylabel="few-shot probe accuracy", ylim=(0, None))
+        left.set_xticks(shots, shots)
+        left.minorticks_off()
+        middle.axvline(0, ls=":", color="grey", lw=1)
+        middle.set(xlabel="margin, middle 99% (0: on the boundary)", ylabel="density")
+        right.set(xlabel="severity of the corruption (mean over kinds)", ylabel="accuracy", ylim=(0, None))
+        right.set_xticks(range(4), ["none", 1, 2, 3])
         left.legend()
 
 
 def draw_predictions(path, runs, rows=4, columns=6):
-    """A sheet of held-out items drawn at random. Below each, every run that was tested on the same items has
-    a tick if it is right, or a cross and the class it gives instead."""
+    """A sheet of held-out items of seen classes, drawn at random. Below each, every run that was tested on
+    the same items has a tick if it is right, or a cross and the class it gives instead; above all, totals."""
     first = runs[0]
     meta, held = first.target.meta, first.held
     same_items = [run for run in runs
@@ -1123,9 +1128,15 @@ def draw_predictions(path, runs, rows=4, columns=6):
     short = []  # the words that tell each class from the others, in lines that fit below a picture
     for name, words in zip(meta["classes"], class_words(meta["classes"])):
         short.append(textwrap.fill(" ".join(words) or name, 24))
-    chosen = np.random.default_rng(0).permutation(len(held["labels"]))[:rows * columns]
-    height = rows * (1.35 + 0.32 * len(same_items))
-    with figure(path, 1.9 * columns, height, nrows=rows, ncols=columns) as (_, axes):
+    chosen = np.random.default_rng(0).permutation(first.seen)[:rows * columns]
+    totals = []
+    for run in same_items:
+        right = run.answers == held["labels"]
+        totals.append(f"{run.name}: {right[run.seen].mean():.1%} of {len(run.seen):,} right, "
+                      f"{right[chosen].sum()} of the {len(chosen)} shown")
+    height = rows * (1.35 + 0.32 * len(same_items)) + 0.25 * len(totals)
+    with figure(path, 1.9 * columns, height, nrows=rows, ncols=columns) as (fig, axes):
+        fig.suptitle("\n".join(totals), fontsize=10)
         for ax, item in zip(axes.flat, chosen):
             tokens, truth = held["tokens"][np.array([item])], held["labels"][item]
             if "patch" in meta:
@@ -1145,18 +1156,28 @@ def draw_predictions(path, runs, rows=4, columns=6):
 
 
 def draw_curves(path, runs):
-    """Loss of every slot and validation accuracy over steps, from each run's log.jsonl."""
-    styles = ("-", "--", ":", "-.")
+    """Loss of every slot and validation accuracy over target steps, from each run's log.jsonl.
+
+    A colour is a run, a dash is a slot. Step 0 is the target's first: a warm start lies before it, shaded.
+    """
+    slots = dict.fromkeys(slot for run in runs for slot in run.slots)
+    dashes = dict(zip(slots, itertools.cycle(("-", "--", ":", "-."))))
+    # where the target begins; in stages it trains from the first step on
+    starts = [0 if run.cfg["stages"] else run.cfg["warm_start_steps"] for run in runs]
     with figure(path, 9, 3.4, ncols=2) as (_, (left, right)):
-        for i, run in enumerate(runs):
+        for i, (run, warm) in enumerate(zip(runs, starts)):
             losses, scores = read_log(os.path.join(run.folder, "log.jsonl"))
-            for style, (slot, values) in zip(styles, losses.items()):
-                left.plot(*zip(*values.items()), style, color=f"C{i}", label=f"{run.name}, {slot}")
-            right.plot(*zip(*scores.items()), styles[i % 4], marker="o", ms=3, color=f"C{i}", label=run.name)
-        left.set(xlabel="step", ylabel="training loss")
-        right.set(xlabel="step", ylabel="validation accuracy", ylim=(0, None))
+            for slot, values in losses.items():
+                left.plot(np.array(list(values)) - warm, list(values.values()), dashes[slot], color=f"C{i}")
+            right.plot(np.array(list(scores)) - warm, list(scores.values()), marker="o", ms=3, color=f"C{i}")
+            left.plot([], [], color=f"C{i}", lw=6, label=run.name)
+        for slot, dash in dashes.items():
+            left.plot([], [], dash, color="black", label=f"loss of {slot}")
+        if max(starts):
+            left.axvspan(-max(starts), 0, color="0.92", label="warm start")
+        left.set(xlabel="steps of the target", ylabel="training loss")
+        right.set(xlabel="steps of the target", ylabel="validation accuracy", xlim=(0, None), ylim=(0, None))
         left.legend(fontsize=7)
-        right.legend(fontsize=7)
 
 
 def read_log(path):

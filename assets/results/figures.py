@@ -1,4 +1,4 @@
-"""The figures that make.py draws: curves of a comparison, and what letters_text.py learns from.
+"""The figures that make.py draws: all regimes, curves of some, and what letters_text.py learns from.
 
     python assets/results/make.py    # draws them all
 
@@ -35,6 +35,33 @@ def draw_curve(path, results):
         ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         ax.minorticks_off()
         ax.legend()
+
+
+MARKS = dict(alone="C0o", uml="C1s", control="C2^", convnet="C7D", nearest="C4v")  # of an arm in a summary
+
+
+def draw_summary(path, rows):
+    """A line a regime: its arms with 95% intervals, a bar from alone to uml, the verdict at the right.
+
+    rows: [(title, {arm: {"mean", "half"}}, verdict)].
+    """
+    with figure(path, 9, 0.9 + 0.36 * len(rows)) as (_, ax):
+        for i, (title, arms, verdict) in enumerate(rows):
+            ends = [100 * arms[arm]["mean"] for arm in ("alone", "uml")]
+            ax.plot(ends, [i, i], color="0.85", lw=6, zorder=0, solid_capstyle="butt")
+            for j, (arm, mark) in enumerate(MARKS.items()):
+                if entry := arms.get(arm):
+                    # a little above or below the line, so that intervals do not hide each other
+                    mean, half = 100 * entry["mean"], 100 * (entry["half"] or 0)
+                    ax.errorbar(mean, i + 0.12 * (j - 2), xerr=half, fmt=mark, ms=4, capsize=2, lw=1)
+            ax.text(1.01, i, verdict, transform=ax.get_yaxis_transform(), va="center", fontsize=8)
+        for arm, mark in MARKS.items():
+            ax.plot([], [], mark, label=dict(convnet="ConvNet", nearest="nearest neighbour").get(arm, arm))
+        ax.set_yticks(range(len(rows)), [title for title, *_ in rows], fontsize=8)
+        ax.set(xlabel="accuracy in %, with 95% intervals", xlim=(0, 100), ylim=(len(rows) - 0.5, -0.5))
+        ax.grid(axis="x", color="0.9")
+        ax.set_axisbelow(True)
+        ax.legend(ncols=len(MARKS), fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
 
 
 def draw_letters(path):

@@ -4,6 +4,7 @@
     python assets/results/make.py --check    # exit 2 if that would change a word
 
 A page holds blocks `<!-- KIND WORDS -->` ... `<!-- /KIND -->`; what stands between is written here. KIND is
+    summary FILE.png NAME='title' ...    all regimes in a table with a word of verdict each, and in a figure
     results NAME='title' ...   a table, a row a comparison, with the commands
     arms NAME='title' ...      every arm of some comparisons
     unseen NAME='title' ...    classes that had no labelled example
@@ -20,11 +21,21 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path[:0] = [HERE, ROOT]
-from figures import draw_curve, draw_letters, per_class
+from figures import draw_curve, draw_letters, draw_summary, per_class
 from prepare import UserError, exit_on_user_error, read_json, read_text, write_file
-from probe import show_auxiliaries
+from probe import show_auxiliaries, t_interval, verdict
+from theory import draw_theory
 
 PAGES = ("README.md", os.path.join("assets", "results", "README.md"))
+# How a sentence of verdict() begins: a word or two for it.
+VERDICTS = {
+    "too few": "too few seeds",
+    "no effect shown": "no effect shown",
+    "the unpaired data hurt:": "**hurts**",
+    "the unpaired data helped:": "**helps**",
+    "uml is above alone, but no control": "no control",
+    "uml is above alone, but it is not": "not above control",
+}
 
 
 def result_of(name):
@@ -36,10 +47,13 @@ def result_of(name):
 
 
 def convnet_of(name):
-    """The reference column of TARGET_EXAMPLES...: a plain ConvNet on the same items, where it was trained."""
+    """The reference of TARGET_EXAMPLES...: a plain ConvNet on the same items; {} where none was trained."""
     first_two_words = "_".join(name.split("_")[:2])
     path = os.path.join(HERE, f"convnet_{first_two_words}.json")
-    return f"{100 * np.mean(read_json(path)['scores']):.1f}" if os.path.exists(path) else "-"
+    if not os.path.exists(path):
+        return {}
+    mean, half = t_interval(read_json(path)["scores"])
+    return dict(mean=mean, half=half)
 
 
 def percent(entry):
@@ -62,18 +76,38 @@ def table_of(columns, rows):
     return [first, "|---" * len(columns) + "|", *others]
 
 
+def seeds_of(result):
+    """'8', or '18 on 6 speakers'."""
+    folds = result.get("folds", result["seeds"])
+    return f"{result['seeds']}" + (f" on {folds} speakers" if folds != result["seeds"] else "")
+
+
 def results_table(rows):
     lines = []
     for name, (title, result) in rows.items():
         alone, control, uml = (result["arms"].get(arm, {}) for arm in ("alone", "control", "uml"))
-        scores = percent(alone), convnet_of(name), percent(control), percent(uml)
+        convnet = f"{100 * convnet_of(name)['mean']:.1f}" if convnet_of(name) else "-"
+        scores = percent(alone), convnet, percent(control), percent(uml)
         above = percent(uml["minus_alone"]), percent(control.get("uml_minus"))
-        seeds = f"{result['seeds']}"
-        if result.get("folds", result["seeds"]) != result["seeds"]:
-            seeds += f" on {result['folds']} speakers"
-        lines.append([title, show_auxiliaries(result), *scores, *above, seeds])
+        lines.append([title, show_auxiliaries(result), *scores, *above, seeds_of(result)])
     return table_of(["target", "beside it", "alone", "ConvNet", "control", "uml", "uml - alone (p)",
                      "uml - control (p)", "seeds"], lines)
+
+
+def summary(rows):
+    """The table of all regimes, as lines, and what draw_summary() takes."""
+    lines, drawn = [], []
+    for name, (title, result) in rows.items():
+        arms, sentence = dict(result["arms"], convnet=convnet_of(name)), verdict(result)
+        word = next(word for start, word in VERDICTS.items() if sentence.startswith(start))
+        reference = percent(arms["convnet"])
+        if "nearest" in arms and not arms["convnet"]:
+            reference = f"{percent(arms['nearest'])} (nearest)"
+        alone, control, uml = (percent(arms.get(arm)) for arm in ("alone", "control", "uml"))
+        lines.append([title, alone, reference, control, uml, word, seeds_of(result)])
+        drawn.append((title, arms, word.strip("*")))
+    columns = ["regime", "alone", "ConvNet or nearest", "control", "uml", "verdict", "seeds"]
+    return table_of(columns, lines), drawn
 
 
 def commands_of(rows):
@@ -150,6 +184,12 @@ def holm(tabled):
 # pages
 
 
+def rows_of(words):
+    """Words NAME=title of a marker -> {name: (title, result)}."""
+    titles = dict(word.split("=", 1) for word in words)
+    return {name: (title, result_of(name)) for name, title in titles.items()}
+
+
 def rewrite(page, check):
     """The text of a page with every block made anew."""
     tabled = {}  # {name: (title, result)} of all tables so far
@@ -161,11 +201,14 @@ def rewrite(page, check):
             if not check:
                 draw_curve(os.path.join(ROOT, "assets", words[0]), results)
             lines = [worth(results)]
+        elif kind == "summary":
+            lines, drawn = summary(rows_of(words[1:]))
+            if not check:
+                draw_summary(os.path.join(ROOT, "assets", words[0]), drawn)
         elif kind == "holm":
             lines = [holm(tabled.values())]
         else:
-            titles = dict(word.split("=", 1) for word in words)
-            rows = {name: (title, result_of(name)) for name, title in titles.items()}
+            rows = rows_of(words)
             make = dict(results=results_table, arms=arms_table, unseen=unseen_table)[kind]
             lines = make(rows)
             if kind == "results":
@@ -173,7 +216,7 @@ def rewrite(page, check):
                 lines += commands_of(rows) if "results" in page else []
         return "\n".join([match[1], *lines, match[3]])
 
-    blocks = r"(<!-- ((?:results|arms|unseen|curve|holm)\b.*?) -->)\n.*?(<!-- /\w+ -->)"
+    blocks = r"(<!-- ((?:summary|results|arms|unseen|curve|holm)\b.*?) -->)\n.*?(<!-- /\w+ -->)"
     return re.sub(blocks, block, read_text(page), flags=re.S)
 
 
@@ -181,6 +224,7 @@ def main():
     check = "--check" in sys.argv
     if not check:
         draw_letters(os.path.join(ROOT, "assets", "letters.png"))
+        draw_theory(os.path.join(ROOT, "assets", "theory.png"), result_of("theory"))
     for page in PAGES:
         path = os.path.join(ROOT, page)
         text = rewrite(path, check)

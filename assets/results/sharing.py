@@ -1,11 +1,10 @@
 """What do the slots of finished runs share? Gradients on the trunk, and words in the rows of the label head.
 
-    python assets/results/sharing.py out/letters_text
-    python assets/results/sharing.py out/numbers_text out/numbers_control    # side by side in one figure
+    python assets/results/sharing.py out/numbers_text out/numbers_control
 
 Of each run: do batches of two slots pull the trunk the same way (the cosine of their gradients, before and
 after training)? Do classes whose names share a word have similar rows in the label head? The last line is
-JSON; into the first folder: sharing.png. gradients.py follows the first question through a run.
+JSON. gradients.py follows the first question through a run, and draws it.
 """
 import copy
 import json
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 from prepare import UserError, exit_on_user_error, tell
-from probe import class_words, figure, open_run, permutation_p
+from probe import class_words, open_run, permutation_p
 from train import build_model, model_slots
 
 BATCHES = 8  # in the mean of a gradient
@@ -107,37 +106,6 @@ def report_of(run):
     return dict(name=run.name, gradients=gradients, head=head)
 
 
-def draw_sharing(path, reports):
-    """Left: how gradients agree, hollow before and full after training. Right: cosines in the label head."""
-    bars = []  # for each run {pair and block: (fresh, best)}
-    for report in reports:
-        bars.append({})
-        for pair, states in report["gradients"].items():
-            for block, ends in enumerate(zip(states["fresh"], states["best"])):
-                bars[-1][f"{pair}\nblock {block + 1}"] = ends
-    names = list(dict.fromkeys(name for own in bars for name in own))
-    wide, groups = max(2, len(names)), ("first", "last", "neither")
-    with figure(path, 6.5 + 0.9 * wide, 3.6, ncols=2, width_ratios=[wide, 4]) as (_, (left, right)):
-        for i, (report, own) in enumerate(zip(reports, bars)):
-            mark, color = "os^Dv*"[i % 6], f"C{i % 6}"  # readable without colours, too
-            for name, ends in own.items():
-                x = names.index(name) + 0.6 * ((i + 1) / (len(reports) + 1) - 0.5)
-                left.plot([x, x], ends, mark + "-", color=color, lw=1)
-                left.plot(x, ends[0], mark, color=color, mfc="white")
-            if report["head"]:
-                heights = np.array([report["head"][key] for key in groups], float)  # None becomes nan
-                right.plot(heights, mark, color=color, label=report["name"])
-                right.legend(fontsize=7)
-        left.set_xticks(range(len(names)), names, fontsize=7)
-        left.set(ylabel="cosine of gradients", xlim=(-0.5, wide - 0.5), ylim=(-1.05, 1.05))
-        left.set_title("hollow: fresh weights, full: best", fontsize=9)
-        right.set_xticks(range(3), ("same first word", "same last word", "neither"), fontsize=8)
-        right.set(xlabel="two classes, by their names", xlim=(-0.5, 2.5))
-        right.set(ylabel="mean cosine of label head rows")
-        for ax in (left, right):
-            ax.axhline(0, ls=":", color="grey", lw=1)
-
-
 def main():
     folders = sys.argv[1:]
     if not folders:
@@ -146,12 +114,6 @@ def main():
     for run in runs:
         tell(f"{run.folder}: gradients of its slots, rows of its label head ...")
         reports.append(report_of(run))
-    path = os.path.join(folders[0], "sharing.png")
-    if any(report["gradients"] or report["head"] for report in reports):
-        draw_sharing(path, reports)
-        tell(f"wrote {path}")
-    else:
-        tell("nothing to draw: no run has two slots with a common trunk, or class names that share words")
     print(json.dumps(reports[0] if len(reports) == 1 else reports))
 
 
