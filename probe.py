@@ -407,7 +407,8 @@ def verdict(out):
         """An accuracy in points, a loss as it is."""
         return f"{100 * value:+.1f}" if out["chance"] else f"{value:+.3f}"
 
-    said = f"uml minus alone is {signed(alone['mean'])}"
+    said = "" if out.get("measure") != "balanced_accuracy" else "balanced accuracy: "
+    said += f"uml minus alone is {signed(alone['mean'])}"
     if alone["half"] is not None:
         said += f" [{signed(alone['mean'] - alone['half'])}, {signed(alone['mean'] + alone['half'])}]"
     if out["chance"]:

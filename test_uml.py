@@ -25,6 +25,7 @@ import tarfile
 import threading
 import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -1011,7 +1012,8 @@ def test_sound_can_be_the_target_with_pictures_and_text_beside_it(data, tmp_path
     keys = dict(rate=16000, mels=24, frames=24, group=8, shift=2, gain=3.0, mask=2, weight=0.5, batch=4)
     argv = ["--target=audio", f"--audio=folder:{tmp_path}/r", *(f"--audio_{key}={keys[key]}" for key in keys)]
     train(data, f"{tmp_path}/o", *argv, "--layers=1")
-    report, (folder,) = B.analyse(B.open_run(f"{tmp_path}/o")).report, glob(data, "audio-folder-r-*")
+    B.analyse_all([f"{tmp_path}/o"])
+    (report,), (folder,) = json.load(open(tmp_path / "o/analysis.json")), glob(data, "audio-folder-r-*")
     assert P.read_meta(folder)["arrays"]["tokens"]["shape"] == [3, 8 * 24] and counts(folder) == [50, 5, 5]
     assert {*report["robustness"]} == {*B.SOUND_CORRUPTIONS} and report["alignment"]["text"]["classes"] == 5
 
@@ -1081,10 +1083,13 @@ def test_measures_know_their_answers():
     turned, labels = a @ torch.linalg.qr(b[:12])[0], torch.arange(40) % 2
     split = noise + 20 * labels[:, None]
     assert B.cka(a, 3 * turned + 5) == pytest.approx(1, abs=1e-4) and B.cka(a, noise) < 0.5
-    assert B.mutual_knn(a, turned, 5) == 1 and B.mutual_knn(a, noise, 5) < 0.4
+    near = [B.neighbours(rows, 5) for rows in (a, turned, noise)]
+    assert torch.equal(near[0], near[1]) and (near[0] & near[2]).sum() < 0.4 * near[0].sum() == 0.4 * 200
     assert (B.unit_agreement(a, 2 * a + 1) > 0.999).all() and B.unit_agreement(a, noise).abs().mean() < 0.3
-    assert B.permutation_p(B.cka, a, turned)[1] < 0.01 and B.permutation_p(B.cka, a, noise)[1] > 0.05
-    assert B.few_shot(split, labels, split, labels, shots=(4,))[4]["mean"] == 1
+    p = lambda other: B.permutation_p(lambda order: B.cka(a, other[order]), 40)[1]
+    assert p(turned) < 0.01 and p(noise) > 0.05
+    with ThreadPoolExecutor(1) as pool:
+        assert B.few_shot(split.__getitem__, labels.numpy(), split, labels, pool, (4,))[4]["mean"] == 1
     x, truth = torch.tensor([[-1.0], [1.0], [3.0], [-3.0]]), torch.tensor([0, 1, 1, 0])
     margin = B.margins(x, truth, torch.tensor([[0.0], [2.0]]), torch.zeros(2))
     assert (margin * x.std()).tolist() == pytest.approx([1, 1, 3, 3], abs=1e-5)
@@ -1178,8 +1183,8 @@ def test_compare_runs_its_arms_says_a_verdict_and_is_cached(data, tmp_path, monk
     monkeypatch.setattr(T, "set_up", None)  # whatever still trained would end in a TypeError
     assert B.compare(argv) == out == json.load(open(tmp_path / "o/compare.json"))
     said = capsys.readouterr().out
-    assert os.path.exists(tmp_path / "o/compare.png") and "verdict" in said and "harmonic_mean" in said
-    assert "8 of 8 runs finished, about 0 minutes to go" in said
+    assert os.path.exists(tmp_path / "o/compare.png") and "verdict" in said and "harmonic mean" in said
+    assert "8 of up to 8 runs, about 0 minutes to go" in said
     for words, more in (("unknown arm 'frozen'", "--arms=frozen"), ("needs --unrelated", "--arms=unrelated"),
                         ("must be numbers", "--search=fast"), ("a target and an auxiliary", "--text="),
                         ("need a target of features", "--arms=nearest"),
@@ -1215,6 +1220,58 @@ def test_a_run_of_compare_is_found_by_what_decides_its_result(data, monkeypatch)
     monkeypatch.setattr(B, "TRAINING_VERSION", T.TRAINING_VERSION + 1)
     assert name() != first
 
+def test_uneven_classes_are_judged_by_balanced_accuracy_and_shown_beside_the_largest_class(tmp_path, capsys):
+    """18 cats and 3 dogs: whoever always says cat has 0.86, and a balanced accuracy of a half."""
+    for part, (name, count) in itertools.product(("train", "val", "test"), (("cat", 18), ("dog", 3))):
+        picture_folder(tmp_path / "in", [name], count, [part])
+    argv = [f"--image=folder:{tmp_path}/in", *RUN, *into(tmp_path)]
+    result = run(*argv)
+    lines = "\n".join(T.closing_lines(result, "out/o", [*argv, "--seed=3"]))
+    assert result["measure"] == "balanced_accuracy" and result["test_majority"] == pytest.approx(18 / 21)
+    for words in ("of 21 right (95% interval", "always the largest class 0.86", "by balanced accuracy",
+                  f"{result['test_balanced_accuracy']:.3f}", "warning: test has 21 items, 3 of its smallest",
+                  "next: python probe.py out/o"):
+        assert words in lines
+    found = T.count_right(torch.tensor([0, 0, 0, 0, 1]), torch.tensor([0, 0, 0, 1, 1]))
+    assert found["accuracy"] == pytest.approx(0.8) and found["balanced_accuracy"] == 0.75
+    out = B.compare([*argv, "--text=letters", "--text_loss=next", "--search=1", "--seeds=2"])
+    assert out["measure"] == "balanced_accuracy" and out["majority"] == pytest.approx(18 / 21)
+    assert out["arms"]["uml"]["scores"] == out["arms"]["uml"]["balanced_accuracy"]
+    said = capsys.readouterr().out
+    assert "balanced accuracy on the test split; guessing has 0.5000, always the largest class 0.8571" in said
+    assert "verdict: too few seeds" in said and "balanced accuracy: uml minus alone" in said
+
+def test_the_interval_of_a_single_run_is_that_of_scipy():
+    from scipy.stats import binomtest
+    for right, n in ((81, 263), (0, 10), (10, 10)):
+        known = binomtest(right, n).proportion_ci(method="wilson")
+        assert T.wilson_interval(right, n) == pytest.approx((known.low, known.high), abs=1e-4)
+
+def test_the_log_also_goes_where_people_have_it(data, tmp_path, monkeypatch):
+    """TensorBoard's files hold the numbers of log.jsonl; trackio and wandb share their calls."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    train(data, f"{tmp_path}/o", "--report_to=tensorboard")
+    events = EventAccumulator(f"{tmp_path}/o").Reload()
+    losses, scores = B.read_log(f"{tmp_path}/o/log.jsonl")
+    seen = {event.step: event.value for event in events.Scalars("loss/text")}
+    assert seen == pytest.approx(losses["text"]) and len(events.Scalars("val_accuracy")) == len(scores) > 0
+    told = []
+    tracker = SimpleNamespace(init=lambda **how: told.append(how["project"]),
+                              log=lambda numbers, step: told.append((step, "loss/image" in numbers)))
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    train(data, f"{tmp_path}/w", "--report_to=wandb")
+    assert told[0] == "nanouml" and (9, True) in told
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    refuses("report_to='trackio' needs trackio: pip install trackio", train, data, f"{tmp_path}/t",
+            "--report_to=trackio")
+
+def test_on_a_terminal_a_bar_takes_the_place_of_loss_lines(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    T.run(config(data, f"{tmp_path}/o"))
+    out, wrong = capsys.readouterr()
+    assert "9/9" in wrong and "image " in wrong and "ms/step" not in out and "validation accuracy" in out
+
 def test_a_log_may_repeat_steps_of_a_killed_run_and_end_in_half_a_line(tmp_path):
     lines = [dict(step=2, loss=dict(image=9)), dict(step=2, val_score=0.1), dict(step=2, loss=dict(image=2))]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "lo')
@@ -1224,7 +1281,10 @@ def test_probe_reads_runs_side_by_side(pair, monkeypatch, capsys):
     monkeypatch.setattr(B, "few_shot", partial(B.few_shot, shots=(1, 2), draws=2))
     monkeypatch.setattr(sys, "argv", ["probe.py", pair.uml, pair.alone])
     B.main()
-    uml, alone = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+    said, (uml, alone) = capsys.readouterr().out, json.load(open(f"{pair.uml}/analysis.json"))
+    accuracy = next(line for line in said.splitlines() if line.startswith("  accuracy")).split()[1:]
+    assert accuracy == [f"{report['accuracy']:.3f}" for report in (uml, alone)] and "wrote analysis" in said
+    assert uml["accuracy"] == pytest.approx(pair.result["test_accuracy"]) and "2 a class" in said
     assert len(uml["layers"]) == 3 and len(alone["layers"]) == 2 and not alone["alignment"]
     assert uml["alignment"]["text"]["classes"] == 12 and set(uml["robustness"]) == set(B.PICTURE_CORRUPTIONS)
     figures = {"side_by_side.png", "predictions.png", "curves.png"}

@@ -96,7 +96,7 @@ def head_geometry(weight, classes):
     if not (first != last).any() or not groups["neither"].any():
         return None
     found = {name: float(cosine[group].mean()) if group.any() else None for name, group in groups.items()}
-    return dict(found, p=permutation_p(gap, cosine, codes)[1])
+    return dict(found, p=permutation_p(lambda order: gap(cosine, codes[order]), len(codes))[1])
 
 
 def report_of(run):
