@@ -214,6 +214,43 @@ class LanguageTrunk(nn.Module):
             raise ValueError(f"{name}_loss=next needs a language model that looks back only, as GPT-2 does")
 
 
+# What auxiliaries share of the target's trunk, by the value of the key `share`. The label head is shared as
+# well, but for "none". "trunk": they have no other; "added": see AddedLinear.
+SHARES = dict(trunk=None, attention=("qkv", "proj"), feedforward=("up", "down"),
+              norms=("norm1", "norm2", "norm"), head=(), none=(), added=())
+
+
+def share_parts(own, trunk, parts):
+    """Put the trunk's modules of these names, such as "qkv", in the places of an auxiliary's own."""
+    for mine, theirs in zip([own, *own.blocks], [trunk, *trunk.blocks]):
+        for part in set(parts) & dict(theirs.named_children()).keys():
+            setattr(mine, part, getattr(theirs, part))
+
+
+class AddedLinear(nn.Linear):
+    """The target's W + lambda W', where W' is an auxiliary's and lambda starts at 0 and is learned.
+
+    Cross-modal re-parameterisation, M2PT (arXiv 2401.14405). After training both are one matrix.
+    """
+
+    def __init__(self, linear, others):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.others = others  # a plain list of their nn.Linear: their weights are listed once, as theirs
+        self.scales = nn.Parameter(torch.empty(len(others)))
+
+    def forward(self, h):
+        weight = self.weight + sum(scale * other.weight for scale, other in zip(self.scales, self.others))
+        return F.linear(h, weight)
+
+
+def add_parts(trunk, others):
+    """Every matrix of the trunk's blocks becomes an AddedLinear with those of the other trunks."""
+    for number, block in enumerate(trunk.blocks):
+        for name in ("qkv", "proj", "up", "down"):
+            theirs = [getattr(other.blocks[number], name) for other in others]
+            setattr(block, name, AddedLinear(getattr(block, name), theirs))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # objectives: functions of (model, slot name, batch) -> a scalar loss. A new one is a function here and a line
 # in the table OBJECTIVES.
@@ -366,28 +403,38 @@ class UML(nn.Module):
         has rows: those of the label head that it has examples of.
     classes: rows of the label head (0: none).
     temperature: learn one per slot with "label". label_smoothing: share of the target spread over a slot's
-    classes. apart: every slot but the first has a trunk of its own; then only the label head is shared.
+    classes. share: one of SHARES, what the other slots share with the first, the target.
     trunk: configuration of a language model that is the trunk; its own width, layers and heads are used.
     Raises ValueError, in one sentence, for a combination that cannot work.
     """
 
     def __init__(self, slots, classes=0, width=128, layers=4, heads=4, temperature=False,
-                 label_smoothing=0.0, apart=False, trunk=None, seed=0):
+                 label_smoothing=0.0, share="trunk", trunk=None, seed=0):
         super().__init__()
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}")
+        if trunk and share not in ("trunk", "head", "none"):
+            raise ValueError(f"share='{share}' takes our own trunk apart; of a language model choose trunk, "
+                             "head or none")
         self.slots, self.label_smoothing, self.trunk_config = slots, label_smoothing, trunk
-        self.adapters, self.own_trunk = nn.ModuleDict(), nn.ModuleDict()
+        self.adapters = nn.ModuleDict()
         with torch.random.fork_rng(devices=[]):  # the networks of other libraries draw from torch's generator
             torch.manual_seed(seed)
             make_trunk = lambda: LanguageTrunk(trunk, width) if trunk else Trunk(width, layers, heads)
-            self.trunk = make_trunk()
+            # The trunk comes first: parts that own trunks share with it are known, and drawn, by its names.
+            self.trunk, self.own_trunk, self.own_head = make_trunk(), nn.ModuleDict(), nn.ModuleDict()
             for number, (name, slot) in enumerate(slots.items()):
                 self.adapters[name] = Adapter(name, slot, width, classes, temperature)
                 if trunk:
                     self.trunk.check(name, self.adapters[name], slot["length"])
-                if apart and number > 0:
+                if share != "trunk" and number > 0:
                     self.own_trunk[name] = make_trunk()
+                    if SHARES[share]:
+                        share_parts(self.own_trunk[name], self.trunk, SHARES[share])
+                if share == "none" and number > 0 and classes:
+                    self.own_head[name] = nn.Linear(width, classes)
+            if share == "added" and self.own_trunk:
+                add_parts(self.trunk, list(self.own_trunk.values()))
         self.label_head = nn.Linear(width, classes) if classes else None
         self.depth = self.trunk.net.config.num_hidden_layers if trunk else layers  # blocks of the trunk
         self.init_parameters(seed)
@@ -430,7 +477,8 @@ class UML(nn.Module):
 
     def label_scores(self, name, pooled):
         """Pooled states (B, C) -> scores of all classes (B, classes)."""
-        scores = self.label_head(pooled)
+        head = self.own_head[name] if name in self.own_head else self.label_head
+        scores = head(pooled)
         log_temperature = self.adapters[name].log_temperature
         return scores if log_temperature is None else scores * log_temperature.exp()
 

@@ -157,7 +157,12 @@ ARMS = {
     "alone": ("the target only, through the very layers of uml", target_only),
     "uml": ("the config as it stands", {}),
     "control": ("the auxiliary with its structure destroyed", dict(control=True)),
-    "apart": ("every slot with a trunk of its own, only the label head shared", dict(apart=True)),
+    "apart": ("every slot with a trunk of its own, only the label head shared", dict(share="head")),
+    "attention": ("of the trunk only attention is shared, and the label head", dict(share="attention")),
+    "feedforward": ("of the trunk only the feed-forward layers", dict(share="feedforward")),
+    "norms": ("of the trunk only the norms", dict(share="norms")),
+    "added": ("the target's matrices are W + lambda W', the auxiliary's", dict(share="added")),
+    "none": ("nothing is shared, not even the label head: alone, by construction", dict(share="none")),
     "longer": ("alone, with all the FLOPs of uml", target_only_for_longer),
     "init": ("trunk warm-started on the auxiliary, then the target alone", warm_start_only),
     "unrelated": ("a real auxiliary of another domain", unrelated_source),
@@ -1024,7 +1029,7 @@ def export(folder, into):
         raise UserError(f"{readme} is there already and belongs to no model: name another folder")
     with writing(into, 0):
         os.makedirs(into, exist_ok=True)
-    weights = {name: value.contiguous() for name, value in run.checkpoint["model"].items()}
+    weights = {name: value.clone() for name, value in run.checkpoint["model"].items()}
     write_file(os.path.join(into, "model.safetensors"), save(weights, dict(format="pt")))
     write_json(os.path.join(into, "config.json"), {key: run.checkpoint[key] for key in EXPORTED})
     write_file(readme, card(run).encode())

@@ -814,9 +814,46 @@ def test_a_label_loss_is_over_a_slots_own_classes_and_so_is_its_smoothing():
     wanted = -(0.7 * scores[torch.arange(5), batch["labels"] - 1] + 0.1 * scores.sum(1)).mean()
     assert model("text", **batch).item() == pytest.approx(wanted.item(), abs=1e-6)
 
+@cases("share, own", [("attention", {"up", "down", "norm1", "norm2", "norm"}),
+                      ("feedforward", {"qkv", "proj", "norm1", "norm2", "norm"}),
+                      ("norms", {"qkv", "proj", "up", "down"}),
+                      ("head", {"qkv", "proj", "up", "down", "norm1", "norm2", "norm"})])
+def test_what_is_not_shared_exists_once_a_modality(share, own):
+    """Of a joint step, modules of `own` have one gradient in each trunk; the others are one and the same."""
+    model = tiny(share=share)
+    loss = model("text", **text_batch())
+    (loss + model("image", tokens=torch.randn(4, 16, 12), labels=torch.tensor([0, 1, 2, 0]))).backward()
+    names = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert {name.split(".")[-2] for name in names if name.startswith("own_trunk.text")} == own
+    trunk, texts = model.trunk, model.own_trunk["text"]
+    for part in ("qkv", "up", "norm1"):
+        assert (getattr(trunk.blocks[1], part) is getattr(texts.blocks[1], part)) == (part not in own)
+
+def test_with_nothing_shared_the_target_learns_exactly_what_it_learns_alone(data, tmp_path):
+    train(data, tmp_path / "none", "--share=none")
+    train(data, tmp_path / "alone", "--text=")
+    none, alone = weights(tmp_path / "none"), weights(tmp_path / "alone")
+    assert all(torch.equal(none[key], alone[key]) for key in alone if not key.startswith("label_head"))
+    assert torch.equal(none["label_head.weight"][:12], alone["label_head.weight"])
+
+def test_added_matrices_start_as_the_targets_own_and_can_be_merged_after_training(data, tmp_path):
+    """W + lambda W' (arXiv 2401.14405): at lambda 0 the target alone; trained, one matrix does the same."""
+    model, fresh = tiny(share="added"), tiny(share="head")
+    tokens = torch.randn(4, 16, 12)
+    assert torch.equal(model.features("image", tokens), fresh.features("image", tokens))
+    train(data, tmp_path / "o", "--share=added")
+    trained = T.load_model(f"{tmp_path}/o/best.pt")[0]
+    linear = trained.trunk.blocks[0].up
+    assert linear.scales.item() != 0
+    h, theirs = torch.randn(3, 32), trained.own_trunk["text"].blocks[0].up
+    merged = h @ (linear.weight + linear.scales * theirs.weight).T
+    assert torch.allclose(linear(h), merged, atol=1e-5) and not torch.allclose(theirs(h), merged, atol=1e-2)
+    B.export(f"{tmp_path}/o", f"{tmp_path}/e")
+    assert same(T.load_model(f"{tmp_path}/e")[0].state_dict(), trained.state_dict())
+
 def test_initialisation_depends_on_seed_and_name_alone():
     both, alone = tiny(), M.UML(dict(image=tiny().slots["image"]), classes=3, width=16, layers=2, heads=2)
-    mine, theirs, apart = both.state_dict(), alone.state_dict(), tiny(apart=True).state_dict()
+    mine, theirs, apart = both.state_dict(), alone.state_dict(), tiny(share="head").state_dict()
     shared = [key for key, _ in alone.named_parameters() if key.startswith(("trunk", "adapters.image"))]
     assert len(shared) > 10 and all(torch.equal(mine[key], theirs[key]) for key in shared)
     assert torch.equal(mine["label_head.weight"][:3], theirs["label_head.weight"])
@@ -929,8 +966,8 @@ def test_batches_that_a_thread_builds_ahead_are_the_same_in_any_order_and_so_are
 @cases("more, name, idle", [
     ("--text_loss=next", "image", ("adapters.text",)),
     ("--text_loss=next", "text", ("adapters.image", "label_head")),
-    ("--apart=True", "text", ("adapters.image", "trunk")),
-    ("--apart=True", "image", ("adapters.text", "own_trunk.text"))])
+    ("--share=head", "text", ("adapters.image", "trunk")),
+    ("--share=head", "image", ("adapters.text", "own_trunk.text"))])
 def test_a_step_reaches_its_slot_and_the_trunk_and_no_idle_part_drifts(data, tmp_path, more, name, idle):
     this = set_up(data, more, "--text_updates=0", f"--out_dir={tmp_path}")
     groups = [p for group in this.optimizer.param_groups for p in group["params"]]
@@ -946,7 +983,7 @@ def test_a_step_reaches_its_slot_and_the_trunk_and_no_idle_part_drifts(data, tmp
     assert still == {key for key in before if key.startswith(idle)}
 
 @cases("more", [["--image_affine=0.05", "--image_embed=conv"],
-                ["--schedule=joint", "--apart=True", "--temperature=True", "--label_smoothing=0.1"]])
+                ["--schedule=joint", "--share=head", "--temperature=True", "--label_smoothing=0.1"]])
 def test_a_stopped_and_resumed_run_equals_an_undisturbed_one(data, tmp_path, more):
     whole = train(data, f"{tmp_path}/whole", *more)
     for stop in (2, 5):
@@ -1179,7 +1216,7 @@ def test_compare_runs_its_arms_says_a_verdict_and_is_cached(data, tmp_path, monk
         assert len(entry["scores"]) == len(entry["harmonic_mean"]) == 2
         assert ("uml_minus" in entry) == (arm in ("control", "apart"))
     made = configs_under(tmp_path)
-    assert len(made) == 8 and sum(c["apart"] for c in made) == sum(c["control"] for c in made) == 2
+    assert len(made) == 8 and sum(c["share"] == "head" for c in made) == sum(c["control"] for c in made) == 2
     monkeypatch.setattr(T, "set_up", None)  # whatever still trained would end in a TypeError
     assert B.compare(argv) == out == json.load(open(tmp_path / "o/compare.json"))
     said = capsys.readouterr().out

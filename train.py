@@ -46,7 +46,7 @@ from prepare import (LEVELS_PER_DB, MODALITIES, PREPARE_KEYS, SLOT_NAME, UserErr
                      print_help, read_config, read_json, read_meta, real_places, shard_folder, tell,
                      unpatchify, write_file, write_json, writing)
 
-CHECKPOINT_FORMAT = 5  # raise it when what a checkpoint holds, or what its weights mean, changes
+CHECKPOINT_FORMAT = 6  # raise it when what a checkpoint holds, or what its weights mean, changes
 TRAINING_VERSION = 2   # raise it when a change makes results differ: compare then trains its runs again
 
 # ------------------------------------------------------------------------------------------------------------
@@ -67,7 +67,8 @@ KEYS = dict(
     target=("image", "the slot whose representation we want; all other slots are auxiliaries"),
     **SLOT_KEYS,
     control=(False, "destroy the auxiliaries' structure, keep their marginals: probe.py compare's control"),
-    apart=(False, "a trunk of its own for every auxiliary: then only the label head is shared"),
+    share=("trunk", "what auxiliaries share of the target's trunk, besides the label head (none: nor that)",
+           one_of("trunk", "attention", "feedforward", "norms", "added", "head", "none")),
     stages=(False, "spend the auxiliaries' updates on the target: a baseline with the same phases"),
     unseen_classes=(0, "target classes that get no labelled target examples; reported apart", at_least(0)),
     # augmentation
@@ -176,7 +177,7 @@ def resolve(cfg, say=tell):
     owners = {key: key.split("_")[0] for key in cfg if key not in MODALITIES}
     idle = [key for key, owner in owners.items() if SLOT_NAME.fullmatch(owner) and owner not in used]
     # A target alone has nothing to start from, and nothing to be kept apart from.
-    reset = [] if auxiliaries else ["warm_start_steps", "head_from", "apart", "stages"]
+    reset = [] if auxiliaries else ["warm_start_steps", "head_from", "share", "stages"]
     ignored = [key for key in [*idle, *reset] if key not in KEYS or cfg[key] != KEYS[key][0]]
     if ignored:
         say(f"ignored, since their slot has no source or examples: {', '.join(sorted(ignored))}")
@@ -514,7 +515,7 @@ def build_model(cfg, slots, classes, trunk=None):
 
     UserError for a combination that cannot work.
     """
-    keys = ("width", "layers", "heads", "temperature", "label_smoothing", "apart", "seed")
+    keys = ("width", "layers", "heads", "temperature", "label_smoothing", "share", "seed")
     try:
         model = UML(slots, len(classes), trunk=trunk, **{key: cfg[key] for key in keys})
     except ImportError as problem:
@@ -850,7 +851,7 @@ def set_up(cfg, say, saved=None):
     compiled = cfg["compile"] if cfg["compile"] is not None else device.type == "cuda" and not cfg["fsdp"]
     engine = torch.compile(model) if compiled else model
     if cfg["fsdp"]:
-        engine = sharded_copy(model)
+        engine = sharded_copy(cfg, model)
     elif dist.is_initialized():  # slots take turns, so in every update some parameters are unused
         engine = DistributedDataParallel(engine, find_unused_parameters=True, broadcast_buffers=False)
     optimizer = make_optimizer(engine, cfg)
@@ -1262,7 +1263,7 @@ def gradients_shared(engine, now):
     return engine.no_sync()
 
 
-def sharded_copy(model):
+def sharded_copy(cfg, model):
     """A copy of the model whose weights are spread over the processes (FSDP2).
 
     Each keeps its part of every block, and gathers a block when its turn comes. The model itself stays whole,
@@ -1271,6 +1272,8 @@ def sharded_copy(model):
     if not dist.is_initialized():
         raise UserError("fsdp=True shards weights over processes: start them with "
                         "`torchrun --standalone --nproc_per_node=2 train.py ...`")
+    if (share := cfg["share"]) not in ("trunk", "head", "none"):
+        raise UserError(f"fsdp=True cannot shard matrices that two trunks share, as with share='{share}'")
     copied = copy.deepcopy(model)
     encoders = [adapter.embed.net for adapter in copied.adapters.values() if hasattr(adapter.embed, "net")]
     for block in blocks_of(copied.trunk) + blocks_of(copied.own_trunk) + sum(map(blocks_of, encoders), []):
