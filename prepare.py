@@ -408,8 +408,8 @@ def file_source(cfg, modality, path):
         filled = str("" if value is None else value).strip()
         if not filled or not isinstance(value, str) and (field == fields[0] or type(value) is not int):
             has = f"{textwrap.shorten(filled, 60) or 'nothing'} as" if field in row else "no field"
-            raise UserError(f"{where} has {has} '{field}' (its fields are {', '.join(map(repr, row)) or 'none'}; "
-                            "a .csv names them in its first line): put a text there, or name the right ones "
+            raise UserError(f"{where} has {has} '{field}' (it has {', '.join(map(repr, row)) or 'none'}; a "
+                            ".csv names them in its first line): put a text there, or name the right ones "
                             f"with --{modality}_column for texts and --{modality}_label for classes")
         found[field].append(filled.encode(errors="replace").decode())  # half of a character becomes "?"
     texts, *names = found.values()
