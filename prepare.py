@@ -18,7 +18,9 @@ import ast
 import base64
 import concurrent.futures
 import contextlib
+import csv
 import difflib
+import fractions
 import functools
 import glob
 import hashlib
@@ -140,7 +142,9 @@ PREPARE_KEYS = {slot: ("", f"source of the {slot} slot (empty: off): {sources}")
 PREPARE_KEYS.update(
     raw_dir=("data/raw", "where raw files lie, one folder a source"),
     data_dir=("data", "where shards are written"),
-    image_size=(32, "pictures are resized and centre-cropped to this many pixels a side", at_least(1)),
+    image_size=(32, "pictures become squares of this many pixels a side", at_least(1)),
+    image_fit=("crop", "what is not square loses its ends (crop) or gets white margins (pad)",
+               one_of("crop", "pad")),
     patch_size=(8, "side of the square patches that are an image's tokens", at_least(1)),
     text_length=(32, "longest text item in tokens; longer documents are cut into windows", at_least(2)),
     # vocab_size: at least one token for each byte, at most what uint16 holds
@@ -154,15 +158,15 @@ PREPARE_KEYS.update(
     audio_val_group=("", "the speaker of the validation split, likewise"),
     val_fraction=(0.1, "share of the items for val (and for test, if a source has none)", above(0), below(1)),
     verify=(False, "compare every shard with its checksum before use (sizes are always checked)"),
-    skip_bad=(False, "skip unreadable files, name the first and count them, instead of stopping there"),
+    skip_bad=(False, "go on without unreadable files, and say how many and why, instead of refusing"),
     shard_mb=(256, "largest shard file in MiB", at_least(1)),
     workers=(0, "threads that read and encode (0: one a core); the shards are the same", at_least(0)),
 )
 for slot in MODALITIES:  # a modality of one's own takes "hf", and open_encoder() refuses what it cannot read
-    library = "timm" if slot == "image" else "hf"
+    library, tables = ("timm" if slot == "image" else "hf"), "parquet" + ", .csv, .jsonl" * (slot == "text")
     PREPARE_KEYS.update({f"{slot}_{end}": key for end, key in dict(
-        column=("", f"parquet: column of the {slot} items, where it has not the Hub's usual name"),
-        label=("", "parquet: column of their classes (empty: 'label', if there is one)"),
+        column=("", f"{tables}: column of the {slot} items, where it has not the Hub's usual name"),
+        label=("", f"{tables}: column of their classes (empty: 'label', if there is one)"),
         encoder=("", "a pretrained encoder; its outputs, computed once, become the items",
                  (f"empty or {library}:NAME_OR_PATH", re.compile(f"({library}:.+)?").fullmatch)),
         encoder_tokens=(False, "keep all tokens that it makes of an item instead of one vector"),
@@ -214,6 +218,10 @@ def checked(key, value, default, checks, where):
 def read_config(argv, keys, strict=True):
     """Read `[CONFIG.py] --key=value ...` into {key: value}; keys: {key: (default, help, checks ...)}.
     strict=False leaves unknown keys of the FILE to another script, unless they look like a typo of ours."""
+    for arg, after in zip(argv, argv[1:]):  # `--steps 5`; but `--resume CONFIG.py` is right
+        is_flag = type(keys.get(arg[2:], ("",))[0]) in (bool, type(None)) and after not in ("True", "False")
+        if arg.startswith("--") and "=" not in arg and not after.startswith("--") and not is_flag:
+            raise UserError(f"command line: found '{arg} {after}', write {arg}={after}")
     files = [arg for arg in argv if not arg.startswith("--")]
     if len(files) > 1:
         raise UserError(f"expected one config file, found {' '.join(files)} (keys are written --key=value)")
@@ -387,16 +395,66 @@ def plain_name(name):
 
 
 def file_source(cfg, modality, path):
-    """Text from a file: .txt with one document a line (no labels), or .json {class: [document, ...]}."""
+    """Text from a file, in its order: a document a line, or rows with `text` and perhaps `label`."""
+    fields = [cfg["column"] or "text", cfg["label"] or "label"]
+    rows = file_rows(path, *fields)
+    if rows is None:
+        return dict(items=[line.strip() for line in read_text(path).splitlines() if line.strip()])
+    if not cfg["label"] and not any(fields[1] in row for _, row in rows):
+        fields.pop()  # nothing has a class
+    found = {field: [] for field in fields}
+    for (where, row), field in itertools.product(rows, fields):
+        value = row.get(field)
+        filled = str("" if value is None else value).strip()
+        if not filled or not isinstance(value, str) and (field == fields[0] or type(value) is not int):
+            has = f"{textwrap.shorten(filled, 60) or 'nothing'} as" if field in row else "no field"
+            raise UserError(f"{where} has {has} '{field}' (it has {', '.join(map(repr, row)) or 'none'}; a "
+                            ".csv names them in its first line): put a text there, or name the right ones "
+                            f"with --{modality}_column for texts and --{modality}_label for classes")
+        found[field].append(filled.encode(errors="replace").decode())  # half of a character becomes "?"
+    texts, *names = found.values()
+    if not names:
+        return dict(items=texts)
+    number = {name: i for i, name in enumerate(dict.fromkeys(names[0]))}  # in the order in which they come
+    return dict(items=texts, labels=np.array([number[name] for name in names[0]], int), classes=list(number))
+
+
+def file_rows(path, column, label):
+    """[(where it stands, {field: value})] of .csv or .tsv with a header, of .jsonl or a .json list, or of
+    .json {class: [document, ...]} or {class: document}; None for all else, which has a document a line."""
+    end, rows = os.path.splitext(path)[1].lower(), []
+    if end in (".parquet", ".xlsx", ".xls", ".ods"):
+        cure = f"write parquet:{path}" if end == ".parquet" else "save it as .csv"
+        raise UserError(f"{path} is no text file: {cure}")
+    if end not in (".csv", ".tsv", ".json", ".jsonl"):
+        return None
     text = read_text(path)
-    if not path.endswith(".json"):
-        return dict(items=[line.strip() for line in text.splitlines() if line.strip()])
-    with explained(f"{path} is not JSON of the form {{class: [document, ...]}}"):
-        described = json.loads(text)
-        for name, documents in described.items():
-            if not isinstance(documents, list) or not documents or not all(s.strip() for s in documents):
-                raise ValueError(f"class '{name}' has no documents or an empty one")
-    return described_documents(described)
+    if end == ".json":
+        with explained(f"{path} is not JSON of the form {{class: [document, ...]}}"):
+            found = json.loads(text)
+            if not isinstance(found, dict):
+                rows = [(f"{path} item {number}", row) for number, row in enumerate(found, 1)]
+            else:
+                for name, documents in found.items():
+                    documents = (documents or [""]) if isinstance(documents, list) else [documents]
+                    rows += [(f"{path} class '{name}'", {column: each, label: name}) for each in documents]
+    elif end == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                with explained(f"{path} line {number} is not JSON"):
+                    rows.append((f"{path} line {number}", json.loads(line)))
+    else:
+        csv.field_size_limit(2**30)  # documents may be long
+        delimiter = max("\t" if end == ".tsv" else ",;", key=text.partition("\n")[0].count)
+        table = csv.DictReader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True, strict=True)
+        for number in itertools.count(2):
+            with explained(f"{path} row {number}"):
+                if (row := next(table, None)) is None:
+                    break
+                if None in row:  # where DictReader puts what is beyond the header
+                    raise ValueError("more fields than the header: put a text with a comma in quotes")
+                rows.append((f"{path} row {number}", row))
+    return [(where, row if isinstance(row, dict) else {}) for where, row in rows]
 
 
 def folder_source(cfg, modality, path):
@@ -425,25 +483,51 @@ def folder_source(cfg, modality, path):
 
 @contextlib.contextmanager
 def skipping(cfg, skipped, name, what):
-    """An item that cannot be read is an error; with skip_bad it is only noted in skipped {name: why}."""
+    """An item that cannot be read is noted in skipped {name: why}. Without skip_bad write_splits() refuses
+    when all have been read, so that all bad ones are named at once; from the tenth on this does."""
     try:
         yield
     except UserError as problem:
-        if not cfg["skip_bad"]:
-            raise UserError(f"{problem}: remove this {what}, or pass --skip_bad=True") from None
         skipped[name] = str(problem)
+        if not cfg["skip_bad"] and len(skipped) >= 10:
+            refuse_bad(skipped, f"10 {what}s or more")
+
+
+def refuse_bad(skipped, count):
+    raise UserError(f"{count} cannot be read: {reasons(skipped, 10)}: remove them, or pass --skip_bad=True")
+
+
+def reasons(skipped, most=1):
+    """{name: why it cannot be read} -> how many of each kind of reason, the first in full, `most` named."""
+    kinds = {}  # {what is wrong, without the name and without details: the names}
+    for name, why in sorted(skipped.items()):
+        kinds.setdefault(why.replace(name, "").split(":")[0], []).append(name)
+    found = []
+    for names in sorted(kinds.values(), key=len, reverse=True):
+        also = f" (also {', '.join(names[1:most])})" if names[1:most] else ""
+        found.append(f"{len(names)} like {skipped[names[0]]}{also}")
+    return "; ".join(found)
 
 
 def class_files(path):
     """PATH/{train,val,test}/CLASS/* (val may lack) or PATH/CLASS/* -> [(part, class, file), ...]."""
     parts = [part for part in PARTS if os.path.isdir(os.path.join(path, part))]
     classes = {part: set() for part in (*parts, "train", "test")}  # {part: its classes}
-    found = []
+    found, deep = [], []
     for part in parts or [""]:
         for file in files_in(path, part, "*", "*"):
             name = os.path.basename(os.path.dirname(file))
             found.append((part or "train", name, file))
             classes[part or "train"].add(name)
+        for folder in glob.glob(os.path.join(glob.escape(path), part, "*", "")):
+            if not files_in(folder, "*"):  # all that is in this class, or in PATH/all, lies deeper
+                deep += files_in(folder, "**", "*")
+    if deep and (found or len(deep) > len(files_in(path, "*"))):
+        top = os.path.commonpath([os.path.dirname(file) for file in deep])
+        alone = not found and not parts and os.path.relpath(top, path) != "."
+        advice = f"did you mean folder:{top}?" if alone else "move such files up"
+        raise UserError(f"{min(deep)} lies too deep, a class is a folder in {os.path.join(path, *parts[:1])} "
+                        f"with its files right in it: {advice}")
     odd = set.union(*classes.values()) - set.intersection(*classes.values())
     if parts and odd:
         raise UserError(f"{path} must have both train/ and test/, with the same classes, or neither: "
@@ -691,7 +775,7 @@ def unpatchify(tokens, patch):
 
 
 def read_picture(cfg, file, channels=3, name=None):
-    """Any image file -> (S, S, channels) uint8: upright, on white, resized and centre-cropped.
+    """Any image file -> (S, S, channels) uint8: upright, on white, resized and cropped or padded.
     With cfg["whole_pictures"], for an encoder that does the rest, a PIL image of the original size."""
     size, whole = cfg["image_size"], cfg.get("whole_pictures")
     with explained(f"{name or file} is not a readable image"), Image.open(file) as picture:
@@ -707,7 +791,13 @@ def read_picture(cfg, file, channels=3, name=None):
         picture = picture.convert("RGB" if channels == 3 else "L")
         if whole:
             return picture
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+        if cfg.get("image_fit") == "pad":  # get: a run older than this key has none, and cropped
+            sides = [max(1, round(side * size / max(picture.size))) for side in picture.size]
+            small = picture.resize(sides, Image.Resampling.BICUBIC)
+            picture = Image.new(picture.mode, (size, size), "white")
+            picture.paste(small, [(size - side) // 2 for side in sides])
+        else:
+            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
         return np.asarray(picture).reshape(size, size, channels)
 
 
@@ -800,11 +890,14 @@ def read_recording(cfg, file, name=None):
     if not samples.any():
         raise UserError(f"{name} is only silence for {seconds:.2f} s: trim it, or raise --audio_frames")
     if rate != cfg["audio_rate"]:
-        if rate * cfg["audio_rate"] // math.gcd(rate, cfg["audio_rate"]) ** 2 > 10**7:  # size of the filter
+        exact = ratio = fractions.Fraction(cfg["audio_rate"], rate)
+        if ratio.numerator * ratio.denominator > 10**7:  # size of the filter: 9e7 for 11,127 Hz
+            ratio = ratio.limit_denominator(1000)  # no ear hears the difference
+        if abs(ratio / exact - 1) > 1e-3:
             raise UserError(f"{name} cannot be resampled from {rate} to {cfg['audio_rate']} Hz: convert it")
         import torch
         from torchaudio.functional import resample
-        samples = resample(torch.from_numpy(samples), rate, cfg["audio_rate"]).numpy()
+        samples = resample(torch.from_numpy(samples), ratio.denominator, ratio.numerator).numpy()
     return samples[:int(seconds * cfg["audio_rate"])].astype(np.float32)
 
 
@@ -1062,7 +1155,9 @@ def shard_folder(cfg, slot):
             files = sorted(os.path.join(inside, file) for inside, _, names in os.walk(path) for file in names)
         listing = [(f, os.path.getsize(f), os.path.getmtime(f)) for f in files if os.path.exists(f)]
         made_from["files"] = hashlib.sha256(repr(listing).encode()).hexdigest()
-    if name == "parquet":
+    if modality == "image" and cfg.get("image_fit", "crop") != "crop":  # so that older ones keep their names
+        made_from["image_fit"] = cfg["image_fit"]
+    if name in ("parquet", "file"):
         made_from.update({key: cfg[f"{slot}_{key}"] for key in ("column", "label")})
     if spec := cfg[f"{slot}_encoder"]:
         made_from["encoder"] = [encoder_sha256(spec), cfg[f"{slot}_encoder_tokens"]]
@@ -1190,7 +1285,7 @@ def write_splits(cfg, folder, source, split, say):
         info["patch"] = cfg["patch_size"]
     elif encode == "audio":
         info["mels"] = cfg["audio_mels"]
-    sums, cut = 0, 0
+    sums, cut, skipped = 0, 0, source["skipped"]
     with tqdm(total=len(split), desc=f"encoding {encode}", disable=None, leave=False) as bar:
         for part in PARTS:
             rows, files = np.flatnonzero(split == part), {}
@@ -1202,16 +1297,21 @@ def write_splits(cfg, folder, source, split, say):
                 info["arrays"] = {name: dict(dtype=array.dtype.name, shape=list(array.shape[1:]))
                                   for name, array in arrays.items()}
                 append(folder, part, arrays, files, cfg["shard_mb"] * 2**20)
+            if skipped and not cfg["skip_bad"]:
+                continue  # to the other bad ones: refused below
             if not files:
-                raise UserError(f"none of the {len(rows)} files for the {part} split is readable")
+                raise UserError(f"none of the {len(rows)} files for the {part} split is readable: "
+                                f"{reasons(skipped)}")
             for shard in itertools.chain(*files.values()):
                 path = os.path.join(folder, shard["file"])
                 with writing(path, 0), open(path, "rb+") as f:
                     os.fsync(f.fileno())
                 shard["sha256"] = file_sha256(path)
             info["splits"][part] = dict(count=sum(shard["count"] for shard in files["tokens"]), files=files)
-    if skipped := source["skipped"]:
-        say(f"skipped {len(skipped)} of {len(split)} files, the first: {skipped[min(skipped)]}")
+    if skipped and not cfg["skip_bad"]:
+        refuse_bad(skipped, f"{len(skipped)} of {len(split)}")
+    if skipped:
+        say(f"skipped {len(skipped)} of {len(split)}: {reasons(skipped)}")
     if cut:
         say(f"cut {cut} of {len(split)} recordings at audio_frames={cfg['audio_frames']}")
     if bpe is None:
@@ -1233,10 +1333,12 @@ def encoded_chunks(cfg, source, rows, bpe, bar):
             running.append(pool.submit(encode_chunk, cfg, source, chunk, items, bpe))
             ahead = workers + 2 if start + CHUNK < len(rows) else 0
             while len(running) > ahead:
-                count, arrays = running.pop(0).result()  # raises what is wrong with the first bad item
+                count, arrays = running.pop(0).result()
+                bar.update(count)
+                if source["skipped"] and not cfg["skip_bad"]:
+                    continue  # it will be refused: only other bad ones are still looked for
                 if arrays and "encoder" in source:
                     arrays = encode_made(cfg, source, arrays, bpe)
-                bar.update(count)
                 if arrays:
                     yield arrays
     finally:
@@ -1399,15 +1501,16 @@ def real_places(lengths, length):
 
 @contextlib.contextmanager
 def writing(path, size):
-    """A full or read-only disk met within becomes one sentence: the path, the bytes needed, those free."""
+    """A full disk or a folder without permission becomes one sentence. size: the bytes needed, or 0."""
     try:
         yield
     except OSError as problem:
-        folder = os.path.dirname(os.path.abspath(path))
+        folder, cure = os.path.dirname(os.path.abspath(path)), "choose another folder"
         while not os.path.isdir(folder):
             folder = os.path.dirname(folder)
-        raise UserError(f"cannot write {path} ({problem.strerror or problem}): {size:,} bytes needed, "
-                        f"{shutil.disk_usage(folder).free:,} free there") from None
+        if size and not isinstance(problem, PermissionError):
+            cure = f"{size:,} bytes needed, {shutil.disk_usage(folder).free:,} free there"
+        raise UserError(f"cannot write {path} ({problem.strerror or problem}): {cure}") from None
 
 
 def write_file(path, data):
@@ -1453,6 +1556,7 @@ def locked(path, busy, wait=False):
     """Hold a lock file. If another process holds it, say `busy` and wait, or refuse. A kill releases it."""
     with writing(path, 0):
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        open(path, "ab").close()  # filelock would take one that it may not make for one that is held
         lock = filelock.FileLock(path)
         try:
             held = lock.acquire(timeout=0)

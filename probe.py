@@ -41,10 +41,10 @@ from tqdm import tqdm
 from model import mean_over_real
 from prepare import (CHUNK, LEVELS_PER_DB, UserError, active_slots, at_least, encode_features,
                      encode_pictures, encode_recordings, encode_text, encoder_sha256, exit_on_user_error,
-                     file_sha256, imported, levels_of, load_bpe, log_mel_of, modality_of, open_encoder,
-                     patchify, plain_name, prepare, print_help, read_config, read_json, read_meta,
-                     read_picture, read_recording, read_text, real_places, tell, unpatchify, write_file,
-                     write_json, writing)
+                     file_sha256, file_source, imported, levels_of, load_bpe, log_mel_of, modality_of,
+                     open_encoder, patchify, plain_name, prepare, print_help, read_config, read_json,
+                     read_meta, read_picture, read_recording, read_text, real_places, reasons, skipping,
+                     tell, unpatchify, write_file, write_json, writing)
 from train import (FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, choose_examples, count_right, evaluate,
                    extract, fit_probe, linear_probe, load_model, open_slots, pick_device, read_run_config,
                    resolve, shard_names, worded)
@@ -961,9 +961,9 @@ def embed(folder, path):
 
 
 def read_new_texts(folder, path, cfg):
-    """The lines of a text file -> {"tokens" (n, T), "lengths" (n,)}, the lines."""
+    """The texts of a file, as text=file:PATH reads it -> {"tokens" (n, T), "lengths" (n,)}, the texts."""
     check_shards(folder, cfg)  # the BPE is kept with the shards
-    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    lines = file_source(dict(cfg, column=cfg[f"{cfg['target']}_column"], label=""), "text", path)["items"]
     if not lines:
         raise UserError(f"{path} is empty: expected one text a line")
     arrays = encode_text(cfg, lines, load_bpe(prepare(cfg, cfg["target"])))
@@ -976,7 +976,7 @@ def read_new_files(path, cfg, slot):
 
     Where the run has a frozen encoder, that encodes them as it did when the run's shards were made.
     """
-    name, files, items = cfg["target"], [], {}
+    name, files, items, skipped = cfg["target"], [], {}, {}
     is_image = modality_of(name) == "image"
     if modality_of(name) not in ("image", "audio"):
         raise UserError(f"the {name} slot reads no folder: give the encoder's outputs as an .npy array")
@@ -986,16 +986,17 @@ def read_new_files(path, cfg, slot):
     for parent, _, names in os.walk(path):
         files += [os.path.join(parent, file) for file in names if not file.startswith(".")]
     for file in sorted(files):
-        with contextlib.suppress(UserError):  # a file that cannot be read
+        with skipping(dict(skip_bad=True), skipped, file, "file"):
             if is_image:
                 channels = slot["dim"] // slot["patch"] ** 2 if "patch" in slot else 3
                 items[file] = change(read_picture(cfg, file, channels))
             else:
                 items[file] = change(read_recording(cfg, file))
     if not items:
-        raise UserError(f"{path} is no folder of files that the {name} slot can read")
-    if len(items) < len(files):
-        tell(f"skipped {len(files) - len(items)} of {len(files)} files: not readable")
+        found = f": {reasons(skipped)}" if skipped else ""
+        raise UserError(f"{path} is no folder of files that the {name} slot can read{found}")
+    if skipped:
+        tell(f"skipped {len(skipped)} of {len(files)}: {reasons(skipped)}")
     made, parts = list(items.values()), []
     for start in range(0, len(made), CHUNK):
         parts.append(encode(cfg, made[start:start + CHUNK], None))

@@ -166,6 +166,12 @@ def write_archive(path, bodies, kind=tarfile.REGTYPE):
 def test_config_refuses_unknown_keys_wrong_types_and_values_out_of_range(argument, words):
     refuses(words, P.read_config, [argument], T.KEYS)
 
+@cases("argv, words", [
+    (["--steps", "5"], "found '--steps 5', write --steps=5"), (["--resume", "c.py"], "config file c.py"),
+    (["--resume", "True"], "write --resume=True"), (["--image", "letters"], "write --image=letters")])
+def test_a_space_instead_of_an_equals_sign_is_said(argv, words):
+    refuses(words, P.read_config, argv, T.KEYS)
+
 def test_config_files_are_read_and_never_executed_and_arguments_win(tmp_path):
     path = tmp_path / "c.py"
     for body, words in ((f"steps = __import__('os').mkdir('{tmp_path}/ran') or 5", "line 1.*not executed"),
@@ -277,10 +283,41 @@ def test_windows_of_one_document_stay_in_one_split_and_keep_its_class(tmp_path):
 
 @cases("name, body, words", [
     ("t.txt", b"one\ntwo\n", r"too few items \(2\)"), ("t.txt", b"caf\xe9\n" * 20, "not UTF-8"),
-    ("t.json", b'{"a": []}', "'a' has no documents"), ("t.json", b"[" * 200_000, "is not JSON")])
+    ("t.json", b'{"a": []}', "class 'a' has nothing"), ("t.json", b"[" * 200_000, "is not JSON"),
+    ("t.json", b"5", "is not JSON of"), ("t.json", b'["x"]', "item 1 has no field .*it has none"),
+    ("t.json", b'{"a": ["x", 5]}', "class 'a' has 5 as 'text'"), ("t.csv", b"text", r"too few items \(0\)"),
+    ("t.csv", b"a dog,1\na cat,2", "row 2 has no field 'text' .*it has 'a dog', '1'; .*--text_column"),
+    ("t.csv", b"text,label\n a ,b\n,b", "row 3 has nothing as 'text'"),
+    ("t.csv", b"text,label\na,b\nc", "row 3 has nothing as 'label'.*--text_label"),
+    ("t.csv", b"text,label\na dog, brown,dog", "row 2 .*more fields than the header: .*quotes"),
+    ("t.csv", b'text\na\n"b\nc\n', "row 3 .*unexpected end"), ("t.tsv", b"name\tx\na\tb", "'name', 'x'"),
+    ("t.jsonl", b'{"text": "a"}\n\nnot', "line 3 is not JSON"), ("t.jsonl", b'{"text": null}', "has nothing"),
+    ("t.jsonl", b'{"text": "a", "label": 0.5}', "has 0.5 as 'label'"), ("t.xlsx", b"PK", "save it as .csv"),
+    ("t.parquet", b"PAR1", r"write parquet:.*t\.parquet")])
 def test_what_is_no_text_is_refused(tmp_path, name, body, words):
     (tmp_path / name).write_bytes(body)
     refuses(words, prepared, tmp_path / "d", f"--text=file:{tmp_path}/{name}")
+
+def test_texts_are_the_same_from_every_kind_of_file_and_a_header_is_no_text(tmp_path):
+    """Commas, quotes, a line break and half a character within a text; a class may be a number."""
+    texts, names, d = ['a "fat, old" cat', "two\nlines", "a dog", "\ud800 half"], ["cat", "7", "7", "cat"], {}
+    for text, name in zip(texts, names):
+        d.setdefault(name, []).append(text)
+    rows = [dict(kind=int(name) if name == "7" else name, says=text) for text, name in zip(texts, names)]
+    quoted = lambda mark: "\n".join([f"kind{mark}says", *('%s%s"%s"' % (name, mark, text.replace('"', '""'))
+                                    for name, text in zip(names, texts))]).replace("\ud800", "?")
+    for name, body in (("a.json", json.dumps(d)), ("b.json", json.dumps(rows)), ("d.csv", quoted(";")),
+                       ("c.CSV", "\ufeff" + quoted(",")), ("e.tsv", quoted("\t")),
+                       ("f.jsonl", "\n".join(map(json.dumps, rows)))):
+        (tmp_path / name).write_text(body, encoding="utf-8")
+        found = P.file_source(dict(column="says", label="kind"), "text", str(tmp_path / name))
+        classes = [found["classes"][label] for label in found["labels"]]
+        assert sorted(zip(found["items"], classes)) == sorted(zip([*texts[:3], "? half"], names)), name
+        assert name == "a.json" or classes == names  # in the file's order
+    for name, body in (("one.json", '{"cat": "a cat"}'), ("none.csv", "text\na cat"), ("x.md", "a cat\n")):
+        (tmp_path / name).write_text(body)
+        found = P.file_source(dict(column="", label=""), "text", str(tmp_path / name))
+        assert found["items"] == ["a cat"] and ("classes" in found) == (name == "one.json")
 
 # -- pictures -----------------------------------------------------------------------------------------------
 def register(monkeypatch, folder, name, checksum, url="http://127.0.0.1:9"):
@@ -325,6 +362,10 @@ def test_pictures_of_every_odd_kind_are_read_or_refused(tmp_path, monkeypatch):
         found = picture(tmp_path / name)
         assert (found == wanted).all() and found.shape == (8, 8, 3), name
     assert picture(tmp_path / "dot.png", channels=1).shape == (8, 8, 1)
+    Image.new("L", (40, 20)).save(tmp_path / "black.png")
+    for name, dark in (("black.png", slice(2, 6)), ("wide.png", slice(3, 4))):  # whole, white around them
+        padded = P.read_picture(dict(image_size=8, image_fit="pad"), str(tmp_path / name))
+        assert (padded[dark] < 10).all() and (np.delete(padded, np.arange(8)[dark], 0) == 255).all()
     half, exif = Image.new("RGB", (16, 16), "white"), Image.Exif()
     half.paste("black", (0, 0, 16, 8))
     exif[0x0112] = 6  # "turn me by 90 degrees"
@@ -343,6 +384,11 @@ def test_sound_is_the_same_in_every_format_width_channel_count_and_rate(tmp_path
     read = P.read_recording(AUDIO, write_sound(tmp_path / name, samples, rate, subtype=subtype))
     assert len(read) == pytest.approx(2400, abs=2) and read.dtype == np.float32
     assert np.abs(read[100:2300] - tone()[100:2300]).max() < 0.03
+
+@cases("rate", [11127, 22254, 44056, 7333])
+def test_odd_rates_keep_the_pitch(tmp_path, rate):
+    read = P.read_recording(AUDIO, write_sound(tmp_path / "a.wav", tone(1000, rate), rate))
+    assert len(read) == pytest.approx(2400, abs=3) and np.abs(read - tone(1000))[100:2200].max() < 0.04
 
 def test_recordings_become_log_mel_tokens_with_their_true_length():
     """0.3 s have 30 frames, 8 tokens of 4; padding is 0; levels are within half a step of full precision."""
@@ -383,8 +429,12 @@ def test_bad_recordings_are_named_or_skipped(tmp_path):
         bad.write_bytes(body)
         refuses("bad.wav", P.read_recording, AUDIO, bad)
     said = []
+    (tmp_path / "r/two/worse.wav").write_bytes(b"hello")
+    why = "2 of 26{}: 1 like .*bad.wav is cut.*; 1 like .*worse.wav is not a readable"
+    refuses(why.format(" cannot be read") + ".*or pass --skip_bad", prepared, tmp_path / "d", source)
     assert sum(counts(prepared(tmp_path / "d", source, "--skip_bad=True", say=said.append))) == 24
-    assert any(re.match("skipped 1 of 25 files, the first: .*bad.wav is ", line) for line in said)
+    assert any(re.match(why.format(""), line.removeprefix("skipped ")) for line in said)
+    os.remove(tmp_path / "r/two/worse.wav")
     for samples, words in ((np.zeros(2400), "only silence"), (np.full(2400, np.nan), "not numbers")):
         write_sound(bad, samples, subtype="FLOAT")
         refuses(f"bad.wav .*{words}.*or pass --skip_bad", prepared, tmp_path / "d", source)
@@ -723,13 +773,23 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
     bad, differ = folder("bad"), folder("differ", parts=("train",))
     folder("differ", ("cat", "cow"), parts=("test",))
     open(tmp_path / "bad/train/cat/6.png", "w").write("not a picture")
+    for i in (1, 7):
+        open(tmp_path / f"bad/test/dog/{i}.png", "w").write("nor is this")
+    rotten, files = folder("rotten"), glob(tmp_path / "rotten", "**/*.png")
+    for file in files[:12]:
+        open(file, "w").close()
+    folder("deep/all", parts=("",)), folder("deep/all/cow", ("more",), parts=("",))
     (tmp_path / "u.txt").write_text("some line\n" * 20), os.makedirs(tmp_path / "empty")
     for words, *argv in (
+            (r"^3 of 26 .*\(also .*7.png, .*6.png\): remove them, or", bad), ("10 images or more", rotten),
+            (f"did you mean folder:{tmp_path}/deep/all", f"--image=folder:{tmp_path}/deep"),
+            ("cow/more/0.png lies too deep.*move such", f"--image=folder:{tmp_path}/deep/all"),
             ("is empty", f"--image=folder:{tmp_path}/empty"), ("no folder", "--image=folder:/nowhere"),
-            ("6.png is not a readable", bad), ("offers 10", bad, "--skip_bad=True", "--image_examples=11"),
+            ("offers 10", bad, "--skip_bad=True", "--image_examples=11"),
             ("1 classes", folder("one", ("cat",))), ("cow, dog", differ),
             ("too few items", folder("few", count=1, parts=("",))),
-            ("differ only in case", folder("odd", ("a cat", "A_Cat"))), ("of patch_size=7", "--patch_size=7"),
+            ("'A_Cat' and 'a cat' differ only in case", folder("odd", ("a cat", "A_Cat"))),
+            ("of patch_size=7", "--patch_size=7"),
             ("not a slot with a source", "--target=text"),
             ("'labels' is no objective", "--text2=letters", "--text2_loss=next+labels"),
             ("needs at least two: choose", f"--text=file:{tmp_path}/u.txt", "--text_loss=label"),
@@ -1328,7 +1388,7 @@ def test_probe_reads_runs_side_by_side(pair, monkeypatch, capsys):
     assert figures <= set(os.listdir(pair.uml))
     assert all(np.std(Image.open(f"{pair.uml}/{name}").convert("L")) > 5 for name in figures)  # not blank
 
-def test_embed_takes_files_of_any_mode_and_sees_what_the_run_saw(data, pair, tmp_path):
+def test_embed_takes_files_of_any_mode_and_sees_what_the_run_saw(data, pair, tmp_path, capsys):
     """A grey run sees colours as grey, a stored picture as evaluation does; what is none is passed over."""
     slot, root = set_up(data).slots["image"], picture_folder(tmp_path / "new")
     tokens = tokens_of(slot.folder, "test")[:3]
@@ -1336,6 +1396,7 @@ def test_embed_takes_files_of_any_mode_and_sees_what_the_run_saw(data, pair, tmp
         Image.fromarray(grey[:, :, 0]).save(f"{root}/{i}.png")
     open(f"{root}/none.png", "w").write("nothing")
     B.embed(pair.uml, root)
+    assert re.search("skipped 1 of 28: 1 like .*none.png is not a readable image", capsys.readouterr().out)
     features, rows = np.load(f"{pair.uml}/embed.npy"), open(f"{pair.uml}/embed.csv").read().splitlines()
     assert features.shape == (27, 32) and len(rows) == 28 and rows[0] == "file,class,probability"
     assert re.search(r",latin .*,(0\.\d+|1\.0+)$", rows[1])
@@ -1427,6 +1488,25 @@ def test_help_lists_the_keys_and_waits_for_torch_only_in_probe(module, keys):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert all(f"  {key} = " in done.stdout for key in keys) and "Sections" in done.stdout
     assert ("torch" in done.stderr) == (module is B)
+
+def test_the_config_for_own_data_reads_a_folder_of_strange_pictures_and_a_table(tmp_path):
+    """Uneven classes of transparent, 16-bit, CMYK, animated and narrow pictures, a folder too deep."""
+    rng, moves = np.random.default_rng(0), dict(save_all=True, append_images=[Image.new("L", (9, 9), 99)])
+    kinds = [("RGBA", "png", {}), ("I;16", "png", {}), ("CMYK", "jpg", {}), ("L", "gif", moves)]
+    for i, (name, count) in enumerate((("cat", 25), ("Light_Bulb", 11), ("dog", 6))):
+        os.makedirs(tmp_path / f"all/{name}")
+        for k, (mode, end, more) in zip(range(count), itertools.cycle(kinds)):
+            odd = Image.new(mode, rng.integers(5, 90, 2).tolist(), 80 * i + k)
+            odd.save(tmp_path / f"all/{name}/{k}.{end}", **more)
+    rows = [f'"{name}, number {k}",{name}' for name in ("cat", "light bulb", "dog") for k in range(12)]
+    (tmp_path / "s.csv").write_text("\n".join(["text,label", *rows]))
+    argv = [f"{HERE}/sample_configs/mine.py", f"--text=file:{tmp_path}/s.csv", *RUN, *into(tmp_path)]
+    refuses("did you mean folder:.*/all", run, *argv, f"--image=folder:{tmp_path}")
+    result = run(*argv, f"--image=folder:{tmp_path}/all")
+    assert result["steps"] == 6 and result["test_accuracy"] is not None
+    checkpoint = torch.load(f"{tmp_path}/o/best.pt", weights_only=True)
+    assert checkpoint["config"].pop("image_fit") == "pad"  # and a run from before this key
+    assert "image_fit" not in P.shard_folder(checkpoint["config"], "image")[1]
 
 # -- README -------------------------------------------------------------------------------------------------
 def test_sample_configs_and_the_readmes_commands_name_keys_and_sources_that_exist(monkeypatch):
@@ -1615,7 +1695,7 @@ def test_what_a_killed_prepare_left_is_swept_away(data, tmp_path):
     assert prepared(tmp_path, "--image=letters") == folder and not os.path.exists(f"{folder}.tmp")
     assert all_bytes(folder) == all_bytes(prepared(data, "--image=letters"))
 
-def test_a_full_disk_or_a_folder_that_cannot_be_written_costs_nothing_that_was_saved(data, tmp_path):
+def test_a_full_disk_or_a_folder_without_permission_costs_nothing_that_was_saved(data, tmp_path, monkeypatch):
     assert train(data, f"{tmp_path}/o", "--stop_after=4") is None
     before, limits = weights(f"{tmp_path}/o"), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # no file may grow beyond: a full disk
@@ -1628,7 +1708,13 @@ def test_a_full_disk_or_a_folder_that_cannot_be_written_costs_nothing_that_was_s
     assert same(before, weights(f"{tmp_path}/o")) and train(data, f"{tmp_path}/o", "--resume")
     assert not files_under(tmp_path / "d")
     (tmp_path / "file").write_text("in the way")
-    refuses("cannot write .*file/.*(Not a directory|File exists)", train, data, f"{tmp_path}/file/o")
+    for attempt, *args in (train, data, f"{tmp_path}/file/o"), (prepared, tmp_path / "file/d", LETTERS[0]):
+        refuses(r"cannot write .*file/.*(Not a direc|File ex).*\): choose another folder$", attempt, *args)
+    def denied(path, *how, **more):
+        raise PermissionError(13, "Permission denied", path)
+    monkeypatch.setattr(P, "open", denied, raising=False)  # root may write everywhere
+    refuses(r"o2.lock \(Permission denied\): choose another folder$", train, data, f"{tmp_path}/o2")
+    refuses(r"f \(Permission denied\): choose another folder$", P.write_file, f"{tmp_path}/f", b"body")
 
 def test_two_processes_in_one_folder_wait_or_are_refused(data, tmp_path):
     with P.locked(f"{tmp_path}/.o.lock", "busy"):
@@ -1750,7 +1836,8 @@ def read_shards(folder):
     P.verify_shards(folder, meta), "vocab" in meta and P.load_bpe(folder)
 
 @fuzz
-@cases("kind", ["py", "shards", "meta.json", "png", "jpg", "gif", "wav", "flac", "ogg", "json", "txt", "npz"])
+@cases("kind", ["py", "shards", "meta.json", "png", "jpg", "gif", "wav", "flac", "ogg", "json", "jsonl",
+                "csv", "txt", "npz"])
 def test_fuzz_configs_shards_pictures_recordings_texts_and_features(data, tmp_path, seed, kind):
     rng, path = random.Random(seed), f"{tmp_path}/fuzz.{kind}"
     if kind == "py":
@@ -1765,9 +1852,11 @@ def test_fuzz_configs_shards_pictures_recordings_texts_and_features(data, tmp_pa
     elif kind in ("wav", "flac", "ogg"):
         write_sound(path)
         read = lambda: P.encode_recordings(AUDIO, [P.read_recording(AUDIO, path)], None)
-    elif kind in ("json", "txt"):
-        open(path, "w").write(json.dumps({"cat": ["a cat"] * 9, "dog": ["a dog"] * 9}, indent=1))
-        read = partial(P.file_source, AUDIO, "text", path)
+    elif kind in ("json", "txt", "jsonl", "csv"):
+        body = json.dumps({"cat": ["a cat"] * 9, "dog": ["a dog"] * 9}, indent=1)
+        open(path, "w").write(dict(jsonl='{"text": "a cat", "label": "cat"}\n' * 9,
+                                   csv='text,label\n' + '"a cat, or two","cat"\n' * 9).get(kind, body))
+        read = partial(P.file_source, dict(column="", label=""), "text", path)
     elif kind == "npz":
         write_npz(path)
         read = partial(P.npz_source, AUDIO, "image", path)

@@ -235,8 +235,11 @@ class Slot:
         """UserError where the config asks for what this source does not have."""
         cfg, name, classes = self.cfg, self.name, self.meta["classes"]
         source, unseen = f"{name}={cfg[name]}", cfg["unseen_classes"]
-        if len({plain_name(c) for c in classes}) < len(classes):
-            raise UserError(f"{source} has classes that differ only in case, spaces, '_' or '-': rename them")
+        alike = sorted(classes, key=plain_name)
+        for one, other in zip(alike, alike[1:]):
+            if plain_name(one) == plain_name(other):
+                raise UserError(f"{source}: the classes '{one}' and '{other}' differ only in case, spaces, "
+                                "'_' or '-': rename one")
         if self.labelled and len(classes) < 2:
             raise UserError(f"{source} has {len(classes)} classes, {name}_loss={'+'.join(self.objectives)} "
                             f"needs at least two: choose --{name}_loss=next or reconstruct")
