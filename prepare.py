@@ -95,7 +95,8 @@ def exit_on_user_error(main):
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on (train.py: with --resume)", file=sys.stderr)
+        print("interrupted: the same command again (train.py: with --resume) goes on from what is saved",
+              file=sys.stderr)
         sys.exit(130)
 
 
@@ -408,9 +409,10 @@ def file_source(cfg, modality, path):
         filled = str("" if value is None else value).strip()
         if not filled or not isinstance(value, str) and (field == fields[0] or type(value) is not int):
             has = f"{textwrap.shorten(filled, 60) or 'nothing'} as" if field in row else "no field"
-            raise UserError(f"{where} has {has} '{field}' (it has {', '.join(map(repr, row)) or 'none'}; a "
-                            ".csv names them in its first line): put a text there, or name the right ones "
-                            f"with --{modality}_column for texts and --{modality}_label for classes")
+            there = ", ".join(map(repr, row)) or "none"
+            raise UserError(f"{where} has {has} '{field}' (it has {there}; a table names them in its first "
+                            f"line): put a text there, or name the right ones with --{modality}_column for "
+                            f"texts and --{modality}_label for classes")
         found[field].append(filled.encode(errors="replace").decode())  # half of a character becomes "?"
     texts, *names = found.values()
     if not names:
@@ -520,8 +522,11 @@ def class_files(path):
             found.append((part or "train", name, file))
             classes[part or "train"].add(name)
         for folder in glob.glob(os.path.join(glob.escape(path), part, "*", "")):
+            below = files_in(folder, "*", "**", "*")
             if not files_in(folder, "*"):  # all that is in this class, or in PATH/all, lies deeper
-                deep += files_in(folder, "**", "*")
+                deep += below
+            elif below:
+                tell(f"warning: {len(below)} files lie deeper than their class and are not read: {below[0]}")
     if deep and (found or len(deep) > len(files_in(path, "*"))):
         top = os.path.commonpath([os.path.dirname(file) for file in deep])
         alone = not found and not parts and os.path.relpath(top, path) != "."
@@ -544,8 +549,11 @@ def files_in(path, *pattern):
 def speaker_of(file, pattern):
     """The first group of a regular expression in a file's name; UserError where it does not match."""
     name = os.path.basename(file)
-    with explained(f"audio_groups='{pattern}' must find a group in {name}"):
-        return re.search(pattern, name)[1] + ""  # TypeError: no match, or one without the group
+    with explained(f"audio_groups='{pattern}' is no regular expression with a group"):
+        found = re.search(pattern, name)
+        if found and found[1]:
+            return found[1]
+    raise UserError(f"audio_groups='{pattern}' finds no speaker in {name}: rename it or change the pattern")
 
 
 FSDD_SPEAKERS = "george jackson lucas nicolas theo yweweler".split()
@@ -888,7 +896,8 @@ def read_recording(cfg, file, name=None):
     if not np.isfinite(samples).all():
         raise UserError(f"{name} holds values that are not numbers")
     if not samples.any():
-        raise UserError(f"{name} is only silence for {seconds:.2f} s: trim it, or raise --audio_frames")
+        raise UserError(f"{name} begins with {len(samples) / rate:.2f} s of silence, and no more is read: "
+                        "trim it, or raise --audio_frames")
     if rate != cfg["audio_rate"]:
         exact = ratio = fractions.Fraction(cfg["audio_rate"], rate)
         if ratio.numerator * ratio.denominator > 10**7:  # size of the filter: 9e7 for 11,127 Hz
@@ -1206,7 +1215,7 @@ def make_shards(cfg, slot, folder, made_from, say):
         source.update(encode="features", encoder=encode,
                       make=lambda item: None if (made := read(item)) is None else change(made))
     say(f"preparing {slot}={cfg[slot]} in {folder}")
-    split = draw_splits(cfg, slot, source)
+    split = draw_splits(cfg, slot, source, say)
     meta = dict(format=FORMAT, modality=modality, made_from=made_from, classes=source["classes"])
     making = f"{folder}.tmp"
     shutil.rmtree(making, ignore_errors=True)  # left by a killed process; thanks to the lock nobody is in it
@@ -1221,7 +1230,7 @@ def make_shards(cfg, slot, folder, made_from, say):
     say(f"{describe(folder)}; {time.perf_counter() - start:.1f} s")
 
 
-def draw_splits(cfg, slot, source):
+def draw_splits(cfg, slot, source, say):
     """(n,) array of "train", "val", "test": as the source says, by speaker, or drawn at random."""
     labels, n = source["labels"], len(source["items"])
     split = source.get("split", np.full(n, "train")).astype("<U5")
@@ -1233,13 +1242,12 @@ def draw_splits(cfg, slot, source):
     for part, seed in ("test", 1), ("val", 0):
         if part not in split:
             free = split == "train"
-            drawn = draw_share(labels, free, cfg["val_fraction"], seed)
-            if not drawn.any():  # one or two of every class: enough for an auxiliary, which nobody scores
-                drawn = draw_share(None, free, cfg["val_fraction"], seed)
-            split[drawn] = part
+            split[draw_share(labels, free, cfg["val_fraction"], seed)] = part
     if missing := [part for part in PARTS if part not in split]:
-        enough = f"about {2 / cfg['val_fraction']:.0f} are needed, three of every class at least"
-        raise UserError(f"{slot}={cfg[slot]}: too few items ({n}) for a {missing[0]} split: {enough}")
+        if labels is None or len(np.unique(labels)) < 2:
+            enough = f"about {2 / cfg['val_fraction']:.0f} are needed"
+            raise UserError(f"{slot}={cfg[slot]}: too few items ({n}) for a {missing[0]} split: {enough}")
+        say(f"{slot} has one or two items of every class: all are for training, an auxiliary needs no others")
     return split
 
 
@@ -1289,6 +1297,8 @@ def write_splits(cfg, folder, source, split, say):
     with tqdm(total=len(split), desc=f"encoding {encode}", disable=None, leave=False) as bar:
         for part in PARTS:
             rows, files = np.flatnonzero(split == part), {}
+            if not len(rows):  # draw_splits() had too few; the target of a run must not be one of these
+                rows, info["held_out"] = np.flatnonzero(split == "train"), False
             for arrays in encoded_chunks(cfg, source, rows, bpe, bar):
                 cut += arrays.pop("cut", 0)
                 sums_of_chunk = arrays.pop("sums", 0)
@@ -1507,6 +1517,8 @@ def writing(path, size):
     except OSError as problem:
         folder, cure = os.path.dirname(os.path.abspath(path)), "choose another folder"
         while not os.path.isdir(folder):
+            if os.path.exists(folder):
+                cure = f"{folder} is a file, choose a folder"
             folder = os.path.dirname(folder)
         if size and not isinstance(problem, PermissionError):
             cure = f"{size:,} bytes needed, {shutil.disk_usage(folder).free:,} free there"

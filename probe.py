@@ -15,6 +15,7 @@ Sections: statistics, compare, many runs, measures, corruptions, analyses, embed
 """
 import contextlib
 import csv
+import difflib
 import hashlib
 import io
 import itertools
@@ -45,9 +46,9 @@ from prepare import (CHUNK, LEVELS_PER_DB, UserError, active_slots, at_least, en
                      open_encoder, patchify, plain_name, prepare, print_help, read_config, read_json,
                      read_meta, read_picture, read_recording, read_text, real_places, reasons, skipping,
                      tell, unpatchify, write_file, write_json, writing)
-from train import (FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, choose_examples, count_right, evaluate,
-                   extract, fit_probe, linear_probe, load_model, open_slots, pick_device, read_run_config,
-                   resolve, shard_names, worded)
+from train import (FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, choose_examples, closing_lines,
+                   count_right, evaluate, extract, fit_probe, linear_probe, load_model, open_slots,
+                   pick_device, read_run_config, resolve, shard_names, too_few, worded)
 from train import run as train_run
 
 
@@ -321,20 +322,21 @@ def score_features(cfg, arm, scored):
     if decides in scored:
         return scored[decides]
     data = {}  # {part of the data: (features (n, D), labels (n,))}
+    # standardised as in the model: by all training items, of which few may have labels
+    mean, std = (torch.tensor(slot.meta[key]) for key in ("mean", "std"))
     for part in ("train", "val", split):
         arrays, rows = slot.split(part), slot.examples if part == "train" else seen_rows(slot, part)
-        features = [mean_over_real(batch["tokens"].float(), batch.get("real"))
+        features = [mean_over_real((batch["tokens"] - mean) / std, batch.get("real"))
                     for batch in slot.evaluation_batches(arrays, rows)]
         data[part] = torch.cat(features), torch.from_numpy(arrays["labels"][rows]).long()
     (known, labels), (new, truth) = data["train"], data[split]
     if arm == "linear":
-        weight, bias = fit_probe(data["train"], data["val"], len(slot.meta["classes"]))
+        weight, bias = fit_probe(data["train"], data["val"], len(slot.meta["classes"]), standardise=False)
         answers = (new @ weight.T + bias).argmax(1)
     else:
-        mean, std = known.mean(0), known.std(0, unbiased=False).clamp_min(1e-6)
-        directions = torch.nn.functional.normalize((known - mean) / std, dim=1)
+        directions = torch.nn.functional.normalize(known, dim=1)
         # a new item's own length changes nothing in its order of cosines
-        nearest = [((part - mean) / std @ directions.T).argmax(1) for part in new.split(1000)]
+        nearest = [(part @ directions.T).argmax(1) for part in new.split(1000)]
         answers = labels[torch.cat(nearest)]
     counted = {f"{split}_{key}": value for key, value in count_right(answers, truth).items()}
     scored[decides] = dict(counted, measure=slot.measure(), flops=0, seconds=0)
@@ -370,6 +372,7 @@ def summary(cfg, arms, results, chosen, searched, folds):
         auxiliaries={slot: f"{cfg[slot]} ({cfg[f'{slot}_loss']})" for slot in auxiliaries_of(cfg)},
         examples=first["examples"][target], seeds=len(folds), folds=int(folds.max()) + 1,
         chance=first["chance"], majority=first.get(f"{split}_majority"), items=first.get(f"{split}_items"),
+        fewest=first.get(f"{split}_fewest"),
         steps=cfg["steps"], warm_start_steps=cfg["warm_start_steps"], arms={})
     fold_means = {}  # {arm: (folds,)}
     for arm in arms:
@@ -456,7 +459,7 @@ def show_compare(out):
     speakers = f" on {out['folds']} speakers" if out["folds"] != out["seeds"] else ""
     print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary "
           f"{show_auxiliaries(out)}; {out['seeds']} seeds{speakers}, {worded(out['measure'])} on the "
-          f"{out['split']} split{yardsticks}")
+          f"{out['split']} split{yardsticks}; intervals are over seeds")
     print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}"
           f"{'GFLOP':>9}{'s':>7}  setting")
 
@@ -475,6 +478,9 @@ def show_compare(out):
             if key in entry:
                 line += f"; {worded(key)} {np.mean(entry[key]):.4f}"
         print(line)
+    if out["items"]:
+        for line in too_few(out["split"], out["items"], out["fewest"], out["measure"]):
+            print(line)
     print("verdict: " + out["verdict"])
 
 
@@ -496,7 +502,7 @@ class Progress:
         self.done += 1
         seconds_a_run = (time.perf_counter() - self.start) / self.done
         minutes = seconds_a_run * (self.total - self.done) / 60
-        tell(f"{self.done} of up to {self.total} runs, about {minutes:.0f} minutes to go")
+        tell(f"{self.done} of up to {self.total} runs, about {math.ceil(minutes)} minutes to go")
 
 
 def run_all(configs, progress):
@@ -849,9 +855,11 @@ def class_means(slot, features, labels):
 
 def show_reports(reports):
     """Print reports of runs side by side, in groups, each with a sentence on what it says."""
-    def row(title, cell):
+    def row(title, cell, head=None):
         cells = [cell(report) for report in reports]
         if any(cell is not None for cell in cells):
+            if head:
+                print(head)
             print(f"  {title:22}" + "".join(f"{cell or '-':>{width}}" for cell in cells))
 
     def number(value):
@@ -862,7 +870,7 @@ def show_reports(reports):
 
     first, width = reports[0], max(18, *(len(report["name"]) + 2 for report in reports))
     row("", lambda report: report["name"])
-    print(f"right answers on the {first['split']} split ({first['items']:,} items)")
+    print(f"the run's own answers on the {first['split']} split ({first['items']:,} items)")
     row("accuracy", lambda report: number(report["accuracy"]))
     row("balanced accuracy", lambda report: number(report["balanced_accuracy"]))
     row("always largest class", lambda report: number(report["majority"]))
@@ -884,10 +892,11 @@ def show_reports(reports):
         row(kind, lambda report: " ".join(f"{value:.3f}" for value in of("robustness", kind, report)[1:])
             if of("robustness", kind, report) else None)
     for slot in dict.fromkeys(itertools.chain(*(report["alignment"] for report in reports))):
-        print(f"classes lie alike in {slot}, though nothing was paired (p: as alike if classes are shuffled)")
+        head = f"do classes lie as in {slot}, though nothing was paired? 1: yes (p: if classes are shuffled)"
         for key in ("cka", "mutual_knn", "unit_agreement"):
             row(worded(key), lambda report: f"{found[key]:.3f} (p {found[f'{key}_p']:.3f})"
-                if (found := of("alignment", slot, report)) else None)
+                if (found := of("alignment", slot, report)) else None, head)
+            head = None
 
 
 def analyse_all(folders):
@@ -899,6 +908,8 @@ def analyse_all(folders):
     with tqdm(total=5 * len(runs), disable=None) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         reports = [analyse(run, pool, bar).report for run in runs]
     show_reports(reports)
+    if len({(run.target.folder, run.split) for run in runs}) > 1:
+        print("warning: these runs were tested on different items, so their scores do not compare")
     written = ["analysis.json", "side_by_side.png", "curves.png"]
     write_json(os.path.join(into, "analysis.json"), reports)
     draw_side_by_side(os.path.join(into, "side_by_side.png"), runs)
@@ -957,6 +968,8 @@ def embed(folder, path):
             best = int(probabilities.argmax())
             writer.writerow([item, classes[best], f"{probabilities[best].item():.4f}"])
         write_file(written[1], table.getvalue().encode(errors="surrogateescape"))
+    print(f"{len(items):,} items: wrote {' and '.join(written)}"
+          + (" (file, class, probability)" if scores is not None else ""))
     print(json.dumps(dict(items=len(items), features=list(features.shape), written=written)))
 
 
@@ -1032,22 +1045,32 @@ def export(folder, into):
         os.makedirs(into, exist_ok=True)
     weights = {name: value.clone() for name, value in run.checkpoint["model"].items()}
     write_file(os.path.join(into, "model.safetensors"), save(weights, dict(format="pt")))
-    write_json(os.path.join(into, "config.json"), {key: run.checkpoint[key] for key in EXPORTED})
+    about = {key: run.checkpoint[key] for key in EXPORTED}
+    write_json(os.path.join(into, "config.json"), dict(about, config=without_paths(run.cfg)))
     write_file(readme, card(run).encode())
     print(f"wrote model.safetensors, config.json and README.md, a card, in {into}")
 
 
+def without_paths(cfg):
+    """A run's config for others to read: sources and encoders by their names, no folder of this machine."""
+    private = ("raw_dir", "data_dir", "out_dir", "init_from")
+    kept = {key: value for key, value in cfg.items() if key not in private}
+    return {key: short_source(value) if isinstance(value, str) and ":" in value else value
+            for key, value in kept.items()}
+
+
 def card(run):
     """README.md of an exported run, in Markdown with the header that the Hub reads."""
-    cfg, result, split = run.cfg, read_json(os.path.join(run.folder, "result.json")), run.split
-    sources = [f"{slot}={cfg[slot]}" for slot in run.slots]  # the target's first
-    scores = [f"{key} {result[f'{split}_{key}']:.4f}" for key in ("accuracy", "balanced_accuracy", "loss")
-              if result.get(f"{split}_{key}") is not None]
+    cfg, result = without_paths(run.cfg), read_json(os.path.join(run.folder, "result.json"))
+    target, scores = f"{run.target.name}={run.cfg[run.target.name]}", closing_lines(result, "", [])
+    sources = " and ".join(cfg[slot] for slot in run.slots)
+    scores = scores[:next(i for i, line in enumerate(scores) if line.startswith("in :"))]
     verdict = "no comparison with the target alone was found"
     for parent in ("", "..", "../.."):  # compare keeps its runs two folders below compare.json
         path = os.path.join(run.folder, parent, "compare.json")
-        if os.path.exists(path) and (out := read_json(path))["target"] == sources[0]:
-            verdict = f"{out['verdict']} ({out['seeds']} seeds, `{out['command']}`)"
+        out = read_json(path) if os.path.exists(path) else {}
+        if (out.get("target"), out.get("steps")) == (target, cfg["steps"]):
+            verdict = f"{out['verdict']} ({out['seeds']} seeds)"
             break
     changed = [f"--{key}={value}" for key, value in cfg.items() if key not in {*FREE_KEYS, "shards"}
                and (key not in KEYS or value != KEYS[key][0])]
@@ -1058,12 +1081,12 @@ tags: [multimodal, unpaired, {", ".join(map(modality_of, run.slots))}]
 ---
 # {run.name}
 
-A unified multimodal learner (arXiv 2510.08492) of {" and ".join(map(short_source, sources))}, never paired.
+A unified multimodal learner (arXiv 2510.08492) of {sources}, never paired.
 In a checkout of nanoUML: `model, saved = train.load_model("this folder")`.
 
 - command: `{shlex.join(["python", "train.py", *changed])}`
 - seed {cfg["seed"]}, trained in {result["seconds"]:.0f} s; exported on {HARDWARE}
-- {split} split, n = {len(run.seen):,}: {", ".join(scores)}
+- {"; ".join(scores)}
 - compare (of uml, whichever arm this run is): {verdict}
 """
 
@@ -1094,7 +1117,11 @@ def draw_compare(path, out):
             ax.errorbar(i + 0.27, entry["mean"], entry["half"] or 0, fmt="s", ms=5, capsize=4, color="black")
         if out["chance"]:
             balanced = out["measure"] == "balanced_accuracy"
-            ax.axhline(out["chance"] if balanced else out["majority"], ls=":", color="grey", lw=1)
+            ax.axhline(out["chance"] if balanced else out["majority"], ls=":", color="grey", lw=1,
+                       label="guessing" if balanced else "always the largest class")
+            ax.legend(fontsize=7)
+            low, high = ax.get_ylim()
+            ax.set_ylim(max(low, -0.02), min(high, 1.02))
         ax.set_xticks(range(len(out["arms"])), out["arms"])
         minus = "minus " if out["measure"] == "loss" else ""
         ax.set_ylabel(f"{minus}{out['split']} {worded(out['measure'])}")
@@ -1144,6 +1171,8 @@ def draw_predictions(path, runs, rows=4, columns=6):
     height = rows * (1.35 + 0.32 * len(same_items)) + 0.25 * len(totals)
     with figure(path, 1.9 * columns, height, nrows=rows, ncols=columns) as (fig, axes):
         fig.suptitle("\n".join(totals), fontsize=10)
+        for ax in axes.flat[len(chosen):]:
+            ax.axis("off")
         for ax, item in zip(axes.flat, chosen):
             tokens, truth = held["tokens"][np.array([item])], held["labels"][item]
             if "patch" in meta:
@@ -1183,7 +1212,7 @@ def draw_curves(path, runs):
         if max(starts):
             left.axvspan(-max(starts), 0, color="0.92", label="warm start")
         left.set(xlabel="steps of the target", ylabel="training loss")
-        right.set(xlabel="steps of the target", ylabel="validation accuracy", xlim=(0, None), ylim=(0, None))
+        right.set(xlabel="steps of the target", ylabel="validation score", xlim=(0, None), ylim=(0, None))
         left.legend(fontsize=7)
 
 
@@ -1231,7 +1260,9 @@ def main():
     elif any(arg.startswith("--") for arg in argv):
         raise UserError("the analysis of runs takes no keys, only folders of runs; compare takes keys")
     elif not os.path.isdir(argv[0]):
-        raise UserError(f"{argv[0]} is no command (compare, embed and export are) and no folder of a run")
+        near = difflib.get_close_matches(argv[0], ("compare", "embed", "export"), n=1)
+        raise UserError(f"{argv[0]} is no command (compare, embed and export are) and no folder of a run"
+                        + (f": did you mean {near[0]}?" if near else ""))
     else:
         analyse_all(argv)
 

@@ -281,6 +281,15 @@ def test_windows_of_one_document_stay_in_one_split_and_keep_its_class(tmp_path):
         assert all(set(re.findall("[xy]", text)) <= {c} for text, c in zip(words, classes_of(folder, part)))
     assert not seen["train"] & seen["val"] and not (seen["train"] | seen["val"]) & seen["test"]
 
+def test_one_text_a_class_is_all_for_training(data, tmp_path):
+    """A tenth for validation and a tenth for the test would take the only text of two classes of ten."""
+    names, said = [f"thing {i}" for i in range(10)], []
+    (tmp_path / "t.json").write_text(json.dumps({name: f"a picture of {name}" for name in names}))
+    folder = prepared(tmp_path, f"--text=file:{tmp_path}/t.json", say=said.append)
+    assert counts(folder) == [10, 10, 10] and sorted(classes_of(folder, "train")) == names
+    assert any("one or two items of every class: all are for training" in line for line in said)
+    train(data, tmp_path / "o", f"--text=file:{tmp_path}/t.json")
+
 @cases("name, body, words", [
     ("t.txt", b"one\ntwo\n", r"too few items \(2\)"), ("t.txt", b"caf\xe9\n" * 20, "not UTF-8"),
     ("t.json", b'{"a": []}', "class 'a' has nothing"), ("t.json", b"[" * 200_000, "is not JSON"),
@@ -412,7 +421,8 @@ def test_folders_of_recordings_are_split_by_speaker(tmp_path):
     assert counts(folder) == [12, 6, 6] and P.read_meta(folder)["classes"] == ["one", "two"]
     for words, more in (("'eve' is not there", "--audio_test_group=eve"),
                         ("cy and cy", "--audio_val_group=cy"),
-                        ("must find a group", "--audio_groups=x(y)?|_[a-z]+_"),
+                        ("finds no speaker in", "--audio_groups=x(y)?|_[a-z]+_"),
+                        ("no regular expression", "--audio_groups=("),
                         ("cannot be split by speaker", "--audio_groups=")):
         refuses(words, prepared, d, *argv, more)
 
@@ -435,7 +445,7 @@ def test_bad_recordings_are_named_or_skipped(tmp_path):
     assert sum(counts(prepared(tmp_path / "d", source, "--skip_bad=True", say=said.append))) == 24
     assert any(re.match(why.format(""), line.removeprefix("skipped ")) for line in said)
     os.remove(tmp_path / "r/two/worse.wav")
-    for samples, words in ((np.zeros(2400), "only silence"), (np.full(2400, np.nan), "not numbers")):
+    for samples, words in ((np.zeros(2400), "0.30 s of silence"), (np.full(2400, np.nan), "not numbers")):
         write_sound(bad, samples, subtype="FLOAT")
         refuses(f"bad.wav .*{words}.*or pass --skip_bad", prepared, tmp_path / "d", source)
 
@@ -787,12 +797,12 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
             ("is empty", f"--image=folder:{tmp_path}/empty"), ("no folder", "--image=folder:/nowhere"),
             ("offers 10", bad, "--skip_bad=True", "--image_examples=11"),
             ("1 classes", folder("one", ("cat",))), ("cow, dog", differ),
-            ("too few items", folder("few", count=1, parts=("",))),
+            ("none is left to test a target", folder("few", count=1, parts=("",))),
             ("'A_Cat' and 'a cat' differ only in case", folder("odd", ("a cat", "A_Cat"))),
             ("of patch_size=7", "--patch_size=7"),
             ("not a slot with a source", "--target=text"),
             ("'labels' is no objective", "--text2=letters", "--text2_loss=next+labels"),
-            ("needs at least two: choose", f"--text=file:{tmp_path}/u.txt", "--text_loss=label"),
+            ("two: a folder .*without labels choose", f"--text=file:{tmp_path}/u.txt", "--text_loss=label"),
             ("leaves fewer than two of 12", "--unseen_classes=11"),
             ("joins an item into one", "--image_loss=next", "--image_embed=conv"),
             ("there are numbers, folder", "--audio=letters"), ("did you mean 'letters'", "--image=leters"),
@@ -1406,14 +1416,16 @@ def test_embed_takes_files_of_any_mode_and_sees_what_the_run_saw(data, pair, tmp
 def test_an_exported_model_gives_the_same_bits_and_a_card_with_its_scores(data, pair, tmp_path, monkeypatch):
     pytest.importorskip("safetensors")
     folder, out = shutil.copytree(pair.uml, tmp_path / "run"), tmp_path / "out"
-    said = dict(target="image=letters", verdict="the unpaired data helped", seeds=8, command="probe.py")
+    said = dict(target="image=letters", verdict="the unpaired data helped", seeds=8, steps=6)
     (folder / "compare.json").write_text(json.dumps(said))
     monkeypatch.setattr(sys, "argv", ["probe.py", "export", str(folder), str(out)])
     B.main(), B.main()  # the second one writes over the first
-    card, batch = (out / "README.md").read_text(), set_up(data).slots["image"].batch(0)
+    card, about = (out / "README.md").read_text(), (out / "config.json").read_text()
+    batch = set_up(data).slots["image"].batch(0)
     for words in ("tags: [multimodal, unpaired, image, text]", "--text_loss=label", "seed 0",
-                  f"accuracy {pair.result['test_accuracy']:.4f}", "the unpaired data helped (8 seeds"):
+                  f"accuracy {pair.result['test_accuracy']:.3f}", "95% interval", "data helped (8 seeds"):
         assert words in card
+    assert data not in card + about and str(tmp_path) not in card + about  # no folder of this machine
     (one, _), (two, saved) = T.load_model(f"{folder}/best.pt"), T.load_model(out)
     assert torch.equal(*(model.features("image", batch["tokens"]) for model in (one, two)))
     assert saved["classes"][0].startswith("latin ") and not two.training
@@ -1716,7 +1728,7 @@ def test_a_full_disk_or_a_folder_without_permission_costs_nothing_that_was_saved
     assert not files_under(tmp_path / "d")
     (tmp_path / "file").write_text("in the way")
     for attempt, *args in (train, data, f"{tmp_path}/file/o"), (prepared, tmp_path / "file/d", LETTERS[0]):
-        refuses(r"cannot write .*file/.*(Not a direc|File ex).*\): choose another folder$", attempt, *args)
+        refuses(r"cannot write .*file/.*(Not a direc|File ex).*\): .*/file is a file, choose", attempt, *args)
     def denied(path, *how, **more):
         raise PermissionError(13, "Permission denied", path)
     monkeypatch.setattr(P, "open", denied, raising=False)  # root may write everywhere

@@ -242,7 +242,12 @@ class Slot:
                                 "'_' or '-': rename one")
         if self.labelled and len(classes) < 2:
             raise UserError(f"{source} has {len(classes)} classes, {name}_loss={'+'.join(self.objectives)} "
-                            f"needs at least two: choose --{name}_loss=next or reconstruct")
+                            "needs at least two: a folder has them as PATH/CLASS/*, a table in a column that "
+                            f"--{name}_label names; without labels choose --{name}_loss=next or reconstruct "
+                            f"and --{name}_embed=linear")
+        if name == cfg["target"] and not self.meta.get("held_out", True):
+            raise UserError(f"{source} has one or two items of every class, so none is left to test a target "
+                            "on: give three of each")
         embed = cfg[f"{name}_embed"]
         readable = dict(linear=True, conv="patch" in self.meta or "mels" in self.meta)
         if not readable.get(embed, "patch" in self.meta):
@@ -923,11 +928,12 @@ def extract(model, slot, arrays, rows=None, layer=-1):
     return torch.cat(parts, dim=-2)
 
 
-def linear_probe(features, labels, classes, l2=1.0):
+def linear_probe(features, labels, classes, l2=1.0, standardise=True):
     """Multinomial logistic regression on frozen features, solved to convergence by L-BFGS.
 
     features (n, D) float, labels (n,) int in 0..classes-1. Minimises the summed cross-entropy + l2/2 *
-    |weight|^2 on standardised features (scikit-learn's C is 1/l2); the bias is free. Returns (weight
+    |weight|^2 on standardised features (scikit-learn's C is 1/l2); the bias is free. standardise=False: they
+    are already, by more items than these few. Returns (weight
     (classes, D), bias (classes,)) for the features as given: scores = features @ weight.T + bias. Raises
     ValueError for fewer than two classes.
     """
@@ -936,6 +942,8 @@ def linear_probe(features, labels, classes, l2=1.0):
                          f"{len(labels)} examples, {classes} classes")
     features, labels = features.float(), labels.long()
     mean, std = features.mean(0), features.std(0, unbiased=False).clamp_min(1e-6)
+    if not standardise:
+        mean, std = torch.zeros_like(mean), torch.ones_like(std)
     standard = (features - mean) / std
     weight = torch.zeros(classes, features.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
@@ -955,12 +963,12 @@ def linear_probe(features, labels, classes, l2=1.0):
     return weight, bias.detach() - weight @ mean
 
 
-def fit_probe(known, val, classes):
+def fit_probe(known, val, classes, standardise=True):
     """The linear probe on `known`, of four penalties, that is best on `val`: (weight, bias).
 
-    known and val: (features (n, C), labels (n,)).
+    known and val: (features (n, C), labels (n,)). standardise as in linear_probe().
     """
-    probes = [linear_probe(*known, classes, l2) for l2 in (1.0, 10.0, 100.0, 1000.0)]
+    probes = [linear_probe(*known, classes, l2, standardise) for l2 in (1.0, 10.0, 100.0, 1000.0)]
     right = [(val[0] @ weight.T + bias).argmax(1).eq(val[1]).sum() for weight, bias in probes]
     return probes[np.argmax(right)]
 
@@ -1026,6 +1034,8 @@ def evaluate(model, slot, arrays, chosen=None):
         probe = chosen["probe"]
     scores = features @ probe[0].T + probe[1]  # (n, classes)
     found = count_right(scores.argmax(1)[~unseen], truth[~unseen])
+    if len(truth[~unseen].unique()) < classes - len(slot.unseen):
+        found["fewest"] = 0
     found.update(score=found[measure], probe=probe)
     if unseen.any() and (chosen is None or "unseen_offset" in chosen):  # validation may have had none
         found.update(unseen_report(scores, truth, slot.unseen, chosen["unseen_offset"] if chosen else None))
@@ -1090,6 +1100,14 @@ def score_run(run):
                 samples_per_second=round(run.items / run.seconds, 1))
 
 
+def too_few(name, items, fewest, measure):
+    """[a warning] if a split is too small to judge by, else []. fewest: items of its smallest class."""
+    if items >= 100 and fewest and (measure == "accuracy" or fewest >= 5):
+        return []
+    return [f"warning: {name} has {items} items, {fewest} of its smallest class: too few to tell good from "
+            "better"]
+
+
 def closing_lines(result, folder, argv):
     """What a person reads at the end of a run: how good, against what, where it lies, and what next."""
     of_split = lambda key: result.get(f"{result['split']}_{key}")
@@ -1101,14 +1119,13 @@ def closing_lines(result, folder, argv):
         low, high = wilson_interval(right, items)
         lines = [f"{name}: accuracy {of_split('accuracy'):.3f}: {right:,} of {items:,} right (95% interval "
                  f"{low:.3f} to {high:.3f}), where guessing has {result['chance']:.2g}"]
-        balanced = result["measure"] == "balanced_accuracy"
-        if balanced:
+        if result["measure"] == "balanced_accuracy":
             lines[0] += f" and always the largest class {of_split('majority'):.2g}"
             lines += ["the classes are uneven, so runs are compared by balanced accuracy, the mean over "
                       f"classes: {of_split('balanced_accuracy'):.3f}"]
-        if items < 100 or balanced and fewest < 5:
-            lines += [f"warning: {name} has {items} items, {fewest} of its smallest class: too few to tell "
-                      "good from better"]
+        if "label" not in result["losses"][result["target"]].split("+"):
+            lines += ["the answers are those of a linear probe, since the target has no label loss"]
+        lines += too_few(name, items, fewest, result["measure"])
     if of_split("unseen_accuracy") is not None:
         lines += [f"{result['unseen_classes']} classes had no labelled example: of their items "
                   f"{of_split('unseen_among_unseen'):.3f} are right among themselves, "
