@@ -64,6 +64,26 @@ def draw_summary(path, rows):
         ax.legend(ncols=len(MARKS), fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
 
 
+# What modalities share, from nothing to the whole trunk: {arm: its name in the figure}. Nothing is shared by
+# alone, which learns bit for bit what share="none" does.
+DOSES = dict(alone="nothing", apart="label head", norms="+ norms", attention="+ attention",
+             feedforward="+ feed-forward", added="+ added W'", uml="+ trunk")
+
+
+def draw_doses(path, rows):
+    """Accuracy by what is shared, a panel a regime. rows: {name: (title, result)}."""
+    with figure(path, 4.6 * len(rows), 3.6, ncols=len(rows), squeeze=False) as (_, axes):
+        for ax, (title, result) in zip(axes[0], rows.values()):
+            for i, arm in enumerate(DOSES):
+                entry = result["arms"][arm]
+                mean, half = 100 * entry["mean"], 100 * (entry["half"] or 0)
+                ax.errorbar(i, mean, half, fmt="o", color="C1" if arm == "uml" else "C0", ms=5, capsize=3)
+            ax.axhline(100 * result["arms"]["alone"]["mean"], ls=":", color="grey", lw=1)
+            ax.set_xticks(range(len(DOSES)), DOSES.values(), rotation=30, ha="right", fontsize=8)
+            ax.set(ylabel="accuracy in %, with 95% intervals", ylim=(0, None))
+            ax.set_title(title, fontsize=9)
+
+
 def draw_letters(path):
     """Pictures above, texts below, of other letters: what the two slots of letters_text.py learn from."""
     cfg = read_config([], PREPARE_KEYS)

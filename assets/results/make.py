@@ -8,6 +8,7 @@ A page holds blocks `<!-- KIND WORDS -->` ... `<!-- /KIND -->`; what stands betw
     results NAME='title' ...   a table, a row a comparison, with the commands
     arms NAME='title' ...      every arm of some comparisons
     unseen NAME='title' ...    classes that had no labelled example
+    doses FILE.png NAME='title' ...      accuracy by what the modalities share
     curve FILE.png NAME ...    accuracy against labelled examples a class, and what an example is worth
     holm                       which of the rows above survive Holm's correction (Holm 1979)
 """
@@ -21,7 +22,7 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path[:0] = [HERE, ROOT]
-from figures import draw_curve, draw_letters, draw_summary, per_class
+from figures import DOSES, draw_curve, draw_doses, draw_letters, draw_summary, per_class
 from prepare import UserError, exit_on_user_error, read_json, read_text, write_file
 from probe import show_auxiliaries, t_interval, verdict
 from theory import draw_theory
@@ -140,6 +141,15 @@ def unseen_table(rows):
     return table_of(["", "arm", *keys.values()], lines)
 
 
+def doses_table(rows):
+    lines = []
+    for title, result in rows.values():
+        arms = [result["arms"][arm] for arm in DOSES]
+        lines.append([title, *(percent(entry) for entry in arms)])
+        lines.append(["minus nothing (p)", *(percent(entry.get("minus_alone")) for entry in arms)])
+    return table_of(["shared", *DOSES.values()], lines)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # sentences
 
@@ -205,6 +215,11 @@ def rewrite(page, check):
             lines, drawn = summary(rows_of(words[1:]))
             if not check:
                 draw_summary(os.path.join(ROOT, "assets", words[0]), drawn)
+        elif kind == "doses":
+            rows = rows_of(words[1:])
+            lines = doses_table(rows)
+            if not check:
+                draw_doses(os.path.join(ROOT, "assets", words[0]), rows)
         elif kind == "holm":
             lines = [holm(tabled.values())]
         else:
@@ -216,7 +231,7 @@ def rewrite(page, check):
                 lines += commands_of(rows) if "results" in page else []
         return "\n".join([match[1], *lines, match[3]])
 
-    blocks = r"(<!-- ((?:summary|results|arms|unseen|curve|holm)\b.*?) -->)\n.*?(<!-- /\w+ -->)"
+    blocks = r"(<!-- ((?:summary|results|arms|unseen|doses|curve|holm)\b.*?) -->)\n.*?(<!-- /\w+ -->)"
     return re.sub(blocks, block, read_text(page), flags=re.S)
 
 

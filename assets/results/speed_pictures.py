@@ -61,8 +61,9 @@ def make_folder(root):
 
 def read_with_torchvision(root, size, workers):
     """Read every picture once, in batches, as a training loop would."""
+    bicubic = torchvision.transforms.InterpolationMode.BICUBIC  # prepare.py's filter
     transform = torchvision.transforms.Compose([
-        torchvision.transforms.Resize(size, torchvision.transforms.InterpolationMode.BICUBIC), torchvision.transforms.CenterCrop(size),
+        torchvision.transforms.Resize(size, bicubic), torchvision.transforms.CenterCrop(size),
         torchvision.transforms.PILToTensor()])
     pictures = torchvision.datasets.ImageFolder(root, transform)
     return sum(len(batch) for batch, _ in torch.utils.data.DataLoader(pictures, 64, num_workers=workers))
