@@ -230,7 +230,8 @@ def share_parts(own, trunk, parts):
 class AddedLinear(nn.Linear):
     """The target's W + lambda W', where W' is an auxiliary's and lambda starts at 0 and is learned.
 
-    Cross-modal re-parameterisation, M2PT (arXiv 2401.14405). After training both are one matrix.
+    Cross-modal re-parameterisation, M2PT (arXiv 2401.14405). W' learns from both modalities. After training
+    both are one matrix.
     """
 
     def __init__(self, linear, others):
@@ -413,9 +414,6 @@ class UML(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}")
-        if trunk and share not in ("trunk", "head", "none"):
-            raise ValueError(f"share='{share}' takes our own trunk apart; of a language model choose trunk, "
-                             "head or none")
         self.slots, self.label_smoothing, self.trunk_config = slots, label_smoothing, trunk
         self.adapters = nn.ModuleDict()
         with torch.random.fork_rng(devices=[]):  # the networks of other libraries draw from torch's generator

@@ -50,7 +50,7 @@ import tiktoken
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 from tqdm import tqdm
 
-FORMAT = 4  # of the shards, and part of every folder's name: raise it when you change how tokens are made
+FORMAT = 5  # of the shards, and part of every folder's name: raise it when you change how tokens are made
 REGISTRY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample_configs", "registry.txt")
 PARTS = ("train", "val", "test")  # the splits, in the order in which they are written
 
@@ -220,8 +220,9 @@ def read_config(argv, keys, strict=True):
     """Read `[CONFIG.py] --key=value ...` into {key: value}; keys: {key: (default, help, checks ...)}.
     strict=False leaves unknown keys of the FILE to another script, unless they look like a typo of ours."""
     for arg, after in zip(argv, argv[1:]):  # `--steps 5`; but `--resume CONFIG.py` is right
+        known = arg[2:] in keys or SLOT_NAME.fullmatch(arg[2:].split("_")[0])
         is_flag = type(keys.get(arg[2:], ("",))[0]) in (bool, type(None)) and after not in ("True", "False")
-        if arg.startswith("--") and "=" not in arg and not after.startswith("--") and not is_flag:
+        if known and arg.startswith("--") and not after.startswith("--") and not is_flag:
             raise UserError(f"command line: found '{arg} {after}', write {arg}={after}")
     files = [arg for arg in argv if not arg.startswith("--")]
     if len(files) > 1:
@@ -395,13 +396,13 @@ def plain_name(name):
     return re.sub(r"[\s_-]", "", name.lower())
 
 
-def file_source(cfg, modality, path):
+def file_source(cfg, modality, path, labelled=True):
     """Text from a file, in its order: a document a line, or rows with `text` and perhaps `label`."""
     fields = [cfg["column"] or "text", cfg["label"] or "label"]
     rows = file_rows(path, *fields)
     if rows is None:
         return dict(items=[line.strip() for line in read_text(path).splitlines() if line.strip()])
-    if not cfg["label"] and not any(fields[1] in row for _, row in rows):
+    if not labelled or not cfg["label"] and not any(fields[1] in row for _, row in rows):
         fields.pop()  # nothing has a class
     found = {field: [] for field in fields}
     for (where, row), field in itertools.product(rows, fields):
@@ -410,9 +411,10 @@ def file_source(cfg, modality, path):
         if not filled or not isinstance(value, str) and (field == fields[0] or type(value) is not int):
             has = f"{textwrap.shorten(filled, 60) or 'nothing'} as" if field in row else "no field"
             there = ", ".join(map(repr, row)) or "none"
-            raise UserError(f"{where} has {has} '{field}' (it has {there}; a table names them in its first "
-                            f"line): put a text there, or name the right ones with --{modality}_column for "
-                            f"texts and --{modality}_label for classes")
+            first_line = "; its first line must name them" if path.endswith((".csv", ".tsv")) else ""
+            raise UserError(f"{where} has {has} '{field}' (it has {there}{first_line}): put a text there, or "
+                            f"name the right ones with --{modality}_column for texts and --{modality}_label "
+                            "for classes")
         found[field].append(filled.encode(errors="replace").decode())  # half of a character becomes "?"
     texts, *names = found.values()
     if not names:
@@ -528,7 +530,8 @@ def class_files(path):
             elif below:
                 tell(f"warning: {len(below)} files lie deeper than their class and are not read: {below[0]}")
     if deep and (found or len(deep) > len(files_in(path, "*"))):
-        top = os.path.commonpath([os.path.dirname(file) for file in deep])
+        folders = {os.path.dirname(file) for file in deep}
+        top = os.path.commonpath(folders) if len(folders) > 1 else os.path.dirname(*folders)
         alone = not found and not parts and os.path.relpath(top, path) != "."
         advice = f"did you mean folder:{top}?" if alone else "move such files up"
         raise UserError(f"{min(deep)} lies too deep, a class is a folder in {os.path.join(path, *parts[:1])} "
@@ -1242,12 +1245,15 @@ def draw_splits(cfg, slot, source, say):
     for part, seed in ("test", 1), ("val", 0):
         if part not in split:
             free = split == "train"
-            split[draw_share(labels, free, cfg["val_fraction"], seed)] = part
-    if missing := [part for part in PARTS if part not in split]:
-        if labels is None or len(np.unique(labels)) < 2:
-            enough = f"about {2 / cfg['val_fraction']:.0f} are needed"
-            raise UserError(f"{slot}={cfg[slot]}: too few items ({n}) for a {missing[0]} split: {enough}")
+            drawn = draw_share(labels, free, cfg["val_fraction"], seed)
+            if not drawn.any() and "test" in split:  # under three of every class are left: a share of all
+                drawn = draw_share(None, free, cfg["val_fraction"], seed)
+            split[drawn] = part
+    if labels is not None and "test" not in split and len(np.unique(labels)) > 1:
         say(f"{slot} has one or two items of every class: all are for training, an auxiliary needs no others")
+    elif missing := [part for part in PARTS if part not in split]:
+        raise UserError(f"{slot}={cfg[slot]}: too few items ({n}) for a {missing[0]} split: about "
+                        f"{2 / cfg['val_fraction']:.0f} are needed")
     return split
 
 
@@ -1297,8 +1303,9 @@ def write_splits(cfg, folder, source, split, say):
     with tqdm(total=len(split), desc=f"encoding {encode}", disable=None, leave=False) as bar:
         for part in PARTS:
             rows, files = np.flatnonzero(split == part), {}
-            if not len(rows):  # draw_splits() had too few; the target of a run must not be one of these
-                rows, info["held_out"] = np.flatnonzero(split == "train"), False
+            if not len(rows):  # draw_splits() had too few: a run's target must be another
+                info["held_out"], info["splits"][part] = False, info["splits"].get("train")
+                continue
             for arrays in encoded_chunks(cfg, source, rows, bpe, bar):
                 cut += arrays.pop("cut", 0)
                 sums_of_chunk = arrays.pop("sums", 0)

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -163,7 +164,8 @@ ARMS = {
     "feedforward": ("of the trunk only the feed-forward layers", dict(share="feedforward")),
     "norms": ("of the trunk only the norms", dict(share="norms")),
     "added": ("the target's matrices are W + lambda W', the auxiliary's", dict(share="added")),
-    "none": ("nothing is shared, not even the label head: alone, by construction", dict(share="none")),
+    "none": ("nothing is shared, not even the label head: alone, bit for bit",
+             dict(share="none", head_from="", schedule="alternate")),
     "longer": ("alone, with all the FLOPs of uml", target_only_for_longer),
     "init": ("trunk warm-started on the auxiliary, then the target alone", warm_start_only),
     "unrelated": ("a real auxiliary of another domain", unrelated_source),
@@ -331,7 +333,7 @@ def score_features(cfg, arm, scored):
         data[part] = torch.cat(features), torch.from_numpy(arrays["labels"][rows]).long()
     (known, labels), (new, truth) = data["train"], data[split]
     if arm == "linear":
-        weight, bias = fit_probe(data["train"], data["val"], len(slot.meta["classes"]), standardise=False)
+        weight, bias = fit_probe(data["train"], data["val"], len(slot.meta["classes"]), slot.measure(), False)
         answers = (new @ weight.T + bias).argmax(1)
     else:
         directions = torch.nn.functional.normalize(known, dim=1)
@@ -753,10 +755,10 @@ def check_shards(folder, cfg):
                             "changed since: train it again")
 
 
-def features_of(run, slot, arrays, rows=None, layer=-1):
-    """Features (n, C) and labels (n,) of some rows of a split (None: of all), from a layer of the trunk."""
+def features_of(run, slot, arrays, rows=None):
+    """Features (n, C) and labels (n,) of some rows of a split (None: of all)."""
     labels = arrays["labels"] if rows is None else arrays["labels"][rows]
-    return extract(run.model, slot, arrays, rows, layer), torch.from_numpy(labels).long()
+    return extract(run.model, slot, arrays, rows), torch.from_numpy(labels).long()
 
 
 def analyse(run, pool, bar):
@@ -774,7 +776,8 @@ def analyse(run, pool, bar):
     bar.update()
 
     def probe_of(layer):
-        weight, bias = fit_probe((known[layer], known_labels), (val[layer], val_labels), classes)
+        judged = (val[layer], val_labels)
+        weight, bias = fit_probe((known[layer], known_labels), judged, classes, target.measure())
         right = (held[layer, seen] @ weight.T + bias).argmax(1) == labels[seen]
         return right.float().mean().item(), weight, bias
 
@@ -905,7 +908,8 @@ def analyse_all(folders):
     runs = [open_run(folder) for folder in folders]  # what is wrong with the last one shows now
     into = runs[0].folder
     tell("linear probes of every layer, few examples, corruptions, alignment; seconds to minutes a run")
-    with tqdm(total=5 * len(runs), disable=None) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+    workers = min(4, os.cpu_count())  # each may hold a whole split, changed
+    with tqdm(total=5 * len(runs), disable=None) as bar, ThreadPoolExecutor(workers) as pool:
         reports = [analyse(run, pool, bar).report for run in runs]
     show_reports(reports)
     if len({(run.target.folder, run.split) for run in runs}) > 1:
@@ -976,7 +980,8 @@ def embed(folder, path):
 def read_new_texts(folder, path, cfg):
     """The texts of a file, as text=file:PATH reads it -> {"tokens" (n, T), "lengths" (n,)}, the texts."""
     check_shards(folder, cfg)  # the BPE is kept with the shards
-    lines = file_source(dict(cfg, column=cfg[f"{cfg['target']}_column"], label=""), "text", path)["items"]
+    own = dict(cfg, column=cfg[f"{cfg['target']}_column"], label="")
+    lines = file_source(own, "text", path, labelled=False)["items"]
     if not lines:
         raise UserError(f"{path} is empty: expected one text a line")
     arrays = encode_text(cfg, lines, load_bpe(prepare(cfg, cfg["target"])))
@@ -1055,7 +1060,7 @@ def without_paths(cfg):
     """A run's config for others to read: sources and encoders by their names, no folder of this machine."""
     private = ("raw_dir", "data_dir", "out_dir", "init_from")
     kept = {key: value for key, value in cfg.items() if key not in private}
-    return {key: short_source(value) if isinstance(value, str) and ":" in value else value
+    return {key: short_source(value) if re.match("(folder|file|npz|parquet|timm|hf):", str(value)) else value
             for key, value in kept.items()}
 
 

@@ -289,6 +289,11 @@ def test_one_text_a_class_is_all_for_training(data, tmp_path):
     assert counts(folder) == [10, 10, 10] and sorted(classes_of(folder, "train")) == names
     assert any("one or two items of every class: all are for training" in line for line in said)
     train(data, tmp_path / "o", f"--text=file:{tmp_path}/t.json")
+    few = picture_folder(tmp_path / "three", count=3, parts=("",))  # enough to test on
+    assert counts(prepared(tmp_path, f"--image=folder:{few}")) == [3, 1, 2]
+    own = picture_folder(tmp_path / "own", count=2)  # its test split is its own
+    assert counts(prepared(tmp_path, f"--image=folder:{own}")) == [3, 1, 4]
+    run(f"--image=folder:{own}", *RUN, *into(tmp_path / "own_run"))
 
 @cases("name, body, words", [
     ("t.txt", b"one\ntwo\n", r"too few items \(2\)"), ("t.txt", b"caf\xe9\n" * 20, "not UTF-8"),
@@ -801,6 +806,8 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
             ("'A_Cat' and 'a cat' differ only in case", folder("odd", ("a cat", "A_Cat"))),
             ("of patch_size=7", "--patch_size=7"),
             ("not a slot with a source", "--target=text"),
+            ("share='norms' takes our own trunk apart, which fsdp", "--share=norms", "--fsdp=True"),
+            ("shares no label head", "--share=none", "--head_from=text"),
             ("'labels' is no objective", "--text2=letters", "--text2_loss=next+labels"),
             ("two: a folder .*without labels choose", f"--text=file:{tmp_path}/u.txt", "--text_loss=label"),
             ("leaves fewer than two of 12", "--unseen_classes=11"),
@@ -1364,11 +1371,12 @@ def test_the_log_also_goes_where_people_have_it(data, tmp_path, monkeypatch):
     seen = {event.step: event.value for event in events.Scalars("loss/text")}
     assert seen == pytest.approx(losses["text"]) and len(events.Scalars("val_accuracy")) == len(scores) > 0
     told = []
-    tracker = SimpleNamespace(init=lambda **how: told.append(how["project"]),
+    tracker = SimpleNamespace(finish=lambda: told.append("end"),
+                              init=lambda **how: told.append(how["project"]),
                               log=lambda numbers, step: told.append((step, "loss/image" in numbers)))
     monkeypatch.setitem(sys.modules, "wandb", tracker)
     train(data, f"{tmp_path}/w", "--report_to=wandb")
-    assert told[0] == "nanouml" and (9, True) in told
+    assert told[0] == "nanouml" and (9, True) in told and told[-1] == "end"
     monkeypatch.setitem(sys.modules, "trackio", None)
     refuses("report_to='trackio' needs trackio: pip install trackio", train, data, f"{tmp_path}/t",
             "--report_to=trackio")

@@ -169,6 +169,15 @@ def resolve(cfg, say=tell):
     if head_from and auxiliaries:
         if head_from not in auxiliaries or "label" not in cfg[f"{head_from}_loss"].split("+"):
             raise UserError(f"head_from='{head_from}' must name an auxiliary slot with a label loss")
+    if (share := cfg["share"]) not in ("trunk", "head", "none"):
+        for key in ("trunk", "fsdp"):
+            if cfg[key]:
+                raise UserError(f"share='{share}' takes our own trunk apart, which {key}={cfg[key]} does not "
+                                "allow: choose trunk, head or none")
+    if share == "added" and cfg["init_from"]:
+        raise UserError("share='added' builds another trunk than init_from has: leave one out")
+    if share == "none" and head_from:
+        raise UserError("share='none' shares no label head that head_from could start: leave one out")
     if cfg.get("audio_test_group") == "each":  # cross-validation: seed 0 is tested on the first speaker, ...
         cfg.update(audio_test_group=f"#{cfg['seed']}", audio_val_group=f"#{cfg['seed'] + 1}")
 
@@ -180,7 +189,8 @@ def resolve(cfg, say=tell):
     reset = [] if auxiliaries else ["warm_start_steps", "head_from", "share", "stages"]
     ignored = [key for key in [*idle, *reset] if key not in KEYS or cfg[key] != KEYS[key][0]]
     if ignored:
-        say(f"ignored, since their slot has no source or examples: {', '.join(sorted(ignored))}")
+        say("ignored, since their slot, or any auxiliary, has no source or examples: "
+            + ", ".join(sorted(ignored)))
     cfg.update({key: KEYS[key][0] for key in reset})
     return {key: value for key, value in cfg.items() if key not in idle}
 
@@ -581,6 +591,7 @@ def make_optimizer(model, cfg):
     """AdamW over every parameter once: matrices decay, the rest (norms, biases, our positions) does not.
 
     A slot that is idle in a step has no gradient (None): AdamW passes it over, it neither decays nor drifts.
+    (But with share="added" a target's step is one of the auxiliary's trunk as well.)
     """
     groups = {}  # {(decays?, factor on the learning rate): parameters}
     for name, parameter in model.named_parameters():
@@ -751,24 +762,23 @@ def note(run, say, line, **entry):
             run.report(run.step, losses | {key: value for key, value in entry.items() if value is not None})
 
 
-def open_report(cfg):
-    """Where report_to wants the log -> a function of (step, {name: number}); None if nowhere."""
+@contextlib.contextmanager
+def reporting(cfg):
+    """Where report_to wants the log, while it is open: a function of (step, {name: number}), or None."""
     where, folder = cfg["report_to"], cfg["out_dir"]
     if not where or ranks()[0]:
-        return None
-    if where == "tensorboard":
-        imported("tensorboard", "report_to='tensorboard'")
+        yield None
+    elif where == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(folder)
-
-        def report(step, numbers):
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
-        return report
-    tracker = imported(where, f"report_to='{where}'")
-    tracker.init(project="nanouml", name=os.path.basename(folder), config=cfg)
-    return lambda step, numbers: tracker.log(numbers, step=step)
+        with SummaryWriter(folder) as writer:
+            yield lambda step, numbers: [writer.add_scalar(key, numbers[key], step) for key in numbers]
+    else:
+        tracker = imported(where, f"report_to='{where}'")
+        tracker.init(project="nanouml", name=os.path.basename(folder), config=cfg)
+        try:
+            yield lambda step, numbers: tracker.log(numbers, step=step)
+        finally:
+            tracker.finish()
 
 
 def read_clock(device):
@@ -810,13 +820,14 @@ def run(cfg, say=tell):
         if finished:
             return finished if first else None
         this = set_up(cfg, say, saved)
+        if cfg["report_to"]:
+            imported(cfg["report_to"], f"report_to='{cfg['report_to']}'")  # refuse before anything is written
         begin_folder(cfg)
-        this.report = open_report(cfg)
         order = " then ".join("+".join(names) for names in pattern(cfg, this.slots, cfg["warm_start_steps"]))
         warm = f"{cfg['warm_start_steps']} steps on the auxiliaries alone, then "
         say(f"{warm if cfg['warm_start_steps'] else ''}{cfg['steps']} of {order}")
         never_validated = this.step == this.total and this.best is None  # resumed exactly at its end
-        with signals_caught(), this.bar:
+        with signals_caught(), this.bar, reporting(cfg) as this.report:
             train(this, say)
         if this.step < this.total:
             say(f"stopped after step {this.step} of {this.total}, saved: the same command with --resume goes "
@@ -859,7 +870,7 @@ def set_up(cfg, say, saved=None):
     compiled = cfg["compile"] if cfg["compile"] is not None else device.type == "cuda" and not cfg["fsdp"]
     engine = torch.compile(model) if compiled else model
     if cfg["fsdp"]:
-        engine = sharded_copy(cfg, model)
+        engine = sharded_copy(model)
     elif dist.is_initialized():  # slots take turns, so in every update some parameters are unused
         engine = DistributedDataParallel(engine, find_unused_parameters=True, broadcast_buffers=False)
     optimizer = make_optimizer(engine, cfg)
@@ -873,12 +884,12 @@ def set_up(cfg, say, saved=None):
         for slot in slots.values():
             slot.batch = read_ahead(slot.batch)
     every, shared = (sum(p.numel() for p in module.parameters()) for module in (model, model.trunk))
-    say(f"{every:,} parameters, {shared:,} of them in the shared trunk; {device_line}, "
+    say(f"{every:,} parameters, {shared:,} of them in the trunk; {device_line}, "
         f"{torch.get_num_threads()} threads, {'compiled' if compiled else 'eager'}")
     state = {key: saved[key] for key in STATE} if saved else dict(updates=dict.fromkeys(slots, 0))
     # disable=None: only on a terminal
     bar = tqdm(total=cfg["warm_start_steps"] + cfg["steps"], initial=state.get("step", 0), unit="step",
-               disable=None if say is tell else True)
+               disable=None if say is tell else True, delay=1)
     this = Run(cfg, device, autocast, slots, classes, model, engine, optimizer, bar, None, **state)
     if this.step > this.total:  # said before anything is written
         raise UserError(f"{cfg['out_dir']} is at step {this.step}, beyond the {this.total} asked for: change "
@@ -932,8 +943,8 @@ def linear_probe(features, labels, classes, l2=1.0, standardise=True):
     """Multinomial logistic regression on frozen features, solved to convergence by L-BFGS.
 
     features (n, D) float, labels (n,) int in 0..classes-1. Minimises the summed cross-entropy + l2/2 *
-    |weight|^2 on standardised features (scikit-learn's C is 1/l2); the bias is free. standardise=False: they
-    are already, by more items than these few. Returns (weight
+    |weight|^2 on standardised features (scikit-learn's C is 1/l2); the bias is free. standardise=False: the
+    caller has standardised them. Returns (weight
     (classes, D), bias (classes,)) for the features as given: scores = features @ weight.T + bias. Raises
     ValueError for fewer than two classes.
     """
@@ -943,7 +954,7 @@ def linear_probe(features, labels, classes, l2=1.0, standardise=True):
     features, labels = features.float(), labels.long()
     mean, std = features.mean(0), features.std(0, unbiased=False).clamp_min(1e-6)
     if not standardise:
-        mean, std = torch.zeros_like(mean), torch.ones_like(std)
+        mean, std = 0 * mean, std / std
     standard = (features - mean) / std
     weight = torch.zeros(classes, features.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
@@ -963,14 +974,14 @@ def linear_probe(features, labels, classes, l2=1.0, standardise=True):
     return weight, bias.detach() - weight @ mean
 
 
-def fit_probe(known, val, classes, standardise=True):
-    """The linear probe on `known`, of four penalties, that is best on `val`: (weight, bias).
+def fit_probe(known, val, classes, measure="accuracy", standardise=True):
+    """The linear probe on `known`, of four penalties, that is best on `val` by a measure: (weight, bias).
 
     known and val: (features (n, C), labels (n,)). standardise as in linear_probe().
     """
     probes = [linear_probe(*known, classes, l2, standardise) for l2 in (1.0, 10.0, 100.0, 1000.0)]
-    right = [(val[0] @ weight.T + bias).argmax(1).eq(val[1]).sum() for weight, bias in probes]
-    return probes[np.argmax(right)]
+    scores = [count_right((val[0] @ weight.T + bias).argmax(1), val[1])[measure] for weight, bias in probes]
+    return probes[np.argmax(scores)]
 
 
 # what evaluate() says and a result repeats of validation and test, where it applies
@@ -1022,14 +1033,16 @@ def evaluate(model, slot, arrays, chosen=None):
         return dict(score=-loss, accuracy=None, balanced_accuracy=None, probe=None)
     features = extract(model, slot, arrays)
     truth, unseen = torch.from_numpy(labels).long(), torch.from_numpy(np.isin(labels, slot.unseen))
-
+    if unseen.all():
+        raise UserError(f"{slot.folder}: a split holds items of unseen classes only: lower unseen_classes")
     if "label" in slot.objectives:
         probe = [p[:classes].float().cpu() for p in (model.label_head.weight, model.label_head.bias)]
     elif chosen is None:
         train = slot.split("train")
         known = extract(model, slot, train, slot.examples)
         known_labels = torch.from_numpy(train["labels"][slot.examples])
-        probe = fit_probe((known, known_labels), (features[~unseen], truth[~unseen]), classes)
+        val = features[~unseen], truth[~unseen]
+        probe = fit_probe((known, known_labels), val, classes, measure)
     else:
         probe = chosen["probe"]
     scores = features @ probe[0].T + probe[1]  # (n, classes)
@@ -1133,8 +1146,10 @@ def closing_lines(result, folder, argv):
     lines += [f"in {folder}: best.pt (step {result['best_step']}), last.pt, log.jsonl, result.json"]
     kept = [arg for arg in argv if arg.split("=")[0] not in ("--out_dir", "--seed", "--resume")]
     compare = shlex.join(["python", "probe.py", "compare", *kept])
-    others = len(result["losses"]) > 1
-    lines += [f"next: does the other data help? {compare}" if others else f"next: python probe.py {folder}"]
+    if len(result["losses"]) > 1:
+        lines += [f"next: does the other data help? {compare}"]
+    elif result["measure"] != "loss":
+        lines += [f"next: python probe.py {folder}"]
     return lines
 
 
@@ -1283,7 +1298,7 @@ def gradients_shared(engine, now):
     return engine.no_sync()
 
 
-def sharded_copy(cfg, model):
+def sharded_copy(model):
     """A copy of the model whose weights are spread over the processes (FSDP2).
 
     Each keeps its part of every block, and gathers a block when its turn comes. The model itself stays whole,
@@ -1292,8 +1307,6 @@ def sharded_copy(cfg, model):
     if not dist.is_initialized():
         raise UserError("fsdp=True shards weights over processes: start them with "
                         "`torchrun --standalone --nproc_per_node=2 train.py ...`")
-    if (share := cfg["share"]) not in ("trunk", "head", "none"):
-        raise UserError(f"fsdp=True cannot shard matrices that two trunks share, as with share='{share}'")
     copied = copy.deepcopy(model)
     encoders = [adapter.embed.net for adapter in copied.adapters.values() if hasattr(adapter.embed, "net")]
     for block in blocks_of(copied.trunk) + blocks_of(copied.own_trunk) + sum(map(blocks_of, encoders), []):

@@ -41,7 +41,7 @@ def group_of(parts):
 
 def arm_of(cfg, steps):
     """The arm a run belongs to, None if it is of the search or of an arm not asked about."""
-    if not cfg["score_test"] or cfg["steps"] != steps or cfg.get("apart"):
+    if not cfg["score_test"] or cfg["steps"] != steps or cfg.get("share", "trunk") != "trunk":
         return None
     if not any(cfg.get(slot) for slot in ("image", "text", "audio") if slot != cfg["target"]):
         return "alone"
