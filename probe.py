@@ -47,9 +47,9 @@ from prepare import (CHUNK, LEVELS_PER_DB, UserError, active_slots, at_least, en
                      open_encoder, patchify, plain_name, prepare, print_help, read_config, read_json,
                      read_meta, read_picture, read_recording, read_text, real_places, reasons, skipping,
                      tell, unpatchify, write_file, write_json, writing)
-from train import (FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, choose_examples, closing_lines,
-                   count_right, evaluate, extract, fit_probe, linear_probe, load_model, open_slots,
-                   pick_device, read_run_config, resolve, shard_names, too_few, worded)
+from train import (FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, choose_examples, count_right,
+                   evaluate, extract, fit_probe, linear_probe, load_model, open_slots, pick_device,
+                   read_run_config, resolve, score_lines, shard_names, too_few, worded)
 from train import run as train_run
 
 
@@ -1067,9 +1067,8 @@ def without_paths(cfg):
 def card(run):
     """README.md of an exported run, in Markdown with the header that the Hub reads."""
     cfg, result = without_paths(run.cfg), read_json(os.path.join(run.folder, "result.json"))
-    target, scores = f"{run.target.name}={run.cfg[run.target.name]}", closing_lines(result, "", [])
+    target = f"{run.target.name}={run.cfg[run.target.name]}"
     sources = " and ".join(cfg[slot] for slot in run.slots)
-    scores = scores[:next(i for i, line in enumerate(scores) if line.startswith("in :"))]
     verdict = "no comparison with the target alone was found"
     for parent in ("", "..", "../.."):  # compare keeps its runs two folders below compare.json
         path = os.path.join(run.folder, parent, "compare.json")
@@ -1091,7 +1090,7 @@ In a checkout of nanoUML: `model, saved = train.load_model("this folder")`.
 
 - command: `{shlex.join(["python", "train.py", *changed])}`
 - seed {cfg["seed"]}, trained in {result["seconds"]:.0f} s; exported on {HARDWARE}
-- {"; ".join(scores)}
+- {"; ".join(score_lines(result))}
 - compare (of uml, whichever arm this run is): {verdict}
 """
 

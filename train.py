@@ -944,17 +944,16 @@ def linear_probe(features, labels, classes, l2=1.0, standardise=True):
 
     features (n, D) float, labels (n,) int in 0..classes-1. Minimises the summed cross-entropy + l2/2 *
     |weight|^2 on standardised features (scikit-learn's C is 1/l2); the bias is free. standardise=False: the
-    caller has standardised them. Returns (weight
-    (classes, D), bias (classes,)) for the features as given: scores = features @ weight.T + bias. Raises
-    ValueError for fewer than two classes.
+    caller has standardised them. Returns (weight (classes, D), bias (classes,)) for the features as given:
+    scores = features @ weight.T + bias. Raises ValueError for fewer than two classes.
     """
     if len(labels) == 0 or classes < 2:
         raise ValueError("a linear probe needs examples of two classes at least, found "
                          f"{len(labels)} examples, {classes} classes")
     features, labels = features.float(), labels.long()
-    mean, std = features.mean(0), features.std(0, unbiased=False).clamp_min(1e-6)
-    if not standardise:
-        mean, std = 0 * mean, std / std
+    mean, std = torch.zeros(features.shape[1]), torch.ones(features.shape[1])
+    if standardise:
+        mean, std = features.mean(0), features.std(0, unbiased=False).clamp_min(1e-6)
     standard = (features - mean) / std
     weight = torch.zeros(classes, features.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
@@ -992,13 +991,12 @@ REPORTED = ("accuracy", "balanced_accuracy", "unseen_accuracy", "unseen_among_un
 def count_right(answers, truth):
     """answers (n,) and truth (n,) as class numbers -> accuracy, balanced accuracy, and their yardsticks.
 
-    majority: the accuracy of whoever always answers the largest class. fewest: items of the smallest class.
+    majority: the accuracy of whoever always answers the largest class.
     """
     right, counts = answers == truth, torch.bincount(truth)
     of_class = torch.bincount(truth, right.double()) / counts  # nan where a class has no items
     return dict(accuracy=right.float().mean().item(), balanced_accuracy=of_class.nanmean().item(),
-                majority=counts.max().item() / len(truth), right=right.sum().item(), items=len(truth),
-                fewest=counts[counts > 0].min().item())
+                majority=counts.max().item() / len(truth), right=right.sum().item(), items=len(truth))
 
 
 def wilson_interval(right, n):
@@ -1047,9 +1045,9 @@ def evaluate(model, slot, arrays, chosen=None):
         probe = chosen["probe"]
     scores = features @ probe[0].T + probe[1]  # (n, classes)
     found = count_right(scores.argmax(1)[~unseen], truth[~unseen])
-    if len(truth[~unseen].unique()) < classes - len(slot.unseen):
-        found["fewest"] = 0
-    found.update(score=found[measure], probe=probe)
+    seen = [c for c in range(classes) if c not in slot.unseen]
+    fewest = torch.bincount(truth, minlength=classes)[seen].min().item()  # 0: a class is not tested at all
+    found.update(score=found[measure], fewest=fewest, probe=probe)
     if unseen.any() and (chosen is None or "unseen_offset" in chosen):  # validation may have had none
         found.update(unseen_report(scores, truth, slot.unseen, chosen["unseen_offset"] if chosen else None))
     return found
@@ -1121,8 +1119,8 @@ def too_few(name, items, fewest, measure):
             "better"]
 
 
-def closing_lines(result, folder, argv):
-    """What a person reads at the end of a run: how good, against what, where it lies, and what next."""
+def score_lines(result):
+    """How good a run is, and against what, as sentences."""
     of_split = lambda key: result.get(f"{result['split']}_{key}")
     name = dict(test="test", val="validation")[result["split"]]
     if result["measure"] == "loss":
@@ -1143,6 +1141,12 @@ def closing_lines(result, folder, argv):
         lines += [f"{result['unseen_classes']} classes had no labelled example: of their items "
                   f"{of_split('unseen_among_unseen'):.3f} are right among themselves, "
                   f"{of_split('unseen_accuracy'):.3f} among all classes"]
+    return lines
+
+
+def closing_lines(result, folder, argv):
+    """What a person reads at the end of a run: how good it is, where it lies, and what next."""
+    lines = score_lines(result)
     lines += [f"in {folder}: best.pt (step {result['best_step']}), last.pt, log.jsonl, result.json"]
     kept = [arg for arg in argv if arg.split("=")[0] not in ("--out_dir", "--seed", "--resume")]
     compare = shlex.join(["python", "probe.py", "compare", *kept])
