@@ -70,7 +70,8 @@ KEYS = dict(
     share=("trunk", "what auxiliaries share of the target's trunk, besides the label head (none: nor that)",
            one_of("trunk", "attention", "feedforward", "norms", "added", "head", "none")),
     stages=(False, "spend the auxiliaries' updates on the target: a baseline with the same phases"),
-    unseen_classes=(0, "target classes that get no labelled target examples; reported apart", at_least(0)),
+    unseen_classes=(0, "target classes, drawn at random, that get no labelled target examples", at_least(0)),
+    unseen_like=("", "regular expression: target classes with such names get none either"),
     # augmentation
     image_shift=(4, "pictures are shifted by up to this many pixels", at_least(0)),
     image_flip=(False, "pictures are mirrored at random (wrong for letters, and for left against right)"),
@@ -84,6 +85,7 @@ KEYS = dict(
     width=(128, "channels C of the trunk", at_least(1)),
     layers=(4, "blocks of the trunk (0: none, for features of a frozen encoder)", at_least(0)),
     heads=(4, "attention heads", at_least(1)),
+    standardise=(False, "weights of conv embeds are standardised: better on photographs, not on letters"),
     encoder_learning_rate=(0.1, "factor on the rate of a timm: embed's weights (0: frozen)", at_least(0)),
     encoder_batchnorm=(False, "a timm: embed's BatchNorm learns statistics (those of process 0)"),
     trunk=("", "a language model of transformers is the trunk (width must be its own)",
@@ -232,10 +234,8 @@ class Slot:
         self.splits = {}
         self.head_rows = None  # (classes,) the row of the label head of each class: match_classes() sets it
         self.check()
-        self.unseen = []       # classes of the target that get no labelled examples
-        if name == cfg["target"] and cfg["unseen_classes"]:
-            shuffled = stream(cfg["seed"], "unseen classes").permutation(len(self.meta["classes"]))
-            self.unseen = sorted(shuffled[:cfg["unseen_classes"]].tolist())
+        # classes of the target that get no labelled examples; they are reported apart
+        self.unseen = self.choose_unseen() if name == cfg["target"] else []
         train = self.split("train")
         # rows of the training split that the run may use
         self.examples = choose_examples(train.get("labels"), len(train["tokens"]), cfg[f"{name}_examples"],
@@ -244,7 +244,7 @@ class Slot:
     def check(self):
         """UserError where the config asks for what this source does not have."""
         cfg, name, classes = self.cfg, self.name, self.meta["classes"]
-        source, unseen = f"{name}={cfg[name]}", cfg["unseen_classes"]
+        source = f"{name}={cfg[name]}"
         alike = sorted(classes, key=plain_name)
         for one, other in zip(alike, alike[1:]):
             if plain_name(one) == plain_name(other):
@@ -264,11 +264,26 @@ class Slot:
             reads = "pictures and log-mels" if embed == "conv" else "pictures"
             raise UserError(f"{name}_embed='{embed}' reads {reads}, {source} holds none: choose "
                             f"--{name}_embed=linear")
-        if name == cfg["target"] and unseen and unseen > len(classes) - 2:
-            raise UserError(f"unseen_classes={unseen} leaves fewer than two of {len(classes)} classes")
         if self.batch_size % ranks()[1]:
             raise UserError(f"{name}_batch={self.batch_size} cannot be shared evenly by {ranks()[1]} "
                             "processes: make it a multiple of their number")
+
+    def choose_unseen(self):
+        """The numbers of the classes that unseen_classes and unseen_like name, in order."""
+        cfg, classes = self.cfg, self.meta["classes"]
+        shuffled = stream(cfg["seed"], "unseen classes").permutation(len(classes))
+        unseen = set(shuffled[:cfg["unseen_classes"]].tolist())
+        if pattern := cfg["unseen_like"]:
+            with explained(f"unseen_like='{pattern}' is no regular expression"):
+                alike = [number for number, name in enumerate(classes) if re.search(pattern, name)]
+            if not alike:
+                raise UserError(f"unseen_like='{pattern}' finds none of {len(classes)} classes, such as "
+                                f"'{(classes or [''])[0]}'")
+            unseen |= set(alike)
+        if unseen and len(unseen) > len(classes) - 2:
+            raise UserError(f"unseen_classes={cfg['unseen_classes']} leaves fewer than two of {len(classes)} "
+                            f"classes" + (f", with unseen_like='{pattern}'" if pattern else ""))
+        return sorted(unseen)
 
     def split(self, part):
         """"train", "val" or "test" -> {"tokens": Shards, and perhaps "labels", "lengths": (n,) arrays}."""
@@ -522,6 +537,7 @@ def model_slots(slots):
             plain[name]["dim"] = shape[1]
         if slot.joined:
             plain[name]["embed"] = slot.cfg[f"{name}_embed"].split(":")[0]
+            plain[name]["standardise"] = slot.cfg["standardise"]
         if slot.labelled:
             labels = slot.split("train")["labels"][slot.examples]
             plain[name]["rows"] = np.unique(slot.head_rows[labels]).tolist()
