@@ -2,6 +2,7 @@
 
     python probe.py out/letters_text out/letters_alone             # analyse finished runs, side by side
     python probe.py compare sample_configs/letters_text.py         # alone, uml and control, with a verdict
+    python probe.py preflight sample_configs/letters_text.py       # minutes: is such a comparison worth it?
     python probe.py embed out/letters_text /my/pictures            # features and predictions for new files
     python probe.py export out/letters_text                        # the model as a folder for the Hub
     python probe.py --help                                         # every key of compare, and its arms
@@ -11,7 +12,8 @@ Probes are fitted on the run's own training examples, their penalty is chosen on
 unseen classes are left out. Only few-shot probes, which draw from the whole training split, and alignment
 take in every class. All numbers of an analysis are in analysis.json of the first run's folder.
 
-Sections: statistics, compare, many runs, measures, corruptions, analyses, embed, export, figures, commands.
+Sections: statistics, compare, preflight, many runs, measures, corruptions, analyses, embed, export, figures,
+commands.
 """
 import contextlib
 import csv
@@ -220,7 +222,7 @@ def compare(argv):
     results, chosen, searched = run_arms(cfg, options, arms, settings, per_seed)
     folds = test_folds(cfg, options["seeds"]) if per_seed else np.arange(len(options["seeds"]))
     out = summary(cfg, arms, results, chosen, searched, folds)
-    out.update(first_seed=options["first_seed"], candidates=settings,
+    out.update(version=TRAINING_VERSION, first_seed=options["first_seed"], candidates=settings,
                command=shlex.join(["python", "probe.py", "compare", *argv]),
                hardware=HARDWARE,
                config={key: value for key, value in cfg.items() if key not in KEYS or value != KEYS[key][0]})
@@ -489,7 +491,8 @@ def show_compare(out):
 # ------------------------------------------------------------------------------------------------------------
 # preflight: will it help? Minutes of small runs, before anyone trains for hours
 
-PREFLIGHT_KEYS = dict(COMPARE_KEYS, seeds=(3, "runs an arm", at_least(2)))
+PREFLIGHT_KEYS = dict(seeds=(3, "runs an arm", at_least(2)), first_seed=COMPARE_KEYS["first_seed"],
+                      jobs=COMPARE_KEYS["jobs"])
 SHOTS = (1, 2, 4)  # labelled examples a class
 
 
@@ -513,8 +516,8 @@ def preflight(argv):
     if target.labelled and any(slot.labelled for slot in others) and cfg["share"] != "none":
         arms.insert(1, "head")
     steps = math.ceil(cfg["steps"] / 4)
-    small = dict(steps=steps, warm_start_steps=cfg["warm_start_steps"] // 4, eval_interval=steps,
-                 score_test=False)
+    small = dict(steps=steps, eval_interval=steps, warm_start_steps=cfg["warm_start_steps"] // 4)
+    small["score_test"] = False
     configs = []
     for k, arm, seed in itertools.product(shots, arms, options["seeds"]):
         few = {"seed": seed, f"{target.name}_examples": min(k * seen, counts.sum())}
@@ -554,8 +557,9 @@ def forecast(out):
 
 def show_preflight(out):
     """Print the small runs as a table, a number of examples a line, the yardsticks and the forecast."""
-    print(f"{out['target']}, {out['classes']} classes; auxiliary {show_auxiliaries(out)}; {worded(out['measure'])} "
-          f"on validation after {out['steps']} steps, mean of {len(out['scores']['uml'][0])} seeds")
+    print(f"{out['target']}, {out['classes']} classes; auxiliary {show_auxiliaries(out)}; "
+          f"{worded(out['measure'])} on validation after {out['steps']} steps, mean of "
+          f"{len(out['scores']['uml'][0])} seeds")
     print("examples a class" + "".join(f"{arm:>9}" for arm in out["scores"]))
     for i, k in enumerate(out["shots"]):
         print(f"{k:<16}" + "".join(f"{np.mean(rows[i]):9.3f}" for rows in out["scores"].values()))
@@ -618,7 +622,10 @@ def agreement(target, slot, most=500):
     for of_class in means:
         rows = torch.nn.functional.normalize(torch.stack([of_class[name] for name in common]), dim=1)
         cosines.append((rows @ rows.T).numpy())
-    correlation = lambda order: float(np.corrcoef(cosines[0][above], cosines[1][order][:, order][above])[0, 1])
+
+    def correlation(order):
+        return float(np.corrcoef(cosines[0][above], cosines[1][order][:, order][above])[0, 1])
+
     value, p = permutation_p(correlation, len(common))
     return dict(correlation=value, p=p, classes=len(common))
 
@@ -1403,8 +1410,9 @@ def main():
     elif any(arg.startswith("--") for arg in argv):
         raise UserError("the analysis of runs takes no keys, only folders of runs; compare takes keys")
     elif not os.path.isdir(argv[0]):
-        near = difflib.get_close_matches(argv[0], ("compare", "preflight", "embed", "export"), n=1)
-        raise UserError(f"{argv[0]} is no command (compare, preflight, embed and export are) and no folder of a run"
+        commands = ("compare", "preflight", "embed", "export")
+        near = difflib.get_close_matches(argv[0], commands, n=1)
+        raise UserError(f"{argv[0]} is no command (there are: {', '.join(commands)}) and no folder of a run"
                         + (f": did you mean {near[0]}?" if near else ""))
     else:
         analyse_all(argv)

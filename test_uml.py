@@ -16,6 +16,7 @@ import random
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import signal
 import struct
@@ -42,7 +43,7 @@ import train as T
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.append(os.path.join(HERE, "assets", "results"))
-import exchange, make, sharing, speed, theory
+import exchange, make, run_all, sharing, speed, theory
 slow = pytest.mark.skipif(not os.environ.get("UML_SLOW"), reason="UML_SLOW=1 runs it")
 cases, quiet = pytest.mark.parametrize, lambda line: None
 SOME = "AEOaeoÀÉÖàéö"  # 12 letters instead of 564
@@ -872,6 +873,19 @@ def test_the_conv_stem_joins_a_picture_into_one_token_blind_to_brightness_and_co
     assert torch.allclose(model.features("image", 0.5 * tokens + 30), features, atol=0.02)
     assert not torch.allclose(features[0], features[1], atol=0.02)
 
+def test_standardised_weights_give_the_same_picture_whatever_their_mean_and_length():
+    """Weight standardisation: 3 w + 1 does what w does, and w alone is scaled to length 1 a channel."""
+    slot = dict(patch=8, dim=64, length=16)
+    stem, tokens = M.ConvStem(dict(slot, standardise=True), 16), torch.rand(3, 16, 64)
+    first, conv = stem(tokens), stem.convs[1]
+    with torch.no_grad():
+        conv.weight.mul_(3).add_(1)
+    assert torch.allclose(stem(tokens), first, atol=1e-3) and first.std() > 0.01
+    by_itself = conv(torch.eye(72).view(72, 8, 3, 3))[:, :, 1, 1]  # (72, 8): the weights that it used
+    assert torch.allclose(by_itself.norm(dim=0), torch.ones(8), atol=0.01)
+    assert torch.allclose(by_itself.sum(0), torch.zeros(8), atol=1e-4)
+    assert not torch.allclose(M.ConvStem(slot, 16)(tokens), first, atol=1e-2)
+
 def test_the_conv_stem_hears_no_hiss():
     """What lies SILENCE below the loudest is silence, whatever it holds; what is louder is heard."""
     stem, frames = M.ConvStem(dict(mels=20, length=8, dim=80), 16), torch.rand(2, 8, 80)
@@ -1159,6 +1173,16 @@ def test_unseen_classes_have_no_labelled_examples_and_are_tested_with_validation
     right = (scores.argmax(1) == truth)[~np.isin(truth, slot.unseen)]
     assert result["test_accuracy"] == pytest.approx(right.float().mean().item())
 
+def test_classes_can_be_left_out_by_their_names(data, tmp_path):
+    """All capital letters, and two more at random: the text names them, no picture shows them."""
+    slot = set_up(data, "--unseen_like=capital", "--unseen_classes=2", "--image_examples=32").slots["image"]
+    names = [slot.meta["classes"][number] for number in slot.unseen]
+    assert {name for name in slot.meta["classes"] if "capital" in name} < {*names} and len(names) in (7, 8)
+    assert not set(slot.split("train")["labels"][slot.examples]) & set(slot.unseen)
+    for words, pattern in (("finds none of 12 classes", "digit"), ("no regular expression", "("),
+                           ("leaves fewer than two of 12 classes, with unseen_like", "letter")):
+        refuses(words, set_up, data, f"--unseen_like={pattern}")
+
 def test_slots_alternate_in_the_printed_order():
     cfg = dict(target="image", text_updates=2, audio_updates=1, warm_start_steps=4, schedule="alternate",
                stages=False)
@@ -1283,8 +1307,8 @@ def test_the_verdict_claims_help_only_above_alone_and_above_the_control(words, a
     assert words in said and sum(said.startswith(start) for start in make.VERDICTS) == 1  # a word for each
     assert f"{alone[0]:+.3f}" in B.verdict(dict(arms=arms, chance=None, seeds=seeds))  # of a loss: no points
 
-def configs_under(folder):
-    return [json.load(open(path)) for path in glob(folder / "o/compare", "run-*/config.json")]
+def configs_under(folder, command="compare"):
+    return [json.load(open(path)) for path in glob(folder / "o" / command, "run-*/config.json")]
 
 def test_compare_runs_its_arms_says_a_verdict_and_is_cached(data, tmp_path, monkeypatch, capsys):
     argv = [*TINY, *UNSEEN, "--search=1", "--arms=control,apart", *into(tmp_path), f"--data_dir={data}"]
@@ -1326,6 +1350,56 @@ def test_frozen_features_get_nearest_and_linear_and_head_and_stages_train_as_the
     right = np.mean(train["labels"][slot.examples][nearest] == test["labels"])
     assert out["arms"]["nearest"]["scores"][0] == pytest.approx(right) and right > 0.7
     assert out["arms"]["linear"]["mean"] > 0.7 and "p" in out["arms"]["linear"]["uml_minus"]
+
+def test_preflight_makes_small_runs_never_opens_test_and_ends_in_a_forecast(data, tmp_path, capsys):
+    argv = [*TINY, "--image_examples=24", "--steps=8", *into(tmp_path), f"--data_dir={data}", "--jobs=1"]
+    out, made = B.preflight(argv), configs_under(tmp_path, "preflight")
+    said = capsys.readouterr().out
+    assert out == json.load(open(tmp_path / "o/preflight.json")) and out["forecast"] in said
+    assert list(out["scores"]) == ["alone", "head", "uml", "control"] and out["shots"] == [1, 2, 4]
+    assert np.shape(out["scores"]["uml"]) == (3, 2) and out["examples_a_class"] == 2
+    assert {c["image_examples"] for c in made} == {12, 24, 48} and {c["steps"] for c in made} == {2}
+    assert "nearest neighbour" in said and not any(c["score_test"] for c in made)
+    (tmp_path / "t.txt").write_text("some line\n" * 40)
+    refuses("a target and an auxiliary", B.preflight, [*argv, "--text="])
+    refuses("needs classes", B.preflight, [*argv, "--target=text2", "--text2_loss=next",
+                                           f"--text2=file:{tmp_path}/t.txt"])
+
+@cases("uml, control, word", [((0.5, 0.52, 0.51), 0.2, "likely"), ((0.2, 0.21, 0.2), 0.1, "unlikely"),
+                              ((0.5, 0.52, 0.51), 0.6, "unlikely"), ((0.9, 0.21, 0.3), 0.1, "cannot tell")])
+def test_a_forecast_is_likely_only_above_alone_and_above_the_control(uml, control, word):
+    scores = dict(alone=[[0.2, 0.2, 0.2]], uml=[uml], control=[[control] * 3])
+    assert B.forecast(dict(scores=scores)).startswith(word)
+
+def test_preflight_sees_whether_classes_are_alike_in_both_slots(tmp_path):
+    """The same six centres in both: correlation near 1. Other centres in the text: near 0."""
+    argv, centres = frozen_features(tmp_path)
+    labels, classes = np.arange(360) % 6, np.array(list("012345"))
+    found = []
+    for shown in (centres @ np.linalg.qr(np.random.default_rng(1).normal(size=(20, 20)))[0], None):
+        if shown is not None:  # turned: the numbers differ, the geometry does not
+            np.savez(tmp_path / "turned.npz", features=shown[labels], labels=labels, classes=classes)
+            more = [f"--text=npz:{tmp_path}/turned.npz"]
+        slots = T.open_slots(T.resolve(T.read_run_config([*argv, *more]), quiet), quiet)[0]
+        found.append(B.agreement(slots["image"], slots["text"]))
+        more = []
+    assert found[0]["correlation"] > 0.5 and found[0]["p"] < 0.03 and found[0]["classes"] == 6
+    assert abs(found[1]["correlation"]) < 0.4 and found[1]["p"] > 0.05
+
+def test_every_row_of_the_evidence_has_a_command_that_our_scripts_accept(monkeypatch):
+    keys = dict(T.KEYS, **B.COMPARE_KEYS)
+    for name, (minutes, command) in run_all.ROWS.items():
+        script, *words = shlex.split(command)
+        assert os.path.exists(os.path.join(HERE, script)) and minutes > 0
+        cfg = T.read_run_config([os.path.join(HERE, word) if word.endswith(".py") else word
+                                 for word in words if word != "compare"], keys)
+        if "convnet" not in name:
+            options = B.own_keys(cfg)
+            assert B.candidates(options["search"], cfg)
+            for arm in options["arms"].split(","):
+                T.resolve(B.arm_config(cfg, arm, options), quiet)
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "run", "leters_1"])
+    refuses("rows are letters_1", run_all.main)
 
 def test_a_run_of_compare_is_found_by_what_decides_its_result(data, monkeypatch):
     """The config, the shards and the version of the training code decide, neither paths nor logging."""

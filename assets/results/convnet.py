@@ -20,7 +20,7 @@ import torch.nn.functional as F
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 from model import SILENCE
 from prepare import exit_on_user_error, unpatchify, write_json
-from train import KEYS, learning_rate, make_optimizer, open_slots, read_run_config, resolve
+from train import KEYS, TRAINING_VERSION, learning_rate, make_optimizer, open_slots, read_run_config, resolve
 
 # norm, learning rate, weight decay
 CANDIDATES = [("group", 3e-3, 0.05), ("group", 3e-3, 0.5), ("batch", 3e-3, 0.05), ("batch", 1e-3, 0.5)]
@@ -112,8 +112,9 @@ def main():
     command = "python assets/results/convnet.py " + " ".join(sys.argv[1:])
     os.makedirs(cfg["out_dir"], exist_ok=True)
     write_json(os.path.join(cfg["out_dir"], "convnet.json"),
-               dict(kind="convnet", examples=cfg[f"{cfg['target']}_examples"], steps=cfg["steps"],
-                    seeds=len(scores), first_seed=cfg["first_seed"], candidates=CANDIDATES,
+               dict(kind="convnet", version=TRAINING_VERSION, examples=cfg[f"{cfg['target']}_examples"],
+                    steps=cfg["steps"], seeds=len(scores), first_seed=cfg["first_seed"],
+                    candidates=CANDIDATES,
                     search_scores=searched, setting=chosen, scores=scores, mean=float(np.mean(scores)),
                     command=command))
 

@@ -9,6 +9,7 @@ A page holds blocks `<!-- KIND WORDS -->` ... `<!-- /KIND -->`; what stands betw
     arms NAME='title' ...      every arm of some comparisons
     unseen NAME='title' ...    classes that had no labelled example
     doses FILE.png NAME='title' ...      accuracy by what the modalities share
+    forecasts PREFLIGHT:NAME,NAME,... ...  what preflight said of some comparisons, and what they found
     curve FILE.png NAME ...    accuracy against labelled examples a class, and what an example is worth
     holm                       which of the rows above survive Holm's correction (Holm 1979)
 """
@@ -150,6 +151,37 @@ def doses_table(rows):
     return table_of(["shared", *DOSES.values()], lines)
 
 
+def forecasts_table(words):
+    """A line a comparison: what preflight and a rule of thumb foretold, what was found; and a tally.
+
+    "cannot tell" counts as neither right nor wrong, and so do comparisons of too few seeds.
+    """
+    lines, right, thumb_right, judged, told = [], 0, 0, 0, 0
+    for word in words:
+        name, rows = word.split(":")
+        guess = result_of(name)
+        said = guess["forecast"].split(" to help")[0].split(":")[0]
+        for row in rows.split(","):
+            result = result_of(row)
+            found = next(word for start, word in VERDICTS.items() if verdict(result).startswith(start))
+            classes, k = guess["classes"], per_class(result)
+            thumb = "likely" if classes >= 50 and k <= 4 else "unlikely"
+            if found != "too few seeds":
+                judged += 1
+                truth = "likely" if found == "**helps**" else "unlikely"
+                told += said != "cannot tell"
+                right += said == truth
+                thumb_right += thumb == truth
+            geometry = [f"{entry['correlation']:+.2f}" for entry in guess["agreement"].values() if entry]
+            gain = 100 * np.mean(np.subtract(guess["scores"]["uml"], guess["scores"]["alone"]))
+            cells = row, classes, f"{k:.3g}", ", ".join(geometry) or "-", f"{gain:+.1f}", said, thumb, found
+            lines.append(cells)
+    table = table_of(["comparison", "classes", "examples a class", "alike in both (correlation)",
+                      "small runs: uml - alone", "preflight", "rule of thumb", "found"], lines)
+    return [*table, "", f"Of {judged} comparisons with a verdict preflight foretold {told} and was right on "
+            f"{right}; the rule of thumb (at least 50 classes, at most 4 examples of each) on {thumb_right}."]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # sentences
 
@@ -220,6 +252,8 @@ def rewrite(page, check):
             lines = doses_table(rows)
             if not check:
                 draw_doses(os.path.join(ROOT, "assets", words[0]), rows)
+        elif kind == "forecasts":
+            lines = forecasts_table(words)
         elif kind == "holm":
             lines = [holm(tabled.values())]
         else:
@@ -231,7 +265,8 @@ def rewrite(page, check):
                 lines += commands_of(rows) if "results" in page else []
         return "\n".join([match[1], *lines, match[3]])
 
-    blocks = r"(<!-- ((?:summary|results|arms|unseen|doses|curve|holm)\b.*?) -->)\n.*?(<!-- /\w+ -->)"
+    kinds = "summary|results|arms|unseen|doses|forecasts|curve|holm"
+    blocks = rf"(<!-- ((?:{kinds})\b.*?) -->)\n.*?(<!-- /\w+ -->)"
     return re.sub(blocks, block, read_text(page), flags=re.S)
 
 

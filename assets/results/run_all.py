@@ -1,0 +1,130 @@
+"""Every row of the tables: its command, whether it was measured with the code as it is; and to measure it.
+
+    python assets/results/run_all.py                                # list all rows; runs nothing
+    python assets/results/run_all.py --data=FOLDER run letters_1    # measure some
+    python assets/results/run_all.py --data=FOLDER run              # measure all that are not: about a day
+
+Interrupted, the same command goes on. A measured row becomes NAME.json beside this file; then make.py writes
+the tables. FOLDER stands for /path/to in a command and holds: cifar10-jpg/ and cifar_small/ (200 training and
+200 test pictures a class) as {train,test}/CLASS/*.jpg; emoji64/ (58 classes, names.json); emoji_all/ and
+emoji_base/, which emoji.py writes; raw/, for what prepare.py fetches; cifar10_prompts_full.json, of CuPL; and
+encoders/{lite0,minilm}, which encoders.py writes. Minutes are for two cores.
+"""
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+sys.path.insert(0, ROOT)
+from prepare import UserError, exit_on_user_error, read_json, read_text, tell, write_file
+from train import TRAINING_VERSION
+
+LETTERS = "probe.py compare sample_configs/letters_text.py"
+NUMBERS = "probe.py compare sample_configs/numbers_audio_text.py"
+PRINTED = "probe.py compare sample_configs/numbers_image_audio.py"
+CIFAR = "probe.py compare sample_configs/cifar_text.py --image=folder:/path/to/cifar10-jpg"
+EMOJI = ("probe.py compare sample_configs/emoji_text.py --image=folder:/path/to/emoji_all/emoji "
+         "--text=file:/path/to/emoji_all/emoji.json")
+# alone and uml may each want another weight decay; letters and numbers are searched over these
+DECAYS = "'--search=weight_decay=0.5;weight_decay=1.5;weight_decay=4.0'"
+RATES = ("'--search=learning_rate=2e-3,weight_decay=1.5;learning_rate=4e-3,weight_decay=1.5;"
+         "learning_rate=4e-3,weight_decay=3.0;learning_rate=8e-3,weight_decay=3.0'")
+DOSES = "--arms=alone,apart,norms,attention,feedforward,added,uml --search=1"
+# A frozen encoder, a projection and the label head
+FROZEN = ("--image_encoder=timm:/path/to/encoders/lite0 --text_encoder=hf:/path/to/encoders/minilm "
+          "--text_loss=label --text_batch=256 --layers=0 --width=384 --head_from=text --temperature=True "
+          "--label_smoothing=0.1 --steps=300 --eval_interval=50 --arms=alone,head,uml,control")
+SMALL = "probe.py compare --image=folder:/path/to/cifar_small --text=file:/path/to/cifar10_prompts_full.json"
+EMOJI58 = "probe.py compare --image=folder:/path/to/emoji64 --text=file:/path/to/emoji64/names.json"
+BASE = "probe.py compare --image=folder:/path/to/emoji_base/emoji --text=file:/path/to/emoji_base/emoji.json"
+CONVNET = "assets/results/convnet.py"
+
+# {name: (minutes, command)}. The seeds are 0, 1, ...; a setting is chosen with seed 1000, or, where each seed
+# has a test speaker of its own (numbers), on that seed's validation speaker: never on a voice that tests it.
+ROWS = {
+    "letters_1": (30, f"{LETTERS} --arms=alone,uml,control,apart {DECAYS}"),
+    "letters_2": (25, f"{LETTERS} --image_examples=1016 --arms=alone,uml,control {DECAYS}"),
+    "letters_4": (45, f"{LETTERS} --image_examples=2032 --steps=1600 --eval_interval=800 {DECAYS}"),
+    "letters_8": (45, f"{LETTERS} --image_examples=4064 --steps=1600 --eval_interval=800 {DECAYS}"),
+    "letters_1_longer": (30, f"{LETTERS} --arms=longer,init,head,stages {DECAYS}"),
+    "share_letters": (35, f"{LETTERS} {DOSES}"),
+    "share_letters_control": (35, f"{LETTERS} {DOSES} --control=True"),
+    "letters_next": (15, f"{LETTERS} --unseen_classes=0 --image_loss=next --text_loss=next --seeds=3 "
+                     "--image_embed=linear --patch_size=4 --image_examples=4512 "
+                     "'--search=learning_rate=1e-3,weight_decay=0.05;learning_rate=3e-3,weight_decay=0.05;"
+                     "learning_rate=3e-3,weight_decay=1.5'"),
+    "numbers_1": (120, f"{NUMBERS} --audio_examples=100 --seeds=18 {DECAYS}"),
+    "numbers_2": (240, f"{NUMBERS} --arms=alone,uml,control,apart,head,init,longer --seeds=18 {DECAYS}"),
+    "numbers_4": (120, f"{NUMBERS} --audio_examples=400 --seeds=18 {DECAYS}"),
+    "numbers_8": (120, f"{NUMBERS} --audio_examples=800 --seeds=18 {DECAYS}"),
+    "numbers_2_image": (130, NUMBERS.replace("text", "image") + f" --seeds=18 {DECAYS}"),
+    "numbers_2_both": (130, f"probe.py compare sample_configs/numbers_trimodal.py --seeds=18 {DECAYS}"),
+    "numbers_4_unseen": (40, f"{NUMBERS} --audio_examples=320 --unseen_classes=20 --search=1 --seeds=18"),
+    "share_numbers": (60, f"{NUMBERS} {DOSES} --seeds=18"),
+    "share_numbers_control": (60, f"{NUMBERS} {DOSES} --seeds=18 --control=True"),
+    "share_numbers_image": (70, NUMBERS.replace("text", "image") + f" {DOSES} --seeds=18"),
+    "printed_1": (20, f"{PRINTED} --search=1 --seeds=8"),
+    "printed_1_text": (15, f"{PRINTED} --audio= --text=numbers --search=1 --seeds=8"),
+    "cifar_20": (10, f"{CIFAR} --image_examples=200 --steps=400 --eval_interval=100 {RATES} --seeds=3"),
+    "cifar_100": (15, f"{CIFAR} {RATES} --seeds=3"),
+    "cifar_full": (45, f"{CIFAR} --image_examples=-1 --steps=6000 --eval_interval=1000 --weight_decay=0.5 "
+                   "--search=1 --seeds=3"),
+    "emoji": (90, f"{EMOJI} --arms=alone,uml,control,apart,head,longer --search=1 --seeds=4"),
+    "emoji_tone": (25, f"{EMOJI} --unseen_classes=0 '--unseen_like=_medium(_and|$)' --search=1 --seeds=3"),
+    **{f"cifar_frozen_{k}": (2, f"{SMALL} {FROZEN} --image_examples={k}0") for k in (1, 4, 16)},
+    **{f"emoji58_frozen_{k}": (2, f"{EMOJI58} {FROZEN} --image_examples={58 * k}") for k in (1, 2, 4)},
+    "emoji_frozen_minilm": (6, f"{BASE} {FROZEN}"),
+    "convnet_letters_1": (8, f"{CONVNET} sample_configs/letters_text.py"),
+    "convnet_letters_2": (5, f"{CONVNET} sample_configs/letters_text.py --image_examples=1016 --seeds=3"),
+    "convnet_numbers_2": (6, f"{CONVNET} sample_configs/numbers_audio_text.py --seeds=6"),
+}
+
+
+def file_of(name):
+    return os.path.join(HERE, f"{name}.json")
+
+
+def state_of(name):
+    """"measured", or why a row is not."""
+    if not os.path.exists(file_of(name)):
+        return "missing"
+    return "measured" if read_json(file_of(name)).get("version") == TRAINING_VERSION else "by earlier code"
+
+
+def measure(name, data):
+    """Run a row's command to its end and put what it found into NAME.json."""
+    folder = os.path.join(ROOT, "out", "all", name)
+    command = [word.replace("/path/to", data) for word in shlex.split(ROWS[name][1])]
+    command += ["--threads=1", f"--raw_dir={data}/raw", f"--out_dir={folder}"]
+    ended = subprocess.run([sys.executable, *command], cwd=ROOT)
+    if ended.returncode:
+        raise UserError(f"{name} ended with exit code {ended.returncode}: the same command goes on")
+    text = read_text(os.path.join(folder, "convnet.json" if "convnet" in name else "compare.json"))
+    write_file(file_of(name), text.replace(data, "/path/to").replace(f"{ROOT}/", "").encode())
+
+
+def main():
+    options = dict(arg[2:].split("=", 1) for arg in sys.argv[1:] if re.match("--data=.", arg))
+    words = [arg for arg in sys.argv[1:] if not re.match("--data=.", arg)]
+    if words[:1] not in ([], ["run"]) or (unknown := set(words[1:]) - ROWS.keys()):
+        raise UserError(f"usage: run_all.py [--data=FOLDER] [run [ROW ...]]; rows are {', '.join(ROWS)}")
+    wanted = words[1:] or [name for name in ROWS if state_of(name) != "measured"]
+    if not words:
+        for name, (minutes, command) in ROWS.items():
+            print(f"{name:24}{state_of(name):16}{minutes:4} min  python {command}")
+    else:
+        data = os.path.abspath(options.get("data", "data"))
+        for i, name in enumerate(wanted):
+            minutes = sum(ROWS[row][0] for row in wanted[i:])
+            tell(f"{name}, {i + 1} of {len(wanted)}; about {minutes} minutes to go")
+            measure(name, data)
+    left = [name for name in ROWS if state_of(name) != "measured"]
+    hours = sum(ROWS[name][0] for name in left) / 60
+    tell(f"{len(ROWS) - len(left)} of {len(ROWS)} rows are measured; the others take about {hours:.0f} hours")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
