@@ -53,6 +53,7 @@ class ConvStem(nn.Module):
     def __init__(self, slot, width):
         super().__init__()
         self.patch, self.mels = slot.get("patch"), slot.get("mels")
+        self.equal_contrast = slot.get("equal_contrast", True)
         if self.patch:
             if self.patch < 2 or self.patch & (self.patch - 1):
                 raise ValueError("embed 'conv' needs a patch_size that is a power of two, found "
@@ -68,7 +69,7 @@ class ConvStem(nn.Module):
         # channels before the first stage and after each: for a width of 128 and 3 stages 1, 16, 32, 64
         sizes = [channels] + [max(8, width // 2 ** (stages - i)) for i in range(stages)]
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
-        conv = StandardConv if slot.get("standardise") else nn.Conv2d
+        conv = StandardConv if slot.get("standard_weights") else nn.Conv2d
         for before, after in zip(sizes, sizes[1:]):
             for inputs in (before, after):
                 self.convs.append(conv(inputs, after, 3, stride, padding=1, bias=False))
@@ -91,8 +92,8 @@ class ConvStem(nn.Module):
             picture = picture.maximum(picture.amax((2, 3), keepdim=True) - SILENCE)
             # A microphone and a voice colour all frames alike: each mel loses its mean over the frames.
             mean = picture.mean(2, keepdim=True)
-        # Every picture gets the same brightness and contrast: a letter is the same in grey and in black.
-        picture = (picture - mean) / (picture.std((1, 2, 3), keepdim=True) + 1e-3)
+        if self.equal_contrast:  # a letter is the same in grey and in black; the tone of a skin is not
+            picture = (picture - mean) / (picture.std((1, 2, 3), keepdim=True) + 1e-3)
         # Store the channels of a pixel side by side: pooling is then faster (9% of a step on one CPU thread).
         picture = picture.to(memory_format=torch.channels_last)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
@@ -414,7 +415,7 @@ class UML(nn.Module):
     slots: {name: dict}, any number of them. Every slot has kind ("discrete" or "continuous"), length (in
         tokens) and loss (a tuple of objectives). A discrete slot has vocab; a continuous one dim, mean and
         std (lists, repeated up to dim), a picture slot patch, a recording mels, and perhaps embed="conv" and
-        standardise (True: see StandardConv), or embed="timm", encoder (what is needed to build it) and
+        standard_weights and equal_contrast (bool), or embed="timm", encoder (what is needed to build it) and
         batchnorm. A slot with "label" has rows: those of the label head that it has examples of.
     classes: rows of the label head (0: none).
     temperature: learn one per slot with "label". label_smoothing: share of the target spread over a slot's

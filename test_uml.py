@@ -872,11 +872,14 @@ def test_the_conv_stem_joins_a_picture_into_one_token_blind_to_brightness_and_co
     features = model.features("image", tokens)
     assert torch.allclose(model.features("image", 0.5 * tokens + 30), features, atol=0.02)
     assert not torch.allclose(features[0], features[1], atol=0.02)
+    model.adapters["image"].embed.equal_contrast = False  # colours tell apart
+    brighter, same = (model.features("image", part) for part in (0.5 * tokens + 30, tokens))
+    assert not torch.allclose(brighter, same, atol=0.1)
 
 def test_standardised_weights_give_the_same_picture_whatever_their_mean_and_length():
     """Weight standardisation: 3 w + 1 does what w does, and w alone is scaled to length 1 a channel."""
     slot = dict(patch=8, dim=64, length=16)
-    stem, tokens = M.ConvStem(dict(slot, standardise=True), 16), torch.rand(3, 16, 64)
+    stem, tokens = M.ConvStem(dict(slot, standard_weights=True), 16), torch.rand(3, 16, 64)
     first, conv = stem(tokens), stem.convs[1]
     with torch.no_grad():
         conv.weight.mul_(3).add_(1)

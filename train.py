@@ -85,7 +85,8 @@ KEYS = dict(
     width=(128, "channels C of the trunk", at_least(1)),
     layers=(4, "blocks of the trunk (0: none, for features of a frozen encoder)", at_least(0)),
     heads=(4, "attention heads", at_least(1)),
-    standardise=(False, "weights of conv embeds are standardised: better on photographs, not on letters"),
+    standard_weights=(False, "conv embeds: standardised weights, better on photographs, worse on letters"),
+    equal_contrast=(True, "conv embeds: every item gets the same brightness and contrast"),
     encoder_learning_rate=(0.1, "factor on the rate of a timm: embed's weights (0: frozen)", at_least(0)),
     encoder_batchnorm=(False, "a timm: embed's BatchNorm learns statistics (those of process 0)"),
     trunk=("", "a language model of transformers is the trunk (width must be its own)",
@@ -537,7 +538,7 @@ def model_slots(slots):
             plain[name]["dim"] = shape[1]
         if slot.joined:
             plain[name]["embed"] = slot.cfg[f"{name}_embed"].split(":")[0]
-            plain[name]["standardise"] = slot.cfg["standardise"]
+            plain[name].update({key: slot.cfg[key] for key in ("standard_weights", "equal_contrast")})
         if slot.labelled:
             labels = slot.split("train")["labels"][slot.examples]
             plain[name]["rows"] = np.unique(slot.head_rows[labels]).tolist()

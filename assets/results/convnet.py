@@ -26,10 +26,10 @@ from train import KEYS, TRAINING_VERSION, learning_rate, make_optimizer, open_sl
 CANDIDATES = [("group", 3e-3, 0.05), ("group", 3e-3, 0.5), ("batch", 3e-3, 0.05), ("batch", 1e-3, 0.5)]
 
 
-def convnet(norm, stride, classes, planes, channels=(16, 32, 64)):
+def convnet(norm, stride, classes, planes, equal_contrast, channels=(16, 32, 64)):
     """Pictures (B, planes, S, S) -> scores (B, classes)."""
-    # every picture at the same brightness and contrast, as in the stem
-    layers, before = [nn.GroupNorm(1, planes, affine=False)], planes
+    # every picture at the same brightness and contrast, where the stem has it so
+    layers, before = [nn.GroupNorm(1, planes, affine=False)] if equal_contrast else [], planes
     for after in channels:
         for inputs in (before, after):
             norm_layer = nn.GroupNorm(8, after) if norm == "group" else nn.BatchNorm2d(after)
@@ -74,7 +74,7 @@ def train(cfg, seed, norm, rate, decay, score_test=False):
     torch.manual_seed(seed)
     classes = len(slot.meta["classes"])
     few = planes_of(slot, torch.from_numpy(slot.split("train")["tokens"][slot.examples[:2]]))
-    model = convnet(norm, 1 if "patch" in slot.meta else 2, classes, planes=few.shape[1])
+    model = convnet(norm, 1 if "patch" in slot.meta else 2, classes, few.shape[1], cfg["equal_contrast"])
     model(few)  # shapes the lazy layer
     optimizer, best, score = make_optimizer(model, cfg), 0.0, 0.0
     seen = np.setdiff1d(np.arange(classes), slot.unseen)
