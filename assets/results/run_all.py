@@ -10,6 +10,7 @@ the tables. FOLDER stands for /path/to in a command and holds: cifar10-jpg/ and 
 emoji_base/, which emoji.py writes; raw/, for what prepare.py fetches; cifar10_prompts_full.json, of CuPL; and
 encoders/{lite0,minilm}, which encoders.py writes. Minutes are for two cores.
 """
+import itertools
 import os
 import re
 import shlex
@@ -28,18 +29,41 @@ PRINTED = "probe.py compare sample_configs/numbers_image_audio.py"
 CIFAR = "probe.py compare sample_configs/cifar_text.py --image=folder:/path/to/cifar10-jpg"
 EMOJI = ("probe.py compare sample_configs/emoji_text.py --image=folder:/path/to/emoji_all/emoji "
          "--text=file:/path/to/emoji_all/emoji.json")
-# alone and uml may each want another weight decay; letters and numbers are searched over these
-DECAYS = "'--search=weight_decay=0.5;weight_decay=1.5;weight_decay=4.0'"
-RATES = ("'--search=learning_rate=2e-3,weight_decay=1.5;learning_rate=4e-3,weight_decay=1.5;"
-         "learning_rate=4e-3,weight_decay=3.0;learning_rate=8e-3,weight_decay=3.0'")
+
+
+def search(*keys):
+    """The candidates of a search: every combination of the given settings, each a list of KEY=VALUE."""
+    return "'--search=" + ";".join(map(",".join, itertools.product(*keys))) + "'"
+
+
+def each(key, *values):
+    return [f"{key}={value}" for value in values]
+
+
+DECAYS = search(each("weight_decay", 0.5, 1.5, 4.0))  # alone and uml may each want another
 DOSES = "--arms=alone,apart,norms,attention,feedforward,added,uml --search=1"
-# A frozen encoder, a projection and the label head
-FROZEN = ("--image_encoder=timm:/path/to/encoders/lite0 --text_encoder=hf:/path/to/encoders/minilm "
-          "--text_loss=label --text_batch=256 --layers=0 --width=384 --head_from=text --temperature=True "
-          "--label_smoothing=0.1 --steps=300 --eval_interval=50 --arms=alone,head,uml,control")
+# Frozen encoders, then a projection a slot and the label head; the picture encoder fine-tuned; a language model
+# as the trunk.
+LITE0, MINILM = "timm:/path/to/encoders/lite0", "hf:/path/to/encoders/minilm"
+TEXTS = (f"--text_encoder={MINILM} --text_loss=label --text_batch=256 --layers=0 --width=384 --head_from=text "
+         "--label_smoothing=0.1 --arms=alone,head,uml,control")
+FROZEN = f"{TEXTS} --image_encoder={LITE0} --temperature=True --steps=300 --eval_interval=50"
+TUNED = (f"{TEXTS} --image_embed={LITE0} --image_size=64 --patch_size=16 --weight_decay=0.1 --steps=200 "
+         "--eval_interval=200 --warm_start_steps=100 --seeds=6")
+TRUNK = (f"--trunk={MINILM} --width=384 --image_size=32 --patch_size=8 --image_examples=1000 --image_flip=True "
+         "--image_batch=32 --text_loss=label --text_batch=8 --weight_decay=0.1 --steps=150 --eval_interval=75 "
+         + search(each("learning_rate", "3e-4", "1e-3")))
 SMALL = "probe.py compare --image=folder:/path/to/cifar_small --text=file:/path/to/cifar10_prompts_full.json"
 EMOJI58 = "probe.py compare --image=folder:/path/to/emoji64 --text=file:/path/to/emoji64/names.json"
 BASE = "probe.py compare --image=folder:/path/to/emoji_base/emoji --text=file:/path/to/emoji_base/emoji.json"
+SMALL_GRID = search(each("learning_rate", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2"),
+                    ["weight_decay=0.1", "weight_decay=1.0", "weight_decay=1.0,text_weight=0.2"])
+EMOJI58_GRID = search(each("learning_rate", "1e-3", "3e-3", "1e-2"), each("weight_decay", 0.3, 1.0, 3.0))
+BASE_GRID = search(each("learning_rate", "1e-3", "3e-3", "1e-2"))
+FACTORS = search(["learning_rate=2e-3"], [*each("encoder_learning_rate", 0.03, 0.1, 0.3),
+                                          "encoder_learning_rate=1.0,encoder_batchnorm=True"])
+CIFAR_GRID = search(["learning_rate=2e-3,weight_decay=1.5", "learning_rate=4e-3,weight_decay=1.5",
+                     "learning_rate=4e-3,weight_decay=3.0", "learning_rate=8e-3,weight_decay=3.0"])
 CONVNET = "assets/results/convnet.py"
 
 # {name: (minutes, command)}. The seeds are 0, 1, ...; a setting is chosen with seed 1000, or, where each seed
@@ -54,8 +78,7 @@ ROWS = {
     "share_letters_control": (35, f"{LETTERS} {DOSES} --control=True"),
     "letters_next": (15, f"{LETTERS} --unseen_classes=0 --image_loss=next --text_loss=next --seeds=3 "
                      "--image_embed=linear --patch_size=4 --image_examples=4512 "
-                     "'--search=learning_rate=1e-3,weight_decay=0.05;learning_rate=3e-3,weight_decay=0.05;"
-                     "learning_rate=3e-3,weight_decay=1.5'"),
+                     + search(each("learning_rate", "1e-3", "3e-3"), each("weight_decay", 0.05, 1.5))),
     "numbers_1": (120, f"{NUMBERS} --audio_examples=100 --seeds=18 {DECAYS}"),
     "numbers_2": (240, f"{NUMBERS} --arms=alone,uml,control,apart,head,init,longer --seeds=18 {DECAYS}"),
     "numbers_4": (120, f"{NUMBERS} --audio_examples=400 --seeds=18 {DECAYS}"),
@@ -68,15 +91,23 @@ ROWS = {
     "share_numbers_image": (70, NUMBERS.replace("text", "image") + f" {DOSES} --seeds=18"),
     "printed_1": (20, f"{PRINTED} --search=1 --seeds=8"),
     "printed_1_text": (15, f"{PRINTED} --audio= --text=numbers --search=1 --seeds=8"),
-    "cifar_20": (10, f"{CIFAR} --image_examples=200 --steps=400 --eval_interval=100 {RATES} --seeds=3"),
-    "cifar_100": (15, f"{CIFAR} {RATES} --seeds=3"),
+    "cifar_20": (10, f"{CIFAR} --image_examples=200 --steps=400 --eval_interval=100 {CIFAR_GRID} --seeds=3"),
+    "cifar_100": (15, f"{CIFAR} {CIFAR_GRID} --seeds=3"),
     "cifar_full": (45, f"{CIFAR} --image_examples=-1 --steps=6000 --eval_interval=1000 --weight_decay=0.5 "
                    "--search=1 --seeds=3"),
     "emoji": (90, f"{EMOJI} --arms=alone,uml,control,apart,head,longer --search=1 --seeds=4"),
     "emoji_tone": (25, f"{EMOJI} --unseen_classes=0 '--unseen_like=_medium(_and|$)' --search=1 --seeds=3"),
-    **{f"cifar_frozen_{k}": (2, f"{SMALL} {FROZEN} --image_examples={k}0") for k in (1, 4, 16)},
-    **{f"emoji58_frozen_{k}": (2, f"{EMOJI58} {FROZEN} --image_examples={58 * k}") for k in (1, 2, 4)},
-    "emoji_frozen_minilm": (6, f"{BASE} {FROZEN}"),
+    **{f"cifar_frozen_{k}": (2, f"{SMALL} {FROZEN} --image_examples={k}0 {SMALL_GRID}") for k in (1, 4, 16)},
+    **{f"emoji58_frozen_{k}": (2, f"{EMOJI58} {FROZEN} --image_examples={58 * k} {EMOJI58_GRID}")
+       for k in (1, 2, 4)},
+    "emoji_frozen_minilm": (6, f"{BASE} {FROZEN} --weight_decay=1.0 {BASE_GRID}"),
+    "cifar_finetuned": (25, f"{SMALL} {TUNED} --image_examples=40 --image_batch=32 --image_flip=True "
+                        f"--temperature=True {FACTORS}"),
+    "emoji_finetuned": (50, f"{BASE} {TUNED} --image_shift=4 --image_affine=0.05 {FACTORS}"),
+    **{f"cifar_trunk_{part}": (10, f"{SMALL} {TRUNK} --trunk_train={part} --arms=alone,uml --seeds=3")
+       for part in ("all", "norms")},
+    "cifar_trunk_none": (18, f"{SMALL} {TRUNK} --trunk_train=none --arms=alone,head,uml,control --seeds=6"),
+    "cifar_trunk_random": (8, f"{SMALL} {TRUNK} --trunk_start=random --arms=alone,uml --seeds=3"),
     "convnet_letters_1": (8, f"{CONVNET} sample_configs/letters_text.py"),
     "convnet_letters_2": (5, f"{CONVNET} sample_configs/letters_text.py --image_examples=1016 --seeds=3"),
     "convnet_numbers_2": (6, f"{CONVNET} sample_configs/numbers_audio_text.py --seeds=6"),
