@@ -508,7 +508,7 @@ def preflight(argv):
     options = own_keys(cfg)
     target, *others = open_slots(resolve(cfg, quiet), quiet)[0].values()
     if target.measure() == "loss":
-        raise UserError(f"preflight needs classes, {cfg['target']}={cfg[cfg['target']]} has none")
+        raise UserError(f"preflight needs a target with classes, {target.name}={cfg[target.name]} has none")
     labels, seen = target.split("train")["labels"], len(target.meta["classes"]) - len(target.unseen)
     counts = np.delete(np.bincount(labels, minlength=len(target.meta["classes"])), target.unseen)
     shots = [k for k in SHOTS if k == 1 or k <= counts.min()]
@@ -517,19 +517,20 @@ def preflight(argv):
         arms.insert(1, "head")
     steps = math.ceil(cfg["steps"] / 4)
     small = dict(steps=steps, eval_interval=steps, warm_start_steps=cfg["warm_start_steps"] // 4)
-    small["score_test"] = False
-    configs = []
-    for k, arm, seed in itertools.product(shots, arms, options["seeds"]):
-        few = {"seed": seed, f"{target.name}_examples": min(k * seen, counts.sum())}
-        configs.append(arm_config(cfg | small | few, arm, options))
+    configs, nearest = [], []
+    for k in shots:
+        few = cfg | small | {"score_test": False, f"{target.name}_examples": min(k * seen, counts.sum())}
+        nearest.append(raw_nearest(open_slots(resolve(few, quiet), quiet)[0][target.name]))
+        for arm, seed in itertools.product(arms, options["seeds"]):
+            configs.append(arm_config(few | dict(seed=seed), arm, options))
     progress = Progress(os.path.join(cfg["out_dir"], "preflight"), options["jobs"], len(configs))
     scores = np.reshape([score_of(result, "val") for result in run_all(configs, progress)],
                         (len(shots), len(arms), len(options["seeds"])))
-    out = dict(kind="preflight", target=f"{target.name}={cfg[target.name]}", measure=target.measure(),
+    out = dict(kind="preflight", version=TRAINING_VERSION, target=f"{target.name}={cfg[target.name]}",
                auxiliaries={slot.name: f"{cfg[slot.name]} ({cfg[f'{slot.name}_loss']})" for slot in others},
-               classes=seen, examples_a_class=len(target.examples) / seen, shots=shots, steps=steps,
-               scores={arm: scores[:, i].tolist() for i, arm in enumerate(arms)},
-               nearest=raw_nearest(target), agreement={slot.name: agreement(target, slot) for slot in others},
+               measure=target.measure(), classes=seen, examples_a_class=len(target.examples) / seen,
+               shots=shots, steps=steps, scores={arm: scores[:, i].tolist() for i, arm in enumerate(arms)},
+               nearest=nearest, features=target_is_features(cfg),
                command=shlex.join(["python", "probe.py", "preflight", *argv]), hardware=HARDWARE)
     out["forecast"] = forecast(out)
     write_json(os.path.join(cfg["out_dir"], "preflight.json"), out)
@@ -540,94 +541,55 @@ def preflight(argv):
 def forecast(out):
     """One sentence on what preflight.json holds, beginning with likely, unlikely or cannot tell.
 
-    Likely as in a verdict: uml is above alone and above the control, each with p < 0.05 over the seeds'
-    means over the numbers of examples. Unlikely where it is not half a point above one of them, on average.
+    All are means over the numbers of examples. Likely as in a verdict: uml is above alone and above the
+    control, each with p < 0.05 over seeds. Unlikely where it is not half a point above one of them; of
+    features, which nothing need learn, also where it is not above their nearest neighbour.
     """
-    uml, *others = [np.mean(out["scores"][arm], axis=0) for arm in ("uml", "alone", "control")]  # (seeds,)
-    gains = [paired(uml, other) for other in others]
-    said = " and ".join(f"{100 * gain['mean']:+.1f} ± {100 * gain['half']:.1f} points above {name}"
-                        for gain, name in zip(gains, ("alone", "the control")))
-    said = f"in small runs uml is {said} ({len(uml)} seeds)"
-    if min(gain["mean"] for gain in gains) < 0.005:
+    uml, alone, control = (np.mean(out["scores"][arm], axis=0) for arm in ("uml", "alone", "control"))
+    gains = {"alone": paired(uml, alone), "the control": paired(uml, control)}  # over seeds
+    if out["features"]:
+        gains["the nearest neighbour"] = paired(uml, np.full(len(uml), np.mean(out["nearest"])))
+    said = [f"{100 * gain['mean']:+.1f} ± {100 * gain['half']:.1f} to {name}"
+            for name, gain in gains.items()]
+    said = f"in small runs uml is, in points, {', '.join(said)} ({len(uml)} seeds)"
+    if min(gain["mean"] for gain in gains.values()) < 0.005:
         return f"unlikely to help: {said}"
-    if max(gain["p"] for gain in gains) < 0.05:
+    if max(gain["p"] for gain in gains.values()) < 0.05:
         return f"likely to help: {said}"
     return f"cannot tell: {said}"
 
 
 def show_preflight(out):
     """Print the small runs as a table, a number of examples a line, the yardsticks and the forecast."""
-    print(f"{out['target']}, {out['classes']} classes; auxiliary {show_auxiliaries(out)}; "
-          f"{worded(out['measure'])} on validation after {out['steps']} steps, mean of "
-          f"{len(out['scores']['uml'][0])} seeds")
-    print("examples a class" + "".join(f"{arm:>9}" for arm in out["scores"]))
+    print(f"{out['target']}, {out['classes']} classes, {out['examples_a_class']:.3g} examples each in the "
+          f"config; auxiliary {show_auxiliaries(out)}; {worded(out['measure'])} on validation after "
+          f"{out['steps']} steps, mean of {len(out['scores']['uml'][0])} seeds; guessing has {1 / out['classes']:.2g}")
+    print("examples a class" + "".join(f"{arm:>9}" for arm in out["scores"]) + "   nearest neighbour")
     for i, k in enumerate(out["shots"]):
-        print(f"{k:<16}" + "".join(f"{np.mean(rows[i]):9.3f}" for rows in out["scores"].values()))
-    print(f"the config has {out['examples_a_class']:.3g} a class; with these the nearest neighbour has "
-          f"{out['nearest']:.3f} before anything is learned, guessing {1 / out['classes']:.2g}")
-    for slot, found in out["agreement"].items():
-        if found:
-            print(f"classes that are alike in {out['target'].split('=')[0]} are alike in {slot}: correlation "
-                  f"{found['correlation']:+.2f} over {found['classes']} classes, p = {found['p']:.2g}")
+        means = [f"{np.mean(rows[i]):9.3f}" for rows in out["scores"].values()]
+        print(f"{k:<16}" + "".join(means) + f"{out['nearest'][i]:20.3f}")
     print(out["forecast"])
 
 
-def raw_vectors(slot, part, rows):
-    """Items before anything is learned: normalised numbers, or how often each token id occurs, as (n, D), and
-    their labels (n,). At most as many as fit into 400 MB."""
-    discrete, arrays, vectors = slot.meta["kind"] == "discrete", slot.split(part), []
-    size = slot.meta["vocab"] if discrete else math.prod(slot.meta["arrays"]["tokens"]["shape"])
-    rows = rows[:10**8 // size]
-    for batch in slot.evaluation_batches(arrays, rows):
-        tokens, real = batch["tokens"], batch.get("real")
-        if discrete:
-            ones = torch.ones(tokens.shape) if real is None else real.float()
-            vectors.append(torch.zeros(len(tokens), size).scatter_add_(1, tokens, ones))
-        else:
-            mean, std = (torch.tensor(slot.meta[key]) for key in ("mean", "std"))  # repeated up to D
-            repeat = tokens.shape[2] // len(mean)
-            tokens = (tokens - mean.repeat(repeat)) / std.repeat(repeat)
-            vectors.append(tokens.flatten(1) if real is None else mean_over_real(tokens, real))
-    return torch.cat(vectors), torch.from_numpy(arrays["labels"][rows]).long()
-
-
 def raw_nearest(slot):
-    """Accuracy on validation of the nearest of the run's labelled examples, before anything is learned."""
-    known, labels = raw_vectors(slot, "train", slot.examples)
-    new, truth = raw_vectors(slot, "val", seen_rows(slot, "val"))
-    nearest = [torch.cdist(part, known).argmin(1) for part in new.split(1000)]
-    return count_right(labels[torch.cat(nearest)], truth)[slot.measure()]
-
-
-def agreement(target, slot, most=500):
-    """Are classes that are alike in one slot alike in the other, before anything is learned?
-
-    Correlation, over pairs of classes that both have, of the cosines between class means, and its p by
-    permuting the classes; None where the slot has no classes or they share fewer than four.
-    """
-    if not slot.meta["classes"]:
-        return None
-    means = []  # of either, {plain class name: (D,)}
-    for one in (target, slot):
-        vectors, labels = raw_vectors(one, "train", one.examples)
-        if one.meta["kind"] == "discrete":  # rare words say more
-            vectors *= torch.log(len(vectors) / (vectors > 0).sum(0).clamp_min(1))
-        names = [plain_name(name) for name in one.meta["classes"]]
-        vectors -= vectors.mean(0)
-        means.append({names[c]: vectors[labels == c].mean(0) for c in labels.unique().tolist()})
-    common = [name for name in means[0] if name in means[1]][:most]
-    if len(common) < 4:
-        return None
-    cosines, above = [], np.triu_indices(len(common), 1)
-    for of_class in means:
-        rows = torch.nn.functional.normalize(torch.stack([of_class[name] for name in common]), dim=1)
-        cosines.append((rows @ rows.T).numpy())
-
-    def correlation(order):
-        return float(np.corrcoef(cosines[0][above], cosines[1][order][:, order][above])[0, 1])
-
-    value, p = permutation_p(correlation, len(common))
-    return dict(correlation=value, p=p, classes=len(common))
+    """Accuracy on validation of the nearest of a run's labelled examples, before anything is learned."""
+    found = []  # (vectors (n, D), labels (n,)) of the examples, then of validation
+    for part, rows in (("train", slot.examples), ("val", seen_rows(slot, "val"))):
+        arrays, vectors = slot.split(part), []
+        for batch in slot.evaluation_batches(arrays, rows):
+            tokens, real = batch["tokens"], batch.get("real")
+            if slot.meta["kind"] == "discrete":  # how often each id stands there
+                tokens, real = torch.nn.functional.one_hot(tokens, slot.meta["vocab"]).float(), batch["real"]
+            else:
+                mean, std = (torch.tensor(slot.meta[key]) for key in ("mean", "std"))  # repeated up to D
+                repeat = tokens.shape[2] // len(mean)
+                tokens = (tokens - mean.repeat(repeat)) / std.repeat(repeat)
+            vectors.append(tokens.flatten(1) if real is None else mean_over_real(tokens, real))
+        vectors = torch.nn.functional.normalize(torch.cat(vectors), dim=1)
+        found.append((vectors, torch.from_numpy(arrays["labels"][rows]).long()))
+    (known, labels), (new, truth) = found
+    nearest = torch.cat([(part @ known.T).argmax(1) for part in new.split(1000)])
+    return count_right(labels[nearest], truth)[slot.measure()]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1363,31 +1363,32 @@ def test_preflight_makes_small_runs_never_opens_test_and_ends_in_a_forecast(data
     assert np.shape(out["scores"]["uml"]) == (3, 2) and out["examples_a_class"] == 2
     assert {c["image_examples"] for c in made} == {12, 24, 48} and {c["steps"] for c in made} == {2}
     assert "nearest neighbour" in said and not any(c["score_test"] for c in made)
+    assert 0 < B.raw_nearest(set_up(data, "--target=text").slots["text"]) <= 1
     (tmp_path / "t.txt").write_text("some line\n" * 40)
     refuses("a target and an auxiliary", B.preflight, [*argv, "--text="])
-    refuses("needs classes", B.preflight, [*argv, "--target=text2", "--text2_loss=next",
+    refuses("a target with classes", B.preflight, [*argv, "--target=text2", "--text2_loss=next",
                                            f"--text2=file:{tmp_path}/t.txt"])
 
 @cases("uml, control, word", [((0.5, 0.52, 0.51), 0.2, "likely"), ((0.2, 0.21, 0.2), 0.1, "unlikely"),
                               ((0.5, 0.52, 0.51), 0.6, "unlikely"), ((0.9, 0.21, 0.3), 0.1, "cannot tell")])
 def test_a_forecast_is_likely_only_above_alone_and_above_the_control(uml, control, word):
     scores = dict(alone=[[0.2, 0.2, 0.2]], uml=[uml], control=[[control] * 3])
-    assert B.forecast(dict(scores=scores)).startswith(word)
+    assert B.forecast(dict(scores=scores, features=False)).startswith(word)
+    assert B.forecast(dict(scores=scores, features=True, nearest=[0.9])).startswith("unlikely")
 
-def test_preflight_sees_whether_classes_are_alike_in_both_slots(tmp_path):
-    """The same six centres in both: correlation near 1. Other centres in the text: near 0."""
-    argv, centres = frozen_features(tmp_path)
-    labels, classes = np.arange(360) % 6, np.array(list("012345"))
-    found = []
-    for shown in (centres @ np.linalg.qr(np.random.default_rng(1).normal(size=(20, 20)))[0], None):
-        if shown is not None:  # turned: the numbers differ, the geometry does not
-            np.savez(tmp_path / "turned.npz", features=shown[labels], labels=labels, classes=classes)
-            more = [f"--text=npz:{tmp_path}/turned.npz"]
-        slots = T.open_slots(T.resolve(T.read_run_config([*argv, *more]), quiet), quiet)[0]
-        found.append(B.agreement(slots["image"], slots["text"]))
-        more = []
-    assert found[0]["correlation"] > 0.5 and found[0]["p"] < 0.03 and found[0]["classes"] == 6
-    assert abs(found[1]["correlation"]) < 0.4 and found[1]["p"] > 0.05
+def test_preflight_asks_of_features_that_training_beats_their_nearest_neighbour(tmp_path):
+    argv = [*frozen_features(tmp_path)[0], "--layers=0", "--width=20", "--steps=4", "--seeds=2", "--jobs=1"]
+    out = B.preflight(argv)
+    assert out["features"] and out["forecast"].startswith("unlikely") and "nearest" in out["forecast"]
+    cfg = T.resolve(T.read_run_config([*argv[:5], "--image_examples=12"]), quiet)
+    slot = T.open_slots(cfg, quiet)[0]["image"]
+    train, val = slot.split("train"), slot.split("val")
+    mean, std = np.array(slot.meta["mean"]), np.array(slot.meta["std"])
+    known, new = ((part["tokens"][rows][:, 0] - mean) / std for part, rows in (
+        (train, slot.examples), (val, np.arange(len(val["labels"])))))
+    nearest = (new @ (known / np.linalg.norm(known, axis=1)[:, None]).T).argmax(1)
+    right = np.mean(train["labels"][slot.examples][nearest] == val["labels"])
+    assert out["nearest"][1] == pytest.approx(right) and right > 0.7  # of two examples a class
 
 def test_every_row_of_the_evidence_has_a_command_that_our_scripts_accept(monkeypatch):
     keys = dict(T.KEYS, **B.COMPARE_KEYS)

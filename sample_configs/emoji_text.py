@@ -1,7 +1,7 @@
 """Emoji in colour, ONE picture each of 3,242, drawn by one designer; 400 more have no picture, only a name.
 
-Trained on Facebook's drawings, tested on Google's. assets/results/emoji.py makes the folder and the texts from
-npm packages. It is also an example of own data: any folder of pictures and any .json of texts will do.
+Trained on Facebook's drawings, tested on Google's. assets/results/emoji.py makes the folder and the texts
+from npm packages. It is also an example of own data: any folder of pictures and any .json of texts will do.
     python assets/results/emoji.py data/emoji --packages=FOLDER
     python train.py sample_configs/emoji_text.py
     python train.py sample_configs/emoji_text.py --text= --out_dir=out/emoji_alone
@@ -10,7 +10,7 @@ image = "folder:data/emoji/emoji"
 text = "file:data/emoji/emoji.json"
 image_loss = "label"
 text_loss = "label"       # names say of what an emoji is composed: "woman health worker: dark skin tone"
-unseen_classes = 400      # --unseen_classes=0 '--unseen_like=_medium(_and|$)': no picture in a medium skin tone
+unseen_classes = 400      # or: --unseen_classes=0 '--unseen_like=_medium(_and|$)', no medium skin tone
 image_embed = "conv"
 standard_weights = True   # better for pictures in colour
 equal_contrast = False    # brightness and colour tell skin tones apart

@@ -23,7 +23,8 @@ from prepare import exit_on_user_error, unpatchify, write_json
 from train import KEYS, TRAINING_VERSION, learning_rate, make_optimizer, open_slots, read_run_config, resolve
 
 # norm, learning rate, weight decay
-CANDIDATES = [("group", 3e-3, 0.05), ("group", 3e-3, 0.5), ("batch", 3e-3, 0.05), ("batch", 1e-3, 0.5)]
+CANDIDATES = [("group", 3e-3, 0.05), ("group", 3e-3, 0.5), ("batch", 3e-3, 0.05), ("batch", 1e-3, 0.5),
+              ("batch", 3e-3, 1.5)]
 
 
 def convnet(norm, stride, classes, planes, equal_contrast, channels=(16, 32, 64)):

@@ -42,17 +42,17 @@ def each(key, *values):
 
 DECAYS = search(each("weight_decay", 0.5, 1.5, 4.0))  # alone and uml may each want another
 DOSES = "--arms=alone,apart,norms,attention,feedforward,added,uml --search=1"
-# Frozen encoders, then a projection a slot and the label head; the picture encoder fine-tuned; a language model
-# as the trunk.
+# Frozen encoders, then a projection a slot and the label head; the picture encoder fine-tuned; a language
+# model as the trunk.
 LITE0, MINILM = "timm:/path/to/encoders/lite0", "hf:/path/to/encoders/minilm"
-TEXTS = (f"--text_encoder={MINILM} --text_loss=label --text_batch=256 --layers=0 --width=384 --head_from=text "
-         "--label_smoothing=0.1 --arms=alone,head,uml,control")
+TEXTS = (f"--text_encoder={MINILM} --text_loss=label --text_batch=256 --layers=0 --width=384 "
+         "--head_from=text --label_smoothing=0.1 --arms=alone,head,uml,control")
 FROZEN = f"{TEXTS} --image_encoder={LITE0} --temperature=True --steps=300 --eval_interval=50"
 TUNED = (f"{TEXTS} --image_embed={LITE0} --image_size=64 --patch_size=16 --weight_decay=0.1 --steps=200 "
          "--eval_interval=200 --warm_start_steps=100 --seeds=6")
-TRUNK = (f"--trunk={MINILM} --width=384 --image_size=32 --patch_size=8 --image_examples=1000 --image_flip=True "
-         "--image_batch=32 --text_loss=label --text_batch=8 --weight_decay=0.1 --steps=150 --eval_interval=75 "
-         + search(each("learning_rate", "3e-4", "1e-3")))
+TRUNK = (f"--trunk={MINILM} --width=384 --image_size=32 --patch_size=8 --image_examples=1000 "
+         "--image_flip=True --image_batch=32 --text_loss=label --text_batch=8 --weight_decay=0.1 --steps=150 "
+         "--eval_interval=75 " + search(each("learning_rate", "3e-4", "1e-3")))
 SMALL = "probe.py compare --image=folder:/path/to/cifar_small --text=file:/path/to/cifar10_prompts_full.json"
 EMOJI58 = "probe.py compare --image=folder:/path/to/emoji64 --text=file:/path/to/emoji64/names.json"
 BASE = "probe.py compare --image=folder:/path/to/emoji_base/emoji --text=file:/path/to/emoji_base/emoji.json"
@@ -89,6 +89,8 @@ ROWS = {
     "share_numbers": (60, f"{NUMBERS} {DOSES} --seeds=18"),
     "share_numbers_control": (60, f"{NUMBERS} {DOSES} --seeds=18 --control=True"),
     "share_numbers_image": (70, NUMBERS.replace("text", "image") + f" {DOSES} --seeds=18"),
+    # does attention matter once the target is many tokens and not one?
+    "share_frames": (60, f"{NUMBERS} {DOSES} --seeds=6 --audio_embed=linear --audio_examples=400"),
     "printed_1": (20, f"{PRINTED} --search=1 --seeds=8"),
     "printed_1_text": (15, f"{PRINTED} --audio= --text=numbers --search=1 --seeds=8"),
     "cifar_20": (10, f"{CIFAR} --image_examples=200 --steps=400 --eval_interval=100 {CIFAR_GRID} --seeds=3"),
@@ -122,7 +124,10 @@ def state_of(name):
     """"measured", or why a row is not."""
     if not os.path.exists(file_of(name)):
         return "missing"
-    return "measured" if read_json(file_of(name)).get("version") == TRAINING_VERSION else "by earlier code"
+    found, seeds = read_json(file_of(name)), re.search(r"--seeds=(\d+)", ROWS[name][1])
+    if found.get("version") != TRAINING_VERSION:
+        return "by earlier code"
+    return "measured" if found["seeds"] >= (int(seeds[1]) if seeds else 8) else f"{found['seeds']} seeds"
 
 
 def measure(name, data):
