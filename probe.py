@@ -563,11 +563,14 @@ def show_preflight(out):
     """Print the small runs as a table, a number of examples a line, the yardsticks and the forecast."""
     print(f"{out['target']}, {out['classes']} classes, {out['examples_a_class']:.3g} examples each in the "
           f"config; auxiliary {show_auxiliaries(out)}; {worded(out['measure'])} on validation after "
-          f"{out['steps']} steps, mean of {len(out['scores']['uml'][0])} seeds; guessing has {1 / out['classes']:.2g}")
-    print("examples a class" + "".join(f"{arm:>9}" for arm in out["scores"]) + "   nearest neighbour")
+          f"{out['steps']} steps, mean of {len(out['scores']['uml'][0])} seeds; guessing has "
+          f"{1 / out['classes']:.2g}")
+    print("examples a class", *(f"{arm:>8}" for arm in out["scores"]), "  nearest neighbour")
     for i, k in enumerate(out["shots"]):
-        means = [f"{np.mean(rows[i]):9.3f}" for rows in out["scores"].values()]
-        print(f"{k:<16}" + "".join(means) + f"{out['nearest'][i]:20.3f}")
+        means = [f"{np.mean(rows[i]):8.3f}" for rows in out["scores"].values()]
+        print(f"{k:<16}", *means, f"{out['nearest'][i]:19.3f}")
+    if out["examples_a_class"] > 1.5 * out["shots"][-1]:
+        print("the config has more examples a class than these runs; with more, unpaired data adds less")
     print(out["forecast"])
 
 
@@ -1353,7 +1356,8 @@ def main():
     argv = sys.argv[1:]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that compare stops its runs before it ends
     if not argv or "--help" in argv or "-h" in argv:
-        print_help(__doc__, COMPARE_KEYS, "Keys of compare, besides every key of train.py:")
+        print_help(__doc__, COMPARE_KEYS, "Keys of compare (preflight has seeds, first_seed and jobs of these),"
+                   " besides every key of train.py:")
         for arm, (line, _) in ARMS.items():
             print(f"  arm {arm:30} {line}")
     elif argv[0] == "compare":

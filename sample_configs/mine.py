@@ -17,6 +17,7 @@ image_examples = -1       # all; 100 answers "what if I had labelled only 100?"
 image_size = 32           # 64 shows more and takes four times as long
 image_fit = "pad"         # the whole picture, with white margins: "crop" fills the square and cuts heads off
 image_embed = "conv"      # a small ConvNet makes one token of a picture
+standard_weights = True   # worth five points and more on photographs, costs three on grey letters
 image_flip = False        # True helps where left and right are alike (animals, not letters or hands)
 image_affine = 0.1        # pictures are turned and stretched a little ...
 image_shift = 4           # ... and moved by up to four pixels

@@ -4,11 +4,11 @@
     python assets/results/confusions.py out/letters_1
     python assets/results/confusions.py out/numbers_2
 
-The name of a class falls into parts: a letter's case, base and marks, a number's two digits. For each arm
-this prints the accuracy by number of marks, or by first digit, and what is wrong in the answers: one part, or
-more of them; and, as "at home", the accuracy on 4,000 training items the run did not see, which are of the
-typefaces or speakers that it did see. Means over seeds, test split. The same as JSON: confusions.json beside
-compare.json.
+The name of a class falls into parts: a letter's case, base and marks, a number's two digits, an emoji's base
+and skin tones. For each arm this prints the accuracy by number of marks or tones, or by first digit, and what
+is wrong in the answers: one part, or more of them. "At home" is the accuracy on up to 4,000 training items
+that the run did not see, of the typefaces or speakers that it did see. Means over seeds, test split. The same
+as JSON: confusions.json beside compare.json.
 """
 import collections
 import os
@@ -24,15 +24,24 @@ from probe import features_of, open_run
 
 
 def parts_of(name):
-    """'latin small letter a with acute' -> {case, base, marks}; 'three seven' -> {first, second}."""
+    """'latin small letter a with acute' -> {case, base, marks}; 'three seven' -> {first, second};
+    'farmer_medium_dark' -> {base, tones}."""
     if found := re.fullmatch(r"latin (\w+) letter (\w)(?: with (.*))?", name):
         return dict(case=found[1], base=found[2], marks=found[3] or "")
-    first, second = name.split()
-    return dict(first=first, second=second)
+    if " " in name:
+        first, second = name.split()
+        return dict(first=first, second=second)
+    tone = "(?:medium_light|medium_dark|medium|light|dark)"
+    base, tones = re.fullmatch(f"(.+?)((?:_{tone}(?:_and_{tone})?)?)", name).groups()
+    return dict(base=base, tones=tones)
 
 
 def group_of(parts):
-    """What accuracies are given by: the number of a letter's marks, or a number's first digit."""
+    """What accuracies are given by: how many marks or skin tones there are, or a number's first digit."""
+    if "tones" in parts:
+        if not parts["tones"]:
+            return "flag" if parts["base"].startswith("flag-") else "no tone"
+        return "two tones" if "_and_" in parts["tones"] else "one tone"
     if "marks" in parts:
         count = len(parts["marks"].split(" and ")) if parts["marks"] else 0
         return f"{count} marks" if count < 2 else "2 marks or more"
@@ -66,7 +75,8 @@ def confusions(folder):
     seen = np.flatnonzero(~np.isin(train["labels"], run.target.unseen))
     others = np.setdiff1d(seen, run.target.examples)  # of seen classes, but not trained on
     others = np.random.default_rng(0).permutation(others)[:4000]
-    right["at home"] = [answer == label for answer, label in zip(*answers(run, train, others))]
+    if len(others):
+        right["at home"] = [answer == label for answer, label in zip(*answers(run, train, others))]
     for answer, label in zip(*answers(run, run.held, run.seen)):
         right[group_of(names[label])].append(answer == label)
         differs = [key for key in names[label] if names[label][key] != names[answer][key]]

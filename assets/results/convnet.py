@@ -24,7 +24,7 @@ from train import KEYS, TRAINING_VERSION, learning_rate, make_optimizer, open_sl
 
 # norm, learning rate, weight decay
 CANDIDATES = [("group", 3e-3, 0.05), ("group", 3e-3, 0.5), ("batch", 3e-3, 0.05), ("batch", 1e-3, 0.5),
-              ("batch", 3e-3, 1.5)]
+              ("batch", 3e-3, 1.5), ("batch", 3e-3, 4.0)]
 
 
 def convnet(norm, stride, classes, planes, equal_contrast, channels=(16, 32, 64)):

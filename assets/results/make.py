@@ -172,7 +172,7 @@ def forecasts_table(words):
                 told += said != "cannot tell"
                 right += said == truth
                 thumb_right += thumb == truth
-            geometry = [f"{entry['correlation']:+.2f}" for entry in guess["agreement"].values() if entry]
+            geometry = [f"{entry['correlation']:+.2f}" for entry in guess.get("agreement", {}).values()]
             gain = 100 * np.mean(np.subtract(guess["scores"]["uml"], guess["scores"]["alone"]))
             cells = row, classes, f"{k:.3g}", ", ".join(geometry) or "-", f"{gain:+.1f}", said, thumb, found
             lines.append(cells)

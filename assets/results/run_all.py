@@ -26,9 +26,10 @@ from train import TRAINING_VERSION
 LETTERS = "probe.py compare sample_configs/letters_text.py"
 NUMBERS = "probe.py compare sample_configs/numbers_audio_text.py"
 PRINTED = "probe.py compare sample_configs/numbers_image_audio.py"
-CIFAR = "probe.py compare sample_configs/cifar_text.py --image=folder:/path/to/cifar10-jpg"
-EMOJI = ("probe.py compare sample_configs/emoji_text.py --image=folder:/path/to/emoji_all/emoji "
-         "--text=file:/path/to/emoji_all/emoji.json")
+CIFAR_FILES = "sample_configs/cifar_text.py --image=folder:/path/to/cifar10-jpg"
+EMOJI_FILES = ("sample_configs/emoji_text.py --image=folder:/path/to/emoji_all/emoji "
+               "--text=file:/path/to/emoji_all/emoji.json")
+CIFAR, EMOJI = f"probe.py compare {CIFAR_FILES}", f"probe.py compare {EMOJI_FILES}"
 
 
 def search(*keys):
@@ -73,6 +74,7 @@ ROWS = {
     "letters_2": (25, f"{LETTERS} --image_examples=1016 --arms=alone,uml,control {DECAYS}"),
     "letters_4": (45, f"{LETTERS} --image_examples=2032 --steps=1600 --eval_interval=800 {DECAYS}"),
     "letters_8": (45, f"{LETTERS} --image_examples=4064 --steps=1600 --eval_interval=800 {DECAYS}"),
+    "letters_16": (45, f"{LETTERS} --image_examples=8128 --steps=1600 --eval_interval=800 {DECAYS}"),
     "letters_1_longer": (30, f"{LETTERS} --arms=longer,init,head,stages {DECAYS}"),
     "share_letters": (35, f"{LETTERS} {DOSES}"),
     "share_letters_control": (35, f"{LETTERS} {DOSES} --control=True"),
@@ -95,10 +97,14 @@ ROWS = {
     "printed_1_text": (15, f"{PRINTED} --audio= --text=numbers --search=1 --seeds=8"),
     "cifar_20": (10, f"{CIFAR} --image_examples=200 --steps=400 --eval_interval=100 {CIFAR_GRID} --seeds=3"),
     "cifar_100": (15, f"{CIFAR} {CIFAR_GRID} --seeds=3"),
-    "cifar_full": (45, f"{CIFAR} --image_examples=-1 --steps=6000 --eval_interval=1000 --weight_decay=0.5 "
-                   "--search=1 --seeds=3"),
-    "emoji": (90, f"{EMOJI} --arms=alone,uml,control,apart,head,longer --search=1 --seeds=4"),
-    "emoji_tone": (25, f"{EMOJI} --unseen_classes=0 '--unseen_like=_medium(_and|$)' --search=1 --seeds=3"),
+    "cifar_full": (45, f"{CIFAR} --image_examples=-1 --steps=6000 --eval_interval=1000 "
+                   "--learning_rate=2e-3 --weight_decay=0.5 --search=1 --seeds=3"),
+    "emoji": (60, f"{EMOJI} --seeds=6 " + search(["learning_rate=3e-3,weight_decay=1.5",
+                                                  "learning_rate=1e-3,weight_decay=1.5"])),
+    "emoji_fast": (50, f"{EMOJI} --seeds=6 --learning_rate=3e-3 " + search(each("weight_decay", 1.5, 3.0))),
+    "emoji_more": (45, f"{EMOJI} --arms=apart,head,longer --search=1 --seeds=6"),
+    "emoji_tone": (40, f"{EMOJI} --unseen_classes=0 '--unseen_like=_medium(_and|$)' "
+                   "--search=1 --seeds=6"),
     **{f"cifar_frozen_{k}": (2, f"{SMALL} {FROZEN} --image_examples={k}0 {SMALL_GRID}") for k in (1, 4, 16)},
     **{f"emoji58_frozen_{k}": (2, f"{EMOJI58} {FROZEN} --image_examples={58 * k} {EMOJI58_GRID}")
        for k in (1, 2, 4)},
@@ -110,6 +116,10 @@ ROWS = {
        for part in ("all", "norms")},
     "cifar_trunk_none": (18, f"{SMALL} {TRUNK} --trunk_train=none --arms=alone,head,uml,control --seeds=6"),
     "cifar_trunk_random": (8, f"{SMALL} {TRUNK} --trunk_start=random --arms=alone,uml --seeds=3"),
+    "convnet_cifar_20": (1, f"{CONVNET} {CIFAR_FILES} --image_examples=200 --steps=400 --eval_interval=100 "
+                         "--seeds=3"),
+    "convnet_cifar_100": (3, f"{CONVNET} {CIFAR_FILES} --seeds=3"),
+    "convnet_emoji": (20, f"{CONVNET} {EMOJI_FILES} --seeds=3"),
     "convnet_letters_1": (8, f"{CONVNET} sample_configs/letters_text.py"),
     "convnet_letters_2": (5, f"{CONVNET} sample_configs/letters_text.py --image_examples=1016 --seeds=3"),
     "convnet_numbers_2": (6, f"{CONVNET} sample_configs/numbers_audio_text.py --seeds=6"),
