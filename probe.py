@@ -338,13 +338,18 @@ def score_features(cfg, arm, scored):
         weight, bias = fit_probe(data["train"], data["val"], len(slot.meta["classes"]), slot.measure(), False)
         answers = (new @ weight.T + bias).argmax(1)
     else:
-        directions = torch.nn.functional.normalize(known, dim=1)
-        # a new item's own length changes nothing in its order of cosines
-        nearest = [(part @ directions.T).argmax(1) for part in new.split(1000)]
-        answers = labels[torch.cat(nearest)]
+        answers = nearest_labels(known, labels, new)
     counted = {f"{split}_{key}": value for key, value in count_right(answers, truth).items()}
     scored[decides] = dict(counted, measure=slot.measure(), flops=0, seconds=0)
     return scored[decides]
+
+
+def nearest_labels(known, labels, new):
+    """Of each of new (m, D) the label of its nearest by cosine among known (n, D), labels (n,) -> (m,)."""
+    directions = torch.nn.functional.normalize(known, dim=1)
+    # a new item's own length changes nothing in its order of cosines
+    nearest = [(part @ directions.T).argmax(1) for part in new.split(1000)]
+    return labels[torch.cat(nearest)]
 
 
 def seen_rows(slot, part):
@@ -519,7 +524,7 @@ def preflight(argv):
     small = dict(steps=steps, eval_interval=steps, warm_start_steps=cfg["warm_start_steps"] // 4)
     configs, nearest = [], []
     for k in shots:
-        few = cfg | small | {"score_test": False, f"{target.name}_examples": min(k * seen, counts.sum())}
+        few = cfg | small | {"score_test": False, f"{target.name}_examples": int(min(k * seen, counts.sum()))}
         nearest.append(raw_nearest(open_slots(resolve(few, quiet), quiet)[0][target.name]))
         for arm, seed in itertools.product(arms, options["seeds"]):
             configs.append(arm_config(few | dict(seed=seed), arm, options))
@@ -588,11 +593,9 @@ def raw_nearest(slot):
                 repeat = tokens.shape[2] // len(mean)
                 tokens = (tokens - mean.repeat(repeat)) / std.repeat(repeat)
             vectors.append(tokens.flatten(1) if real is None else mean_over_real(tokens, real))
-        vectors = torch.nn.functional.normalize(torch.cat(vectors), dim=1)
-        found.append((vectors, torch.from_numpy(arrays["labels"][rows]).long()))
+        found.append((torch.cat(vectors), torch.from_numpy(arrays["labels"][rows]).long()))
     (known, labels), (new, truth) = found
-    nearest = torch.cat([(part @ known.T).argmax(1) for part in new.split(1000)])
-    return count_right(labels[nearest], truth)[slot.measure()]
+    return count_right(nearest_labels(known, labels, new), truth)[slot.measure()]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1356,8 +1359,8 @@ def main():
     argv = sys.argv[1:]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that compare stops its runs before it ends
     if not argv or "--help" in argv or "-h" in argv:
-        print_help(__doc__, COMPARE_KEYS, "Keys of compare (preflight has seeds, first_seed and jobs of these),"
-                   " besides every key of train.py:")
+        print_help(__doc__, COMPARE_KEYS, "Keys of compare (of preflight: seeds, first_seed, jobs), "
+                   "besides every key of train.py:")
         for arm, (line, _) in ARMS.items():
             print(f"  arm {arm:30} {line}")
     elif argv[0] == "compare":

@@ -2,7 +2,7 @@
 
     python assets/results/run_all.py                                # list all rows; runs nothing
     python assets/results/run_all.py --data=FOLDER run letters_1    # measure some
-    python assets/results/run_all.py --data=FOLDER run              # measure all that are not: about a day
+    python assets/results/run_all.py --data=FOLDER run              # measure all that are not: a day and more
 
 Interrupted, the same command goes on. A measured row becomes NAME.json beside this file; then make.py writes
 the tables. FOLDER stands for /path/to in a command and holds: cifar10-jpg/ and cifar_small/ (200 training and
@@ -46,10 +46,10 @@ DOSES = "--arms=alone,apart,norms,attention,feedforward,added,uml --search=1"
 # Frozen encoders, then a projection a slot and the label head; the picture encoder fine-tuned; a language
 # model as the trunk.
 LITE0, MINILM = "timm:/path/to/encoders/lite0", "hf:/path/to/encoders/minilm"
-TEXTS = (f"--text_encoder={MINILM} --text_loss=label --text_batch=256 --layers=0 --width=384 "
+ENCODERS = (f"--text_encoder={MINILM} --text_loss=label --text_batch=256 --layers=0 --width=384 "
          "--head_from=text --label_smoothing=0.1 --arms=alone,head,uml,control")
-FROZEN = f"{TEXTS} --image_encoder={LITE0} --temperature=True --steps=300 --eval_interval=50"
-TUNED = (f"{TEXTS} --image_embed={LITE0} --image_size=64 --patch_size=16 --weight_decay=0.1 --steps=200 "
+FROZEN = f"{ENCODERS} --image_encoder={LITE0} --temperature=True --steps=300 --eval_interval=50"
+TUNED = (f"{ENCODERS} --image_embed={LITE0} --image_size=64 --patch_size=16 --weight_decay=0.1 --steps=200 "
          "--eval_interval=200 --warm_start_steps=100 --seeds=6")
 TRUNK = (f"--trunk={MINILM} --width=384 --image_size=32 --patch_size=8 --image_examples=1000 "
          "--image_flip=True --image_batch=32 --text_loss=label --text_batch=8 --weight_decay=0.1 --steps=150 "
@@ -155,7 +155,7 @@ def measure(name, data):
 def main():
     options = dict(arg[2:].split("=", 1) for arg in sys.argv[1:] if re.match("--data=.", arg))
     words = [arg for arg in sys.argv[1:] if not re.match("--data=.", arg)]
-    if words[:1] not in ([], ["run"]) or (unknown := set(words[1:]) - ROWS.keys()):
+    if words[:1] not in ([], ["run"]) or set(words[1:]) - ROWS.keys():
         raise UserError(f"usage: run_all.py [--data=FOLDER] [run [ROW ...]]; rows are {', '.join(ROWS)}")
     wanted = words[1:] or [name for name in ROWS if state_of(name) != "measured"]
     if not words:
