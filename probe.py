@@ -187,7 +187,6 @@ def arm_config(cfg, arm, options):
     return dict(cfg, **changes)
 
 
-HARDWARE = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
 SEARCH_SEED = 1000  # settings are chosen with this seed, which is never reported
 MIN_SEEDS = 6  # with 5 the sign-flip test cannot reach 0.05: its floor is 2 / 2^5 = 0.06
 
@@ -224,7 +223,7 @@ def compare(argv):
     out = summary(cfg, arms, results, chosen, searched, folds)
     out.update(version=TRAINING_VERSION, first_seed=options["first_seed"], candidates=settings,
                command=shlex.join(["python", "probe.py", "compare", *argv]),
-               hardware=HARDWARE,
+               hardware=hardware(cfg),
                config={key: value for key, value in cfg.items() if key not in KEYS or value != KEYS[key][0]})
     out["verdict"] = verdict(out)
     write_json(os.path.join(cfg["out_dir"], "compare.json"), out)
@@ -232,6 +231,12 @@ def compare(argv):
     show_compare(out)
     print(f"wrote compare.json and compare.png in {cfg['out_dir']}")
     return out
+
+
+def hardware(cfg):
+    """In words: the processor, torch, and the GPU where the runs use one."""
+    gpu = f", {torch.cuda.get_device_name()}" if pick_device(cfg)[0].type == "cuda" else ""
+    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}{gpu}"
 
 
 def own_keys(cfg):
@@ -536,7 +541,7 @@ def preflight(argv):
                measure=target.measure(), classes=seen, examples_a_class=len(target.examples) / seen,
                shots=shots, steps=steps, scores={arm: scores[:, i].tolist() for i, arm in enumerate(arms)},
                nearest=nearest, features=target_is_features(cfg),
-               command=shlex.join(["python", "probe.py", "preflight", *argv]), hardware=HARDWARE)
+               command=shlex.join(["python", "probe.py", "preflight", *argv]), hardware=hardware(cfg))
     out["forecast"] = forecast(out)
     write_json(os.path.join(cfg["out_dir"], "preflight.json"), out)
     show_preflight(out)
@@ -1201,7 +1206,7 @@ A unified multimodal learner (arXiv 2510.08492) of {sources}, never paired.
 In a checkout of nanoUML: `model, saved = train.load_model("this folder")`.
 
 - command: `{shlex.join(["python", "train.py", *changed])}`
-- seed {cfg["seed"]}, trained in {result["seconds"]:.0f} s; exported on {HARDWARE}
+- seed {cfg["seed"]}, trained in {result["seconds"]:.0f} s; exported on {hardware(run.cfg)}
 - {"; ".join(score_lines(result))}
 - compare (of uml, whichever arm this run is): {verdict}
 """
