@@ -92,7 +92,8 @@ class ConvStem(nn.Module):
             picture = picture.maximum(picture.amax((2, 3), keepdim=True) - SILENCE)
             # A microphone and a voice colour all frames alike: each mel loses its mean over the frames.
             mean = picture.mean(2, keepdim=True)
-        if self.equal_contrast:  # a letter is the same in grey and in black; the tone of a skin is not
+        # a letter is the same in grey and in black; the tone of a skin is not
+        if self.equal_contrast or not self.patch:
             picture = (picture - mean) / (picture.std((1, 2, 3), keepdim=True) + 1e-3)
         # Store the channels of a pixel side by side: pooling is then faster (9% of a step on one CPU thread).
         picture = picture.to(memory_format=torch.channels_last)

@@ -67,7 +67,7 @@ KEYS = dict(
     target=("image", "the slot whose representation we want; all other slots are auxiliaries"),
     **SLOT_KEYS,
     control=(False, "destroy the auxiliaries' structure, keep their marginals: probe.py compare's control"),
-    share=("trunk", "what auxiliaries share of the target's trunk, besides the label head (none: nor that)",
+    share=("trunk", "what auxiliaries share of the target's trunk, besides the head (none: nor the head)",
            one_of("trunk", "attention", "feedforward", "norms", "added", "head", "none")),
     stages=(False, "spend the auxiliaries' updates on the target: a baseline with the same phases"),
     unseen_classes=(0, "target classes, drawn at random, that get no labelled target examples", at_least(0)),
@@ -926,7 +926,9 @@ def pick_device(cfg):
     # on CPUs without bf16 matrix units half precision is slower
     half = name == "cuda" and torch.cuda.is_bf16_supported()
     autocast = torch.autocast(name, torch.bfloat16, enabled=half)
-    return torch.device(name), autocast, f"{name}, {'bf16' if half else 'fp32'}"
+    # by its number: the thread that reads ahead has a current GPU of its own
+    device = torch.device(name, torch.cuda.current_device() if name == "cuda" else None)
+    return device, autocast, f"{name}, {'bf16' if half else 'fp32'}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1397,7 +1399,11 @@ def main():
         # destroy_process_group(), and now and then abort the process as it ends.
         import torch.distributed.nn
         if torch.cuda.is_available() and cfg["device"] != "cpu":  # each process has a GPU of its own
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            here = int(os.environ["LOCAL_RANK"])
+            if here >= torch.cuda.device_count():
+                raise UserError(f"torchrun started process {here + 1} where torch finds "
+                                f"{torch.cuda.device_count()} GPUs: lower --nproc_per_node, or --device=cpu")
+            torch.cuda.set_device(here)
         dist.init_process_group(timeout=datetime.timedelta(days=1))  # process 0 may prepare for hours
     try:
         result = run(cfg)

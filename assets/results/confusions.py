@@ -31,7 +31,7 @@ def parts_of(name):
     if " " in name:
         first, second = name.split()
         return dict(first=first, second=second)
-    tone = "(?:medium_light|medium_dark|medium|light|dark)"
+    tone = "(?:medium_light|medium_dark|medium|(?<!traffic_)(?<!rotating_)light|dark)"  # no traffic_light
     base, tones = re.fullmatch(f"(.+?)((?:_{tone}(?:_and_{tone})?)?)", name).groups()
     return dict(base=base, tones=tones)
 
@@ -51,6 +51,8 @@ def group_of(parts):
 def arm_of(cfg, steps):
     """The arm a run belongs to, None if it is of the search or of an arm not asked about."""
     if not cfg["score_test"] or cfg["steps"] != steps or cfg.get("share", "trunk") != "trunk":
+        return None
+    if cfg["stages"]:
         return None
     if not any(cfg.get(slot) for slot in ("image", "text", "audio") if slot != cfg["target"]):
         return "alone"

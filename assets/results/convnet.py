@@ -5,9 +5,9 @@
     python assets/results/convnet.py sample_configs/numbers_audio_text.py --seeds=6
 
 As `probe.py compare` does: the best candidate on validation with seed 1000, then the seeds, test scored once
-each. The network is what people would write: three stages of two 3x3 convolutions, norm, ReLU, and 2x2
-max-pooling, then one linear layer on all positions. Channels, strides, steps and so the cost of a step are
-those of the stem in model.py.
+each; where a seed has a test speaker of its own it chooses on its own validation speaker. The network is what
+people would write: three stages of two 3x3 convolutions, norm, ReLU, and 2x2 max-pooling, then one linear
+layer on all positions. Channels, strides, steps and so the cost of a step are those of the stem in model.py.
 """
 import os
 import sys
@@ -19,12 +19,12 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 from model import SILENCE
-from prepare import exit_on_user_error, unpatchify, write_json
+from prepare import active_slots, exit_on_user_error, unpatchify, write_json
 from train import KEYS, TRAINING_VERSION, learning_rate, make_optimizer, open_slots, read_run_config, resolve
 
 # norm, learning rate, weight decay
 CANDIDATES = [("group", 3e-3, 0.05), ("group", 3e-3, 0.5), ("batch", 3e-3, 0.05), ("batch", 1e-3, 0.5),
-              ("batch", 3e-3, 1.5), ("batch", 3e-3, 4.0)]
+              ("batch", 1e-3, 1.5), ("batch", 3e-3, 1.5), ("batch", 3e-3, 4.0)]
 
 
 def convnet(norm, stride, classes, planes, equal_contrast, channels=(16, 32, 64)):
@@ -68,7 +68,7 @@ def accuracy(model, slot, arrays):
 
 def train(cfg, seed, norm, rate, decay, score_test=False):
     """-> the best validation accuracy, or the test accuracy of that moment."""
-    alone = {name: "" for name in ("image", "text", "audio") if name != cfg["target"]}
+    alone = {name: "" for name in active_slots(cfg) if name != cfg["target"]}
     cfg = dict(cfg, **alone, seed=seed, learning_rate=rate, weight_decay=decay)
     cfg = resolve(cfg, say=lambda line: None)
     (slot,) = open_slots(cfg, say=print)[0].values()
@@ -91,7 +91,7 @@ def train(cfg, seed, norm, rate, decay, score_test=False):
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if (step + 1) % cfg["eval_interval"] == 0:
+        if (step + 1) % cfg["eval_interval"] == 0 or step + 1 == cfg["steps"]:
             val = accuracy(model, slot, slot.split("val"))
             if val > best:
                 best = val
@@ -103,21 +103,22 @@ def main():
     keys = dict(KEYS, seeds=(8, "runs"), first_seed=(0, "seed of the first"))
     cfg = read_run_config(sys.argv[1:], keys)
     torch.set_num_threads(1)
-    searched = [train(cfg, 1000, *candidate) for candidate in CANDIDATES]
-    chosen = CANDIDATES[int(np.argmax(searched))]
-    print(dict(zip(CANDIDATES, searched)), "chosen:", chosen, flush=True)
-    scores = []
+    searched, chosen, scores = [], [], []
     for seed in range(cfg["first_seed"], cfg["first_seed"] + cfg["seeds"]):
-        scores.append(train(cfg, seed, *chosen, score_test=True))
+        if not searched or cfg.get("audio_test_group") == "each":
+            search_seed = seed if cfg.get("audio_test_group") == "each" else 1000
+            searched.append([train(cfg, search_seed, *candidate) for candidate in CANDIDATES])
+            chosen.append(CANDIDATES[int(np.argmax(searched[-1]))])
+            print(dict(zip(CANDIDATES, searched[-1])), "chosen:", chosen[-1], flush=True)
+        scores.append(train(cfg, seed, *chosen[-1], score_test=True))
         print(seed, scores[-1], flush=True)
     command = "python assets/results/convnet.py " + " ".join(sys.argv[1:])
     os.makedirs(cfg["out_dir"], exist_ok=True)
     write_json(os.path.join(cfg["out_dir"], "convnet.json"),
                dict(kind="convnet", version=TRAINING_VERSION, examples=cfg[f"{cfg['target']}_examples"],
                     steps=cfg["steps"], seeds=len(scores), first_seed=cfg["first_seed"],
-                    candidates=CANDIDATES,
-                    search_scores=searched, setting=chosen, scores=scores, mean=float(np.mean(scores)),
-                    command=command))
+                    candidates=CANDIDATES, search_scores=searched, settings=chosen, scores=scores,
+                    mean=float(np.mean(scores)), command=command))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from probe import figure, short_source, show_auxiliaries
 
 def per_class(result):
     """Labelled target examples for each class that has some."""
-    classes = round(1 / result["chance"]) - result.get("config", {}).get("unseen_classes", 0)
-    return result["examples"] / classes
+    unseen = result.get("unseen_classes", result.get("config", {}).get("unseen_classes", 0))
+    return result["examples"] / (round(1 / result["chance"]) - unseen)
 
 
 def draw_curve(path, results):

@@ -54,8 +54,9 @@ def convnet_of(name):
     path = os.path.join(HERE, f"convnet_{first_two_words}.json")
     if not os.path.exists(path):
         return {}
-    mean, half = t_interval(read_json(path)["scores"])
-    return dict(mean=mean, half=half)
+    scores = read_json(path)["scores"]
+    mean, half = t_interval(scores)
+    return dict(mean=mean, half=half, seeds=len(scores))
 
 
 def percent(entry):
@@ -88,7 +89,10 @@ def results_table(rows):
     lines = []
     for name, (title, result) in rows.items():
         alone, control, uml = (result["arms"].get(arm, {}) for arm in ("alone", "control", "uml"))
-        convnet = f"{100 * convnet_of(name)['mean']:.1f}" if convnet_of(name) else "-"
+        convnet = "-"
+        if reference := convnet_of(name):
+            fewer = f" ({reference['seeds']} seeds)" if reference["seeds"] < result["folds"] else ""
+            convnet = f"{100 * reference['mean']:.1f}{fewer}"
         scores = percent(alone), convnet, percent(control), percent(uml)
         above = percent(uml["minus_alone"]), percent(control.get("uml_minus"))
         lines.append([title, show_auxiliaries(result), *scores, *above, seeds_of(result)])
@@ -172,12 +176,11 @@ def forecasts_table(words):
                 told += said != "cannot tell"
                 right += said == truth
                 thumb_right += thumb == truth
-            geometry = [f"{entry['correlation']:+.2f}" for entry in guess.get("agreement", {}).values()]
             gain = 100 * np.mean(np.subtract(guess["scores"]["uml"], guess["scores"]["alone"]))
-            cells = row, classes, f"{k:.3g}", ", ".join(geometry) or "-", f"{gain:+.1f}", said, thumb, found
+            cells = row, classes, f"{k:.3g}", f"{gain:+.1f}", said, thumb, found
             lines.append(cells)
-    table = table_of(["comparison", "classes", "examples a class", "alike in both (correlation)",
-                      "small runs: uml - alone", "preflight", "rule of thumb", "found"], lines)
+    table = table_of(["comparison", "classes", "examples a class", "small runs: uml - alone", "preflight",
+                      "rule of thumb", "found"], lines)
     return [*table, "", f"Of {judged} comparisons with a verdict preflight foretold {told} and was right on "
             f"{right}; the rule of thumb (at least 50 classes, at most 4 examples of each) on {thumb_right}."]
 
