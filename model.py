@@ -32,7 +32,7 @@ class StandardConv(nn.Conv2d):
     """A convolution that first gives the weights of each output channel mean 0 and the same length.
 
     Weight standardisation (arXiv 1903.10520): beside GroupNorm it does what BatchNorm is used for, without
-    statistics of other items. On photographs it adds five points, on letters it takes three.
+    statistics of other items. On photographs it adds six points, on letters it takes three.
     """
 
     def forward(self, picture):

@@ -572,6 +572,11 @@ def forecast(out):
     return f"cannot tell: {said}"
 
 
+def rule_of_thumb(classes, examples_a_class):
+    """"likely" or "unlikely" to help, without any training: few labels of many classes."""
+    return "likely" if classes >= 50 and examples_a_class <= 4 else "unlikely"
+
+
 def show_preflight(out):
     """Print the small runs as a table, a number of examples a line, the yardsticks and the forecast."""
     print(f"{out['target']}, {out['classes']} classes, {out['examples_a_class']:.3g} examples each in the "
@@ -587,6 +592,8 @@ def show_preflight(out):
     if np.mean(out["scores"]["alone"]) < np.mean(out["nearest"]):
         print("alone is still below the nearest neighbour: part of what uml gains may be its extra steps")
     print(out["forecast"])
+    print("rule of thumb, 50 classes or more and at most 4 examples of each: "
+          + rule_of_thumb(out["classes"], out["examples_a_class"]))
 
 
 def raw_nearest(slot):

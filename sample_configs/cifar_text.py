@@ -13,7 +13,7 @@ text_loss = "next"        # "label" would use the text's own 2,478 classes, CIFA
 image_examples = 1000
 image_embed = "conv"
 image_flip = True
-standard_weights = True   # worth five to eight points on photographs
+standard_weights = True   # worth six points on photographs
 
 width = 128
 layers = 1

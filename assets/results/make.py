@@ -25,7 +25,7 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path[:0] = [HERE, ROOT]
 from figures import DOSES, draw_curve, draw_doses, draw_letters, draw_summary, per_class
 from prepare import UserError, exit_on_user_error, read_json, read_text, write_file
-from probe import show_auxiliaries, t_interval, verdict
+from probe import rule_of_thumb, show_auxiliaries, t_interval, verdict
 from theory import draw_theory
 
 PAGES = ("README.md", os.path.join("assets", "results", "README.md"))
@@ -160,7 +160,7 @@ def forecasts_table(words):
 
     "cannot tell" counts as neither right nor wrong, and so do comparisons of too few seeds.
     """
-    lines, right, thumb_right, judged, told = [], 0, 0, 0, 0
+    lines, tally = [], []  # of each comparison with a verdict (features?, foretold?, right?, thumb right?)
     for word in words:
         name, rows = word.split(":")
         guess = result_of(name)
@@ -169,20 +169,22 @@ def forecasts_table(words):
             result = result_of(row)
             found = next(word for start, word in VERDICTS.items() if verdict(result).startswith(start))
             classes, k = guess["classes"], per_class(result)
-            thumb = "likely" if classes >= 50 and k <= 4 else "unlikely"
+            thumb = rule_of_thumb(classes, k)
             if found != "too few seeds":
-                judged += 1
                 truth = "likely" if found == "**helps**" else "unlikely"
-                told += said != "cannot tell"
-                right += said == truth
-                thumb_right += thumb == truth
+                tally.append((guess["features"], said != "cannot tell", said == truth, thumb == truth))
             gain = 100 * np.mean(np.subtract(guess["scores"]["uml"], guess["scores"]["alone"]))
             cells = row, classes, f"{k:.3g}", f"{gain:+.1f}", said, thumb, found
             lines.append(cells)
     table = table_of(["comparison", "classes", "examples a class", "small runs: uml - alone", "preflight",
                       "rule of thumb", "found"], lines)
-    return [*table, "", f"Of {judged} comparisons with a verdict preflight foretold {told} and was right on "
-            f"{right}; the rule of thumb (at least 50 classes, at most 4 examples of each) on {thumb_right}."]
+    sentences = []
+    for features, where in ((False, "from raw data"), (True, "on features of a pretrained encoder")):
+        foretold, right, thumb = np.sum([row[1:] for row in tally if row[0] == features], axis=0)
+        count = sum(row[0] == features for row in tally)
+        sentences.append(f"Of {count} comparisons {where} with a verdict preflight foretold {foretold} and "
+                         f"was right on {right}, the rule of thumb on {thumb}.")
+    return [*table, "", " ".join(sentences)]
 
 
 # ------------------------------------------------------------------------------------------------------------
