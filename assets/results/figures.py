@@ -4,6 +4,7 @@
 
 Result means what a compare.json holds.
 """
+import math
 import textwrap
 
 import numpy as np
@@ -71,17 +72,24 @@ DOSES = dict(alone="nothing", apart="label head", norms="+ norms", attention="+ 
 
 
 def draw_doses(path, rows):
-    """Accuracy by what is shared, a panel a regime. rows: {name: (title, result)}."""
-    with figure(path, 4.6 * len(rows), 3.6, ncols=len(rows), squeeze=False) as (_, axes):
-        for ax, (title, result) in zip(axes[0], rows.values()):
-            for i, arm in enumerate(DOSES):
-                entry = result["arms"][arm]
-                mean, half = 100 * entry["mean"], 100 * (entry["half"] or 0)
-                ax.errorbar(i, mean, half, fmt="o", color="C1" if arm == "uml" else "C0", ms=5, capsize=3)
+    """Accuracy by what is shared, a panel a regime. rows: (title, result, its controls or None) of each."""
+    with figure(path, 9.2, 3.6 * math.ceil(len(rows) / 2), ncols=2, nrows=math.ceil(len(rows) / 2),
+                squeeze=False) as (_, axes):
+        for ax, (title, result, control) in zip(axes.flat, rows):
+            for found, style, label in ((result, "C1o", "uml"), (control, "C2^", "control")):
+                for i, arm in enumerate(DOSES if found else []):
+                    if arm == "alone" and found is control:
+                        continue  # nothing shared: no control
+                    entry, named = found["arms"][arm], label if arm == "uml" else None
+                    mean, half = 100 * entry["mean"], 100 * (entry["half"] or 0)
+                    ax.errorbar(i, mean, half, fmt=style, ms=5, capsize=3, label=named)
             ax.axhline(100 * result["arms"]["alone"]["mean"], ls=":", color="grey", lw=1)
             ax.set_xticks(range(len(DOSES)), DOSES.values(), rotation=30, ha="right", fontsize=8)
             ax.set(ylabel="accuracy in %, with 95% intervals", ylim=(0, None))
             ax.set_title(title, fontsize=9)
+            ax.legend(fontsize=8)
+        for ax in axes.flat[len(rows):]:
+            ax.axis("off")
 
 
 def draw_letters(path):

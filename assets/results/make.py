@@ -25,7 +25,7 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path[:0] = [HERE, ROOT]
 from figures import DOSES, draw_curve, draw_doses, draw_letters, draw_summary, per_class
 from prepare import UserError, exit_on_user_error, read_json, read_text, write_file
-from probe import rule_of_thumb, show_auxiliaries, t_interval, verdict
+from probe import paired, rule_of_thumb, show_auxiliaries, t_interval, verdict
 from theory import draw_theory
 
 PAGES = ("README.md", os.path.join("assets", "results", "README.md"))
@@ -46,6 +46,17 @@ def result_of(name):
     if not os.path.exists(path):
         raise UserError(f"a page wants {path}, which is not there: copy the run's compare.json to it")
     return read_json(path)
+
+
+def control_of(name):
+    """What NAME_control.json holds: a comparison's arms, all with control=True; None if there is none."""
+    path = os.path.join(HERE, f"{name}_control.json")
+    return read_json(path) if os.path.exists(path) else None
+
+
+def paired_over_common(scores, others):
+    """paired() over the seeds that both have, the first of each; {} of no others."""
+    return paired(scores[:len(others)], others[:len(scores)]) if others else {}
 
 
 def convnet_of(name):
@@ -147,11 +158,19 @@ def unseen_table(rows):
 
 
 def doses_table(rows):
+    """Two lines a comparison, and two more where NAME_control.json has the same arms with control=True."""
     lines = []
-    for title, result in rows.values():
+    for name, (title, result) in rows.items():
         arms = [result["arms"][arm] for arm in DOSES]
         lines.append([title, *(percent(entry) for entry in arms)])
         lines.append(["minus nothing (p)", *(percent(entry.get("minus_alone")) for entry in arms)])
+        if control := control_of(name):
+            entries = [{}] + [control["arms"][arm] for arm in list(DOSES)[1:]]  # nothing shared: no control
+            above = []
+            for entry, its_control in zip(arms, entries):
+                above.append(paired_over_common(entry["scores"], its_control.get("scores")))
+            lines.append(["its control", *map(percent, entries)])
+            lines.append(["minus its control (p)", *map(percent, above)])
     return table_of(["shared", *DOSES.values()], lines)
 
 
@@ -256,7 +275,8 @@ def rewrite(page, check):
             rows = rows_of(words[1:])
             lines = doses_table(rows)
             if not check:
-                draw_doses(os.path.join(ROOT, "assets", words[0]), rows)
+                drawn = [(*row, control_of(name)) for name, row in rows.items()]
+                draw_doses(os.path.join(ROOT, "assets", words[0]), drawn)
         elif kind == "forecasts":
             lines = forecasts_table(words)
         elif kind == "holm":
