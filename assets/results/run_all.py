@@ -123,9 +123,9 @@ ROWS = {
                          "--seeds=3"),
     "convnet_cifar_100": (3, f"{CONVNET} {CIFAR_FILES} --seeds=3"),
     "convnet_emoji": (20, f"{CONVNET} {EMOJI_FILES} --seeds=3"),
-    "convnet_letters_1": (3, f"{CONVNET} sample_configs/letters_text.py"),
-    "convnet_letters_2": (2, f"{CONVNET} sample_configs/letters_text.py --image_examples=1016 --seeds=3"),
-    "convnet_numbers_2": (4, f"{CONVNET} sample_configs/numbers_audio_text.py --seeds=6"),
+    "convnet_letters_1": (5, f"{CONVNET} sample_configs/letters_text.py"),
+    "convnet_letters_2": (3, f"{CONVNET} sample_configs/letters_text.py --image_examples=1016 --seeds=3"),
+    "convnet_numbers_2": (12, f"{CONVNET} sample_configs/numbers_audio_text.py --seeds=6"),
 }
 
 
