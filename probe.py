@@ -556,7 +556,8 @@ def forecast(out):
 
     All are means over the numbers of examples. Likely as in a verdict: uml is above alone and above the
     control, each with p < 0.05 over seeds; of features, which nothing need learn, above their nearest
-    neighbour as well. Unlikely where it is not half a point above one of these.
+    neighbour as well. Unlikely where it is not half a point above one of these. Raw data of which uml knows
+    less than the nearest neighbour tell nothing.
     """
     uml, alone, control = (np.mean(out["scores"][arm], axis=0) for arm in ("uml", "alone", "control"))
     gains = {"alone": paired(uml, alone), "the control": paired(uml, control)}  # over seeds
@@ -565,6 +566,8 @@ def forecast(out):
     said = [f"{100 * gain['mean']:+.1f} ± {100 * gain['half']:.1f} to {name}"
             for name, gain in gains.items()]
     said = f"in small runs uml is, in points, {', '.join(said)} ({len(uml)} seeds)"
+    if not out["features"] and np.mean(uml) < np.mean(out["nearest"]):
+        return f"cannot tell: {said}, and uml is below the nearest neighbour: too few steps to learn"
     if min(gain["mean"] for gain in gains.values()) < 0.005:
         return f"unlikely to help: {said}"
     if max(gain["p"] for gain in gains.values()) < 0.05:
