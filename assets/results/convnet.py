@@ -103,10 +103,11 @@ def main():
     keys = dict(KEYS, seeds=(8, "runs"), first_seed=(0, "seed of the first"))
     cfg = read_run_config(sys.argv[1:], keys)
     torch.set_num_threads(1)
+    own_speaker = cfg.get("audio_test_group") == "each"  # each seed is tested on another speaker
     searched, chosen, scores = [], [], []
     for seed in range(cfg["first_seed"], cfg["first_seed"] + cfg["seeds"]):
-        if not searched or cfg.get("audio_test_group") == "each":
-            search_seed = seed if cfg.get("audio_test_group") == "each" else 1000
+        if own_speaker or not searched:
+            search_seed = seed if own_speaker else 1000
             searched.append([train(cfg, search_seed, *candidate) for candidate in CANDIDATES])
             chosen.append(CANDIDATES[int(np.argmax(searched[-1]))])
             print(dict(zip(CANDIDATES, searched[-1])), "chosen:", chosen[-1], flush=True)
