@@ -247,7 +247,7 @@ class AddedLinear(nn.Linear):
     """The target's W + lambda W', where W' is an auxiliary's and lambda starts at 0 and is learned.
 
     Cross-modal re-parameterisation, M2PT (arXiv 2401.14405). W' learns from both modalities. After training
-    both are one matrix.
+    W + lambda W' can be stored as one matrix.
     """
 
     def __init__(self, linear, others):
@@ -421,7 +421,8 @@ class UML(nn.Module):
     classes: rows of the label head (0: none).
     temperature: learn one per slot with "label". label_smoothing: share of the target spread over a slot's
     classes. share: one of SHARES, what the other slots share with the first, the target.
-    trunk: configuration of a language model that is the trunk; its own width, layers and heads are used.
+    trunk: configuration of a language model that is the trunk, with layers and heads of its own; width must
+    be its width.
     Raises ValueError, in one sentence, for a combination that cannot work.
     """
 
@@ -450,7 +451,6 @@ class UML(nn.Module):
             if share == "added" and self.own_trunk:
                 add_parts(self.trunk, list(self.own_trunk.values()))
         self.label_head = nn.Linear(width, classes) if classes else None
-        self.depth = self.trunk.net.config.num_hidden_layers if trunk else layers  # blocks of the trunk
         self.init_parameters(seed)
 
     def forward(self, name, tokens, real=None, labels=None, hidden=None):

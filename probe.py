@@ -33,7 +33,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch loads OpenMP; train.py says why
 
@@ -45,13 +45,14 @@ from tqdm import tqdm
 from model import mean_over_real
 from prepare import (CHUNK, LEVELS_PER_DB, UserError, active_slots, at_least, encode_features,
                      encode_pictures, encode_recordings, encode_text, encoder_sha256, exit_on_user_error,
-                     file_sha256, file_source, imported, levels_of, load_bpe, log_mel_of, modality_of,
-                     open_encoder, patchify, plain_name, prepare, print_help, read_config, read_json,
-                     read_meta, read_picture, read_recording, read_text, real_places, reasons, skipping,
-                     tell, unpatchify, write_file, write_json, writing)
-from train import (FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, choose_examples, count_right,
-                   evaluate, extract, fit_probe, linear_probe, load_model, open_slots, pick_device,
-                   read_run_config, resolve, score_lines, shard_names, too_few, worded)
+                     explained, file_sha256, file_source, imported, levels_of, load_bpe, log_mel_of,
+                     modality_of, open_encoder, patchify, plain_name, prepare, print_help, read_config,
+                     read_json, read_meta, read_picture, read_recording, read_text, real_places, reasons,
+                     skipping, tell, unpatchify, write_file, write_json, writing)
+from train import (EXPORTED, FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, choose_examples,
+                   count_right, evaluate, extract, fit_probe, linear_probe, load_checkpoint, load_model,
+                   open_slots, pick_device, read_run_config, resolve, score_lines, shard_names, too_few,
+                   worded)
 from train import run as train_run
 
 
@@ -197,10 +198,7 @@ def compare(argv):
     Writes compare.json and compare.png, prints the table and the verdict -> what compare.json holds. After
     Ctrl-C or a kill the same command goes on. UserError for a config or keys that do not fit.
     """
-    cfg = read_run_config(argv, dict(KEYS, **COMPARE_KEYS))
-    if len(active_slots(resolve(cfg, quiet))) < 2:
-        raise UserError("compare needs a config with a target and an auxiliary: probe.py compare CONFIG")
-    options = own_keys(cfg)
+    cfg, options = begin(argv, COMPARE_KEYS, "compare")
     wanted = {"alone", "uml", *options["arms"].split(",")}
     if unknown := wanted - ARMS.keys():
         raise UserError(f"unknown arm '{min(unknown)}' (there are: {', '.join(ARMS)})")
@@ -239,6 +237,17 @@ def hardware(cfg):
     return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}{gpu}"
 
 
+def begin(argv, keys, command):
+    """argv of compare or preflight -> (the config, their own options). UserError for what neither can use."""
+    cfg = read_run_config(argv, dict(KEYS, **keys))
+    if len(active_slots(resolve(cfg, quiet))) < 2:
+        raise UserError(f"{command} needs a config with a target and an auxiliary: probe.py {command} CONFIG")
+    for key in ("control", "stages"):
+        if cfg[key]:
+            raise UserError(f"{key}=True is an arm of compare, which sets it itself: leave it out")
+    return cfg, own_keys(cfg)
+
+
 def own_keys(cfg):
     """Move the keys of compare out of cfg into a dict, seeds as a range; set the keys compare decides."""
     options = {key: cfg.pop(key) for key in COMPARE_KEYS if key in cfg}
@@ -262,10 +271,8 @@ def candidates(text, cfg):
     """
     settings = []
     if "=" not in text:
-        try:
+        with explained(f"search='{text}' must be numbers joined by commas, or settings by ';'"):
             factors = [float(factor) for factor in text.split(",")]
-        except ValueError:
-            raise UserError(f"search='{text}' must be numbers joined by commas, or settings by ';'") from None
         rates = [f"--learning_rate={cfg['learning_rate'] * factor}" for factor in factors]
         return [dict(learning_rate=read_config([rate], KEYS)["learning_rate"]) for rate in rates]
     for part in text.split(";"):
@@ -287,7 +294,8 @@ def run_arms(cfg, options, arms, settings, per_seed):
     if len(settings) == 1:
         search_seeds = []  # nothing to choose
     total = len(trained) * (len(search_seeds) * len(settings) + len(seeds))
-    progress = Progress(os.path.join(cfg["out_dir"], "compare"), options["jobs"], total)
+    bar = tqdm(total=total, unit="run")
+    place = (os.path.join(cfg["out_dir"], "compare"), options["jobs"], bar)
     results, chosen, searched = {}, {}, {}
     # longer comes last, because it needs the FLOPs of alone and uml; all others may train side by side
     for wave in ([arm for arm in trained if arm != "longer"], [arm for arm in trained if arm == "longer"]):
@@ -296,7 +304,7 @@ def run_arms(cfg, options, arms, settings, per_seed):
         trials = []
         for arm, seed, setting in itertools.product(wave, search_seeds, settings):
             trials.append(arm_config(cfg | setting | dict(seed=seed, score_test=False), arm, options))
-        scores = [score_of(result, "val") for result in run_all(trials, progress)]
+        scores = [score_of(result, "val") for result in run_all(trials, *place)]
         scores = np.reshape(scores, (len(wave), len(search_seeds), len(settings)))
         runs = []
         for arm, arm_scores in zip(wave, scores):
@@ -305,9 +313,10 @@ def run_arms(cfg, options, arms, settings, per_seed):
             chosen[arm] = best if len(best) == len(seeds) else best * len(seeds)  # or one search for all
             for seed, setting in zip(seeds, chosen[arm]):
                 runs.append(arm_config(cfg | setting | dict(seed=seed), arm, options))
-        finished = iter(run_all(runs, progress))
+        finished = iter(run_all(runs, *place))
         for arm in wave:
             results[arm] = [next(finished) for _ in seeds]
+    bar.close()
     for arm in FROZEN & set(arms):
         scored = {}  # seeds that have the same examples are scored once
         results[arm] = [score_features(cfg | dict(seed=seed), arm, scored) for seed in seeds]
@@ -330,14 +339,7 @@ def score_features(cfg, arm, scored):
     decides = (slot.folder, np.sort(slot.examples).tobytes(), tuple(slot.unseen))
     if decides in scored:
         return scored[decides]
-    data = {}  # {part of the data: (features (n, D), labels (n,))}
-    # standardised as in the model: by all training items, of which few may have labels
-    mean, std = (torch.tensor(slot.meta[key]) for key in ("mean", "std"))
-    for part in ("train", "val", split):
-        arrays, rows = slot.split(part), slot.examples if part == "train" else seen_rows(slot, part)
-        features = [mean_over_real((batch["tokens"] - mean) / std, batch.get("real"))
-                    for batch in slot.evaluation_batches(arrays, rows)]
-        data[part] = torch.cat(features), torch.from_numpy(arrays["labels"][rows]).long()
+    data = {part: raw_vectors(slot, part) for part in ("train", "val", split)}
     (known, labels), (new, truth) = data["train"], data[split]
     if arm == "linear":
         weight, bias = fit_probe(data["train"], data["val"], len(slot.meta["classes"]), slot.measure(), False)
@@ -471,9 +473,10 @@ def show_compare(out):
         if out["measure"] == "balanced_accuracy":
             also = ["accuracy", *also]
     speakers = f" on {out['folds']} speakers" if out["folds"] != out["seeds"] else ""
+    over = "speakers" if speakers else "seeds"
     print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary "
           f"{show_auxiliaries(out)}; {out['seeds']} seeds{speakers}, {worded(out['measure'])} on the "
-          f"{out['split']} split{yardsticks}; intervals are over seeds")
+          f"{out['split']} split{yardsticks}; intervals are over {over}")
     print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}"
           f"{'GFLOP':>9}{'s':>7}  setting")
 
@@ -513,10 +516,7 @@ def preflight(argv):
     Nothing is searched: all arms have the config's rate and decay. The test split is never opened. UserError
     for a config that does not fit.
     """
-    cfg = read_run_config(argv, dict(KEYS, **PREFLIGHT_KEYS))
-    if len(active_slots(resolve(cfg, quiet))) < 2:
-        raise UserError("preflight needs a config with a target and an auxiliary: probe.py preflight CONFIG")
-    options = own_keys(cfg)
+    cfg, options = begin(argv, PREFLIGHT_KEYS, "preflight")
     target, *others = open_slots(resolve(cfg, quiet), quiet)[0].values()
     if target.measure() == "loss":
         raise UserError(f"preflight needs a target with classes, {target.name}={cfg[target.name]} has none")
@@ -536,12 +536,14 @@ def preflight(argv):
             seeded = few | dict(seed=seed)
             nearest.append(raw_nearest(open_slots(resolve(seeded, quiet), quiet)[0][target.name]))
             configs += [arm_config(seeded, arm, options) for arm in arms]
-    progress = Progress(os.path.join(cfg["out_dir"], "preflight"), options["jobs"], len(configs))
-    scores = np.reshape([score_of(result, "val") for result in run_all(configs, progress)],
+    with tqdm(total=len(configs), unit="run") as bar:
+        results = run_all(configs, os.path.join(cfg["out_dir"], "preflight"), options["jobs"], bar)
+    scores = np.reshape([score_of(result, "val") for result in results],
                         (len(shots), len(options["seeds"]), len(arms)))
     out = dict(kind="preflight", version=TRAINING_VERSION, target=f"{target.name}={cfg[target.name]}",
                auxiliaries={slot.name: f"{cfg[slot.name]} ({cfg[f'{slot.name}_loss']})" for slot in others},
-               measure=target.measure(), classes=seen, examples_a_class=len(target.examples) / seen,
+               measure=target.measure(), classes=seen, chance=1 / len(target.meta["classes"]),
+               examples_a_class=len(target.examples) / seen,
                shots=shots, steps=steps, scores={arm: scores[:, :, i].tolist() for i, arm in enumerate(arms)},
                nearest=np.reshape(nearest, scores.shape[:2]).tolist(), features=target_is_features(cfg),
                command=shlex.join(["python", "probe.py", "preflight", *argv]), hardware=hardware(cfg))
@@ -585,7 +587,7 @@ def show_preflight(out):
     print(f"{out['target']}, {out['classes']} classes, {out['examples_a_class']:.3g} examples each in the "
           f"config; auxiliary {show_auxiliaries(out)}; {worded(out['measure'])} on validation after "
           f"{out['steps']} steps, mean of {len(out['scores']['uml'][0])} seeds; guessing has "
-          f"{1 / out['classes']:.2g}")
+          f"{out['chance']:.2g}")
     print("examples a class", *(f"{arm:>8}" for arm in out["scores"]), "  nearest neighbour")
     for i, k in enumerate(out["shots"]):
         means = [f"{np.mean(rows[i]):8.3f}" for rows in out["scores"].values()]
@@ -600,71 +602,59 @@ def show_preflight(out):
 
 
 def raw_nearest(slot):
-    """Accuracy on validation of the class of the nearest labelled example, before anything is learned.
-
-    Nearest by the cosine of normalised pixels, of a recording's mean log-mels, or of token counts.
-    """
-    found = []  # (vectors (n, D), labels (n,)) of the examples, then of validation
-    for part, rows in (("train", slot.examples), ("val", seen_rows(slot, "val"))):
-        arrays, vectors = slot.split(part), []
-        for batch in slot.evaluation_batches(arrays, rows):
-            tokens, real = batch["tokens"], batch.get("real")
-            if slot.meta["kind"] == "discrete":  # how often each id stands there
-                vocab = slot.meta["vocab"]
-                places = tokens + vocab * torch.arange(len(tokens))[:, None]  # of an item and an id
-                counts = torch.bincount(places[real], minlength=len(tokens) * vocab)
-                vectors.append(counts.view(len(tokens), vocab).float())
-                continue
-            mean, std = (torch.tensor(slot.meta[key]) for key in ("mean", "std"))  # repeated up to D
-            repeat = tokens.shape[2] // len(mean)
-            tokens = (tokens - mean.repeat(repeat)) / std.repeat(repeat)
-            vectors.append(tokens.flatten(1) if real is None else mean_over_real(tokens, real))
-        found.append((torch.cat(vectors), torch.from_numpy(arrays["labels"][rows]).long()))
-    (known, labels), (new, truth) = found
+    """Accuracy on validation of the class of the nearest labelled example, before anything is learned."""
+    (known, labels), (new, truth) = raw_vectors(slot, "train"), raw_vectors(slot, "val")
     return count_right(nearest_labels(known, labels, new), truth)[slot.measure()]
+
+
+def raw_vectors(slot, part):
+    """The examples, or the items of another split whose classes have examples, before anything is learned.
+
+    -> (vectors (n, D), labels (n,)). Of pictures normalised pixels, of recordings and features the mean over
+    real tokens, normalised as in the model: by all training items, of which few may have labels. Of text how
+    often each id stands there.
+    """
+    arrays, rows = slot.split(part), slot.examples if part == "train" else seen_rows(slot, part)
+    labels = torch.from_numpy(arrays["labels"][rows]).long()
+    tokens = torch.from_numpy(arrays["tokens"][rows])  # (n, T, D) or (n, T) ids
+    real = None
+    if "lengths" in arrays:
+        real = torch.from_numpy(real_places(arrays["lengths"][rows], slot.length))
+    if slot.meta["kind"] == "discrete":
+        counts = torch.zeros(len(tokens), slot.meta["vocab"])
+        return counts.scatter_add_(1, tokens.long(), real.float()), labels
+    mean, std = (torch.tensor(slot.meta[key]) for key in ("mean", "std"))  # repeated up to D
+    repeat = tokens.shape[2] // len(mean)
+    tokens = (tokens - mean.repeat(repeat)) / std.repeat(repeat)
+    return tokens.flatten(1) if "patch" in slot.meta else mean_over_real(tokens, real), labels
 
 
 # ------------------------------------------------------------------------------------------------------------
 # many runs: finished ones are read back, begun ones go on, and several may train at a time
 
 
-@dataclass
-class Progress:
-    """Where the runs of a comparison are kept, and how many of them are done."""
-    folder: str
-    jobs: int   # runs at a time
-    total: int  # runs to train, without those that were finished before
-    done: int = 0
-    start: float = field(default_factory=time.perf_counter)  # seconds
+def run_all(configs, folder, jobs, bar):
+    """Run every config to its end, in sub-folders of folder -> their results, in the order of the configs.
 
-    def one_more(self):
-        """Count a run that has just finished, and say how long the others may take."""
-        self.done += 1
-        seconds_a_run = (time.perf_counter() - self.start) / self.done
-        minutes = seconds_a_run * (self.total - self.done) / 60
-        tell(f"{self.done} of up to {self.total} runs, about {math.ceil(minutes)} minutes to go")
-
-
-def run_all(configs, progress):
-    """Run every config to its end -> their results, in the order of the configs.
-
+    jobs: runs at a time. bar: a tqdm of runs; those that were finished before are taken off its total.
     Runs that an earlier, interrupted call finished are read back; those it began go on from their last
     checkpoint. If two arms give the same config, it is trained once.
     """
-    os.makedirs(progress.folder, exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
     configs = [resolve(cfg, say=quiet) for cfg in configs]
     waiting = {}  # {folder: config} of the runs that are not finished
     for cfg in configs:
-        cfg.update(out_dir=run_folder(cfg, progress.folder), resume=True)
+        cfg.update(out_dir=run_folder(cfg, folder), resume=True)
         if not os.path.exists(os.path.join(cfg["out_dir"], "result.json")):
             waiting[cfg["out_dir"]] = cfg
-    progress.total -= len(configs) - len(waiting)
-    if progress.jobs > 1:
-        run_in_processes(waiting.values(), progress)
+    bar.total -= len(configs) - len(waiting)
+    bar.refresh()
+    if jobs > 1:
+        run_in_processes(waiting.values(), jobs, bar)
     else:
         for cfg in waiting.values():
             train_run(cfg, quiet)
-            progress.one_more()
+            bar.update()
     return [train_run(cfg, quiet) for cfg in configs]  # of a finished run this only reads the result
 
 
@@ -685,8 +675,8 @@ def run_folder(cfg, parent):
     return os.path.join(parent, f"run-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
 
 
-def run_in_processes(configs, progress):
-    """Run `python train.py` for every config, progress.jobs at a time; each prints into FOLDER.log.
+def run_in_processes(configs, jobs, bar):
+    """Run `python train.py` for every config, `jobs` at a time; each prints into FOLDER.log.
 
     However this ends, runs at work get SIGTERM: they finish their step and save. UserError if one fails.
     """
@@ -695,7 +685,7 @@ def run_in_processes(configs, progress):
     working = {}  # {path of the log: process}
     try:
         while waiting or working:
-            while waiting and len(working) < progress.jobs:
+            while waiting and len(working) < jobs:
                 cfg = waiting.pop(0)
                 keys = [f"--{key}={value}" for key, value in cfg.items()]
                 log = cfg["out_dir"] + ".log"
@@ -710,11 +700,12 @@ def run_in_processes(configs, progress):
                 if code != 0:
                     last_line = read_text(log).strip().split("\n")[-1].removeprefix("error: ")
                     raise UserError(f"a run ended with exit code {code} (-9: killed, perhaps for lack of "
-                                    f"memory; lower jobs={progress.jobs}), see {log}: {last_line}")
-                progress.one_more()
+                                    f"memory; lower jobs={jobs}), see {log}: {last_line}")
+                bar.update()
     finally:
         for process in working.values():
             process.terminate()
+        for process in working.values():
             process.wait()
 
 
@@ -853,7 +844,6 @@ class FinishedRun:
     cfg: dict
     checkpoint: dict
     slots: dict             # {name: train.Slot}
-    classes: list           # names of the label head's rows
     model: torch.nn.Module  # the UML of best.pt, on the CPU
     target: Slot
     split: str              # "test", or "val" if the run was told never to open test
@@ -865,24 +855,29 @@ class FinishedRun:
     answers: np.ndarray = None  # the class that the run gives each item of `held`
 
 
-def open_run(folder, probed=True):
-    """The FinishedRun in a folder. UserError if it is not finished, or if its data has changed since.
-
-    probed: its features will be probed, so its target must have classes.
-    """
-    if not os.path.exists(os.path.join(folder, "result.json")):
-        raise UserError(f"{folder} holds no finished run (no result.json): train one first, for example "
-                        "`python train.py sample_configs/letters_text.py`, or finish it with --resume")
+def open_run(folder):
+    """The FinishedRun in a folder. UserError if it is not finished, if its data has changed since, or if its
+    target has no classes."""
+    finished_result(folder)
     model, checkpoint = load_model(os.path.join(folder, "best.pt"))
     cfg = checkpoint["config"]
     check_shards(folder, cfg)
-    slots, classes = open_slots(cfg, quiet)
+    slots, _ = open_slots(cfg, quiet)
     target, split = slots[cfg["target"]], split_of(cfg)
-    if probed and len(target.meta["classes"]) < 2:
+    if len(target.meta["classes"]) < 2:
         raise UserError(f"{folder}: the target {target.name}={cfg[target.name]} has no classes to probe for")
     name = os.path.basename(os.path.normpath(folder))
-    return FinishedRun(folder, name, cfg, checkpoint, slots, classes, model, target, split,
+    return FinishedRun(folder, name, cfg, checkpoint, slots, model, target, split,
                        target.split(split), seen_rows(target, split))
+
+
+def finished_result(folder):
+    """The result of a run. UserError if it is not finished."""
+    path = os.path.join(folder, "result.json")
+    if not os.path.exists(path):
+        raise UserError(f"{folder} holds no finished run (no result.json): train one first, for example "
+                        "`python train.py sample_configs/letters_text.py`, or finish it with --resume")
+    return read_json(path)
 
 
 def check_shards(folder, cfg):
@@ -1021,7 +1016,7 @@ def show_reports(reports):
         row(f"block {layer}" if layer else "embed",
             lambda report: number(dict(enumerate(report["layers"])).get(layer)))
     print("a linear probe on few labelled examples a class, mean +- standard deviation of three draws")
-    for k in first["few_shot"]:
+    for k in sorted(set(itertools.chain(*(report["few_shot"] for report in reports)))):
         row(f"{k} a class", lambda report: "{mean:.3f} +- {std:.3f}".format(**shots)
             if (shots := of("few_shot", k, report)) else None)
     print("margins: how far items lie from the boundary, in standardised features (below 0: wrong)")
@@ -1163,10 +1158,8 @@ def read_new_files(path, cfg, slot):
 def read_new_numbers(path, slot):
     """An .npy array, such as features of a frozen encoder -> {"tokens" (n, T, D)}, row numbers."""
     wanted = f"{path} must be an .npy array of finite numbers (n, {slot['length']}, {slot['dim']})"
-    try:
+    with explained(wanted):
         tokens = encode_features({}, np.load(path, allow_pickle=False), None)["tokens"]
-    except (OSError, ValueError, TypeError) as problem:
-        raise UserError(f"{wanted}, found: {problem}") from None
     if tokens.shape[1:] != (slot["length"], slot["dim"]) or not np.isfinite(tokens).all() or not len(tokens):
         raise UserError(f"{wanted}, found {tokens.shape}")
     return dict(tokens=tokens), range(len(tokens))
@@ -1175,22 +1168,20 @@ def read_new_numbers(path, slot):
 # ------------------------------------------------------------------------------------------------------------
 # export: the model of a finished run as a folder that others can read and that the Hub shows
 
-EXPORTED = ("format", "config", "slots", "trunk", "classes", "target_classes")  # of a checkpoint, as JSON
-
-
 def export(folder, into):
     """Write a run's best model into a folder: model.safetensors, config.json and README.md, a card."""
     save = imported("safetensors.torch", "export").save
-    run, readme = open_run(folder, probed=False), os.path.join(into, "README.md")
+    result, readme = finished_result(folder), os.path.join(into, "README.md")
+    saved = load_checkpoint(os.path.join(folder, "best.pt"))
     if os.path.exists(readme) and not os.path.exists(os.path.join(into, "model.safetensors")):
         raise UserError(f"{readme} is there already and belongs to no model: name another folder")
     with writing(into, 0):
         os.makedirs(into, exist_ok=True)
-    weights = {name: value.clone() for name, value in run.checkpoint["model"].items()}
+    weights = {name: value.clone() for name, value in saved["model"].items()}
     write_file(os.path.join(into, "model.safetensors"), save(weights, dict(format="pt")))
-    about = {key: run.checkpoint[key] for key in EXPORTED}
-    write_json(os.path.join(into, "config.json"), dict(about, config=without_paths(run.cfg)))
-    write_file(readme, card(run).encode())
+    about = {key: saved[key] for key in EXPORTED}
+    write_json(os.path.join(into, "config.json"), dict(about, config=without_paths(saved["config"])))
+    write_file(readme, card(folder, saved["config"], result).encode())
     print(f"wrote model.safetensors, config.json and README.md, a card, in {into}")
 
 
@@ -1202,15 +1193,15 @@ def without_paths(cfg):
             for key, value in kept.items()}
 
 
-def card(run):
+def card(folder, full_cfg, result):
     """README.md of an exported run, in Markdown with the header that the Hub reads."""
-    cfg, result = without_paths(run.cfg), read_json(os.path.join(run.folder, "result.json"))
-    target = f"{run.target.name}={run.cfg[run.target.name]}"
-    sources = " and ".join(cfg[slot] for slot in run.slots)
+    cfg, slots = without_paths(full_cfg), active_slots(full_cfg)
+    target = f"{cfg['target']}={full_cfg[cfg['target']]}"
+    sources = " and ".join(cfg[slot] for slot in slots)
     here = hardware(dict(cfg, device="auto"))  # it may have trained on a GPU that is not here
     verdict = "no comparison with the target alone was found"
     for parent in ("", "..", "../.."):  # compare keeps its runs two folders below compare.json
-        path = os.path.join(run.folder, parent, "compare.json")
+        path = os.path.join(folder, parent, "compare.json")
         out = read_json(path) if os.path.exists(path) else {}
         if (out.get("target"), out.get("steps")) == (target, cfg["steps"]):
             verdict = f"{out['verdict']} ({out['seeds']} seeds)"
@@ -1220,9 +1211,9 @@ def card(run):
     return f"""---
 license: other  # yours to choose: it depends on the data
 library_name: nanouml
-tags: [multimodal, unpaired, {", ".join(map(modality_of, run.slots))}]
+tags: [multimodal, unpaired, {", ".join(map(modality_of, slots))}]
 ---
-# {run.name}
+# {result["name"]}
 
 A unified multimodal learner (arXiv 2510.08492) of {sources}, never paired.
 In a checkout of nanoUML: `model, saved = train.load_model("this folder")`.
@@ -1394,6 +1385,8 @@ def main():
         compare(argv[1:])
     elif argv[0] == "preflight":
         preflight(argv[1:])
+    elif any(arg.startswith("--") for arg in argv):
+        raise UserError("only compare and preflight take keys; the other commands take folders and paths")
     elif argv[0] == "embed" and len(argv) == 3:
         embed(*argv[1:])
     elif argv[0] == "export" and len(argv) in (2, 3):
@@ -1403,8 +1396,6 @@ def main():
     elif argv[0].endswith(".py"):
         raise UserError(f"{argv[0]} is a config: python train.py {argv[0]}, or "
                         f"python probe.py compare {argv[0]}")
-    elif any(arg.startswith("--") for arg in argv):
-        raise UserError("the analysis of runs takes no keys, only folders of runs; compare takes keys")
     elif not os.path.isdir(argv[0]):
         commands = ("compare", "preflight", "embed", "export")
         near = difflib.get_close_matches(argv[0], commands, n=1)

@@ -816,13 +816,14 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
             ("joins an item into one", "--image_loss=next", "--image_embed=conv"),
             ("there are numbers, folder", "--audio=letters"), ("did you mean 'letters'", "--image=leters"),
             (f"did you mean 'folder:{HERE}'", f"--image={HERE}"),
-            ("must name an auxiliary", "--text=letters", "--head_from=audio")):
+            ("must name an auxiliary", "--text=letters", "--head_from=audio"),
+            ("one update on the target", "--image_updates=2"), ("0.01 to 1", "--image_crop=2.0")):
         refuses(words, run, "--image=letters", *RUN, *argv, *into(tmp_path))
         assert not glob(tmp_path, "o/*") and not glob(tmp_path, "d/*.tmp")
 
 @cases("module, argv, words", [
     (T, ["nothing.py"], "cannot read config"), (P, ["--image_size=8"], "no slot holds a source"),
-    (B, [HERE], "no finished run"), (B, [HERE, "--threads=1"], "takes no keys"),
+    (B, [HERE], "no finished run"), (B, [HERE, "--threads=1"], "take keys"),
     (B, ["compar"], "no command"), (B, ["sample_configs/letters_text.py"], "is a config"),
     (B, ["compare", "--image=letters", "--text=letters", "--seed=3"], "did you mean --seeds=3")])
 def test_scripts_refuse_in_a_sentence(module, argv, words, monkeypatch):
@@ -1107,8 +1108,11 @@ def test_more_steps_go_on_from_a_finished_run_and_fewer_are_refused(data, tmp_pa
     again = partial(train, data, f"{tmp_path}/o")
     assert again()["steps"] == 6 and again("--steps=8", "--resume", "--stop_after=10") is None
     assert again("--steps=8", "--resume")["steps"] == 8
-    refuses("is at step 11, beyond the 7 asked for", again, "--steps=4", "--resume")
+    refuses("is at step 11, not before the 7 asked for", again, "--steps=4", "--resume")
     assert again("--steps=8")["steps"] == 8  # the refusal left the finished run as it was
+    never_validated = partial(train, data, f"{tmp_path}/never_validated")
+    never_validated("--stop_after=4")
+    refuses("is at step 4, not before the 4 asked for", never_validated, "--steps=1", "--resume")
 
 def test_a_run_whose_data_changed_is_another_run(tmp_path):
     root = picture_folder(tmp_path / "p", count=8)
@@ -1325,12 +1329,11 @@ def test_compare_runs_its_arms_says_a_verdict_and_is_cached(data, tmp_path, monk
     assert len(made) == 8 and sum(c["share"] == "head" for c in made) == sum(c["control"] for c in made) == 2
     monkeypatch.setattr(T, "set_up", None)  # whatever still trained would end in a TypeError
     assert B.compare(argv) == out == json.load(open(tmp_path / "o/compare.json"))
-    said = capsys.readouterr().out
-    assert os.path.exists(tmp_path / "o/compare.png") and "verdict" in said and "harmonic mean" in said
-    assert "8 of up to 8 runs, about 0 minutes to go" in said
+    said = capsys.readouterr()
+    assert os.path.exists(tmp_path / "o/compare.png") and "harmonic mean" in said.out and "8/8" in said.err
     for words, more in (("unknown arm 'frozen'", "--arms=frozen"), ("needs --unrelated", "--arms=unrelated"),
                         ("must be numbers", "--search=fast"), ("a target and an auxiliary", "--text="),
-                        ("need a target of features", "--arms=nearest"),
+                        ("need a target of features", "--arms=nearest"), ("an arm of", "--control=True"),
                         ("a label loss of", "--arms=head --text_loss=next")):
         refuses(words, B.compare, [*argv, *more.split()])
 
@@ -1437,12 +1440,6 @@ def test_uneven_classes_are_judged_by_balanced_accuracy_and_shown_beside_the_lar
     assert "balanced accuracy on the test split; guessing has 0.5000, always the largest class 0.8571" in said
     assert "verdict: too few seeds" in said and "balanced accuracy: uml minus alone" in said
 
-def test_the_interval_of_a_single_run_is_that_of_scipy():
-    from scipy.stats import binomtest
-    for right, n in ((81, 263), (0, 10), (10, 10)):
-        known = binomtest(right, n).proportion_ci(method="wilson")
-        assert T.wilson_interval(right, n) == pytest.approx((known.low, known.high), abs=1e-4)
-
 def test_the_log_also_goes_where_people_have_it(data, tmp_path, monkeypatch):
     """TensorBoard's files hold the numbers of log.jsonl; trackio and wandb share their calls."""
     pytest.importorskip("tensorboard")
@@ -1522,7 +1519,7 @@ def test_an_exported_model_gives_the_same_bits_and_a_card_with_its_scores(data, 
     (tmp_path / "mine").mkdir(), (tmp_path / "mine/README.md").write_text("my own")
     refuses("belongs to no model", B.export, str(folder), f"{tmp_path}/mine")
     (out / "model.safetensors").write_bytes(b"cut short")
-    refuses("is no export", T.load_model, out)
+    refuses("is damaged or nothing", T.load_model, out)
 
 @slow
 def test_compare_searches_without_the_test_split_and_gives_the_same_in_processes(tmp_path):
@@ -1700,7 +1697,8 @@ def test_a_language_model_that_cannot_be_the_trunk_is_refused(data, hub):
                          ("reads 40", f"--trunk=hf:{hub}/bert", "--text_length=48"),
                          ("holds none", "--image_embed=timm:x", f"--image={write_npz(hub / 'f.npz')}")):
         refuses(words, set_up, data, *more)
-    assert set_up(data, f"--trunk=hf:{hub}/gpt2", "--text_loss=next").model.depth == 2
+    trunk = set_up(data, f"--trunk=hf:{hub}/gpt2", "--text_loss=next").model.trunk
+    assert trunk.net.config.num_hidden_layers == 2
 
 def test_the_recipe_of_pretrained_py_trains_and_embeds_with_small_local_models(hub, tmp_path):
     """Pictures in Parquet through a fine-tuned timm model, sentences through a frozen language model."""

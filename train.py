@@ -76,7 +76,7 @@ KEYS = dict(
     image_shift=(4, "pictures are shifted by up to this many pixels", at_least(0)),
     image_flip=(False, "pictures are mirrored at random (wrong for letters, and for left against right)"),
     image_affine=(0.0, "standard deviation of a random affine map of each picture", at_least(0), below(1)),
-    image_crop=(1.0, "pictures are cropped at random to this share of their area or more", above(0)),
+    image_crop=(1.0, "pictures are cropped at random to this share of their area or more", at_least(0.01, 1)),
     image_colour=(0.0, "brightness, contrast, saturation change by factors 1 +- this", at_least(0), below(1)),
     audio_shift=(6, "recordings are moved by up to this many frames", at_least(0)),
     audio_gain=(6.0, "loudness changes by up to this many decibels", at_least(0)),
@@ -169,6 +169,10 @@ def resolve(cfg, say=tell):
             if objective not in OBJECTIVES:
                 raise UserError(f"{slot}_loss='{cfg[f'{slot}_loss']}': '{objective}' is no objective (there "
                                 f"are: {', '.join(OBJECTIVES)}, joined by '+')")
+    for slot in slots if cfg["schedule"] == "joint" else [target]:
+        if cfg[f"{slot}_updates"] != 1:
+            raise UserError(f"{slot}_updates={cfg[f'{slot}_updates']}: a step is one update on the target, "
+                            "and under schedule='joint' one on every slot: leave it out")
     if head_from and auxiliaries:
         if head_from not in auxiliaries or "label" not in cfg[f"{head_from}_loss"].split("+"):
             raise UserError(f"head_from='{head_from}' must name an auxiliary slot with a label loss")
@@ -192,8 +196,7 @@ def resolve(cfg, say=tell):
     reset = [] if auxiliaries else ["warm_start_steps", "head_from", "share", "stages"]
     ignored = [key for key in [*idle, *reset] if key not in KEYS or cfg[key] != KEYS[key][0]]
     if ignored:
-        say("ignored, since their slot, or any auxiliary, has no source or examples: "
-            + ", ".join(sorted(ignored)))
+        say("ignored, since nothing in this run uses them: " + ", ".join(sorted(ignored)))
     cfg.update({key: KEYS[key][0] for key in reset})
     return {key: value for key, value in cfg.items() if key not in idle}
 
@@ -231,7 +234,7 @@ class Slot:
         self.labelled = any(OBJECTIVES[objective].labels for objective in self.objectives)
         self.hides = any(OBJECTIVES[objective].hides for objective in self.objectives)
         self.batch_size = cfg[f"{name}_batch"]
-        self.joined = cfg[f"{name}_embed"] != "linear"  # a ConvNet makes one token of an item
+        self.joined = cfg[f"{name}_embed"] != "linear"  # its embed makes one token of an item
         self.splits = {}
         self.head_rows = None  # (classes,) the row of the label head of each class: match_classes() sets it
         self.check()
@@ -281,7 +284,7 @@ class Slot:
                 raise UserError(f"unseen_like='{pattern}' finds none of {len(classes)} classes, such as "
                                 f"'{(classes or [''])[0]}'")
             unseen |= set(alike)
-        if unseen and len(unseen) > len(classes) - 2:
+        if (cfg["unseen_classes"] or unseen) and len(unseen) > len(classes) - 2:
             raise UserError(f"unseen_classes={cfg['unseen_classes']} leaves fewer than two of {len(classes)} "
                             f"classes" + (f", with unseen_like='{pattern}'" if pattern else ""))
         return sorted(unseen)
@@ -373,7 +376,7 @@ class Slot:
                 raise UserError(f"{self.folder} holds token {tokens.max()}, its vocabulary ends at "
                                 f"{self.meta['vocab'] - 1}: delete it")
         batch["tokens"] = tokens
-        if lengths is not None and not self.joined:  # the conv stem reads all, padding as silence
+        if lengths is not None and not self.joined:  # a conv embed reads all, padding as silence
             batch["real"] = real_places(lengths, self.length)
             if self.device.type == "cpu":  # cut off what is padding in all; a GPU wants one shape
                 longest = max(2, lengths.max())  # "next" needs one token to read and one to predict
@@ -594,14 +597,11 @@ def fit_encoder(encoder, about, spec, size):
 
     UserError for one that does neither.
     """
-    try:
+    with explained(f"{spec} refuses pictures of image_size={size}", f": its own size is {about['size']}"):
         if about["fixed_size"] and hasattr(encoder, "set_input_size"):
             encoder.set_input_size(img_size=size)
             about["arguments"]["img_size"] = size
         encoder(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError) as problem:
-        raise UserError(f"{spec} refuses pictures of image_size={size} ({problem}): its own size is "
-                        f"{about['size']}") from None
 
 
 def make_optimizer(model, cfg):
@@ -668,7 +668,7 @@ class Run:
     bar: tqdm                 # on a terminal
     report: object            # function of (step, {name: number}), or None: report_to
     # What a checkpoint keeps besides weights. Batches follow from `updates`: no sampler has a state.
-    step: int = 0             # updates of the target, and of the warm start before them
+    step: int = 0             # steps done, the warm start's included
     updates: dict = None      # {slot: its own updates}
     best: dict = None         # step and validation score of best.pt
     seconds: float = 0.0      # of training; evaluation and saving do not count
@@ -843,7 +843,6 @@ def run(cfg, say=tell):
         order = " then ".join("+".join(names) for names in pattern(cfg, this.slots, cfg["warm_start_steps"]))
         warm = f"{cfg['warm_start_steps']} steps on the auxiliaries alone, then "
         say(f"{warm if cfg['warm_start_steps'] else ''}{cfg['steps']} of {order}")
-        never_validated = this.step == this.total and this.best is None  # resumed exactly at its end
         with signals_caught(), this.bar, reporting(cfg) as this.report:
             train(this, say)
         if this.step < this.total:
@@ -852,12 +851,9 @@ def run(cfg, say=tell):
             if SIGNALS:
                 sys.exit(128 + SIGNALS[0])
             return None
-        optimizer_state = whole_state(this) if never_validated else None  # all processes gather
         if not first:
             return None
         # The best checkpoint by validation, and the target's test split for the first and only time.
-        if never_validated:
-            validate(this, say, optimizer_state)
         this.model.load_state_dict(load_checkpoint(os.path.join(cfg["out_dir"], "best.pt"))["model"])
         result = score_run(this)
         write_json(os.path.join(cfg["out_dir"], "result.json"), result)
@@ -910,9 +906,10 @@ def set_up(cfg, say, saved=None):
     bar = tqdm(total=cfg["warm_start_steps"] + cfg["steps"], initial=state.get("step", 0), unit="step",
                disable=None if say is tell else True, delay=1)
     this = Run(cfg, device, autocast, slots, classes, model, engine, optimizer, bar, None, **state)
-    if this.step > this.total:  # said before anything is written
-        raise UserError(f"{cfg['out_dir']} is at step {this.step}, beyond the {this.total} asked for: change "
-                        "--out_dir")
+    # said before anything is written; a run that is done but for its score has a best
+    if this.step > this.total or (this.step == this.total and this.best is None):
+        raise UserError(f"{cfg['out_dir']} is at step {this.step}, not before the {this.total} asked for: "
+                        "raise --steps, or change --out_dir")
     return this
 
 
@@ -1015,14 +1012,6 @@ def count_right(answers, truth):
     of_class = torch.bincount(truth, right.double()) / counts  # nan where a class has no items
     return dict(accuracy=right.float().mean().item(), balanced_accuracy=of_class.nanmean().item(),
                 majority=counts.max().item() / len(truth), right=right.sum().item(), items=len(truth))
-
-
-def wilson_interval(right, n):
-    """The 95% interval (low, high) of a rate of which `right` of n were seen (Wilson 1927)."""
-    z = 1.96
-    centre, spread = (right + z * z / 2) / (n + z * z), math.sqrt(right * (n - right) / n + z * z / 4)
-    half = z * spread / (n + z * z)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def worded(measure):
@@ -1145,7 +1134,8 @@ def score_lines(result):
         lines = [f"{name}: loss {of_split('loss'):.4f} (the target has no classes, so there is no accuracy)"]
     else:
         right, items, fewest = of_split("right"), of_split("items"), of_split("fewest")
-        low, high = wilson_interval(right, items)
+        from scipy import stats  # takes a second to load
+        low, high = stats.binomtest(right, items).proportion_ci(method="wilson")
         lines = [f"{name}: accuracy {of_split('accuracy'):.3f}: {right:,} of {items:,} right (95% interval "
                  f"{low:.3f} to {high:.3f}), where guessing has {result['chance']:.2g}"]
         if result["measure"] == "balanced_accuracy":
@@ -1166,7 +1156,8 @@ def closing_lines(result, folder, argv):
     """What a person reads at the end of a run: how good it is, where it lies, and what next."""
     lines = score_lines(result)
     lines += [f"in {folder}: best.pt (step {result['best_step']}), last.pt, log.jsonl, result.json"]
-    kept = [arg for arg in argv if arg.split("=")[0] not in ("--out_dir", "--seed", "--resume")]
+    own = ("--out_dir", "--seed", "--resume", "--control", "--stages")  # compare sets these itself
+    kept = [arg for arg in argv if arg.split("=")[0] not in own]
     compare = shlex.join(["python", "probe.py", "compare", *kept])
     if len(result["losses"]) > 1:
         lines += [f"next: does the other data help? {compare}"]
@@ -1190,6 +1181,8 @@ def count_flops(model, name, batch):
 # checkpoints, and the folder of a run
 
 STATE = ("step", "updates", "best", "seconds", "items")  # the part of Run that a checkpoint keeps
+# what an export keeps of a checkpoint, as JSON beside the weights
+EXPORTED = ("format", "config", "slots", "trunk", "classes", "target_classes")
 
 
 def save(run, name, optimizer_state):
@@ -1216,34 +1209,31 @@ def load_saved(cfg, part, state):
 
 
 def load_checkpoint(path):
-    """What save() put into a checkpoint, a dict. Only tensors and plain values are unpickled."""
-    if not os.path.exists(path):
+    """What save() put into a file, or `probe.py export` into a folder: a dict; of an export without optimizer
+    and state. Only tensors and plain values are unpickled."""
+    exported = os.path.isdir(path)
+    if not exported and not os.path.exists(path):
         raise UserError(f"there is no checkpoint {path}")
-    with explained(f"{path} is damaged or no checkpoint of this project", ": delete it"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+    load_file = imported("safetensors.torch", f"reading {path}").load_file if exported else None
+    cure = "" if exported else ": delete it"
+    with explained(f"{path} is damaged or nothing that this project wrote", cure):
+        if exported:
+            saved = read_json(os.path.join(path, "config.json"))
+            saved["model"] = load_file(os.path.join(path, "model.safetensors"))
+        else:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {saved['format']!r} where this code writes {CHECKPOINT_FORMAT}")
-        for key in ("model", "optimizer", "config", "slots", "trunk", "classes", "target_classes", "threads",
-                    *STATE):
+        for key in EXPORTED if exported else (*EXPORTED, "model", "optimizer", "threads", *STATE):
             saved[key]  # KeyError if it is missing
     return saved
 
 
-def load_export(folder):
-    """What `probe.py export` wrote, a dict like load_checkpoint()'s, without optimizer and state."""
-    load_file = imported("safetensors.torch", f"reading {folder}").load_file
-    with explained(f"{folder} is no export of this project, or damaged"):
-        saved = read_json(os.path.join(folder, "config.json"))
-        if saved["format"] != CHECKPOINT_FORMAT:
-            raise ValueError(f"format {saved['format']!r} where this code writes {CHECKPOINT_FORMAT}")
-        return dict(saved, model=load_file(os.path.join(folder, "model.safetensors")))
-
-
 def load_model(path):
     """The model of a checkpoint file, or of a folder that `probe.py export` wrote, on the CPU, ready to embed
-    -> (UML, checkpoint dict; of an export without optimizer and state)."""
-    saved = load_export(path) if os.path.isdir(path) else load_checkpoint(path)
-    with explained(f"{path}: weights and config do not fit", ": delete it"):
+    -> (UML, load_checkpoint()'s dict)."""
+    saved = load_checkpoint(path)
+    with explained(f"{path}: weights and config do not fit"):
         model = build_model(saved["config"], saved["slots"], saved["classes"], saved["trunk"])
         model.load_state_dict(saved["model"])
     return model.eval(), saved

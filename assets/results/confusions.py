@@ -2,13 +2,14 @@
 
     python probe.py compare sample_configs/letters_text.py --arms=alone,uml,control --out_dir=out/letters_1
     python assets/results/confusions.py out/letters_1
-    python assets/results/confusions.py out/numbers_2
+    python assets/results/confusions.py out/emoji_tone '--like=_medium_light(_and|$)'
 
 The name of a class falls into parts: a letter's case, base and marks, a number's two digits, an emoji's base
 and skin tones. For each arm this prints the accuracy by number of marks or tones, or by first digit, and what
 is wrong in the answers: one part, or more of them. "At home" is the accuracy on up to 4,000 training items
-that the run did not see, of the typefaces or speakers that it did see. Means over seeds, test split. The same
-as JSON: confusions.json beside compare.json.
+that the run did not see, of the typefaces or speakers that it did see. "Among themselves": classes without
+a labelled example, told apart from each other only; then as many classes that had one, and those that --like
+finds by name. Means over seeds, test split. The same as JSON: confusions.json beside compare.json.
 """
 import collections
 import os
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-from prepare import UserError, exit_on_user_error, read_json, write_json
+from prepare import UserError, active_slots, exit_on_user_error, read_json, write_json
 from probe import features_of, open_run
 
 
@@ -48,29 +49,46 @@ def group_of(parts):
     return parts["first"]
 
 
-def arm_of(cfg, steps):
-    """The arm a run belongs to, None if it is of the search or of an arm not asked about."""
-    if not cfg["score_test"] or cfg["steps"] != steps or cfg.get("share", "trunk") != "trunk":
+def arm_of(cfg, compared):
+    """The arm a run belongs to, None if it is of the search or of an arm not asked about.
+
+    cfg: the config of the run; compared: what compare.json holds.
+    """
+    if not cfg["score_test"] or cfg["steps"] != compared["steps"] or cfg["share"] != "trunk" or cfg["stages"]:
         return None
-    if cfg["stages"]:
-        return None
-    if not any(cfg.get(slot) for slot in ("image", "text", "audio") if slot != cfg["target"]):
+    auxiliaries = [slot for slot in active_slots(cfg) if slot != cfg["target"]]
+    if not auxiliaries:
         return "alone"
-    if not any(cfg.get(f"{slot}_updates") for slot in ("image", "text", "audio") if slot != cfg["target"]):
-        return None  # the arm init
-    return "control" if cfg.get("control") else "uml"
+    if not any(cfg[f"{slot}_updates"] for slot in auxiliaries):
+        return None  # the arms init and head
+    if any(cfg[slot] != compared["config"].get(slot) for slot in auxiliaries):
+        return None  # the arm unrelated
+    return "control" if cfg["control"] else "uml"
 
 
-def answers(run, arrays, rows):
-    """(what the label head says (n,), labels (n,)) of some rows of a split, as lists."""
+def answers(run, arrays, rows, among=None):
+    """(what the label head says (n,), labels (n,)) of some rows of a split, as lists.
+
+    among: the classes that may be an answer (None: all of the target's).
+    """
     features, truth = features_of(run, run.target, arrays, rows)  # (n, C), (n,)
-    head, classes = run.model.label_head, len(run.target.meta["classes"])
-    scores = features @ head.weight[:classes].T + head.bias[:classes]
-    return scores.argmax(1).tolist(), truth.tolist()
+    head = run.model.label_head
+    among = np.arange(len(run.target.meta["classes"])) if among is None else np.asarray(among)
+    scores = features @ head.weight[among].T + head.bias[among]
+    return among[scores.argmax(1)].tolist(), truth.tolist()
 
 
-def confusions(folder):
-    """-> ({group: share right}, {what is wrong: share of all test items}) of one run, over seen classes."""
+def among_themselves(run, classes):
+    """One bool a test item of these classes: is it told apart from the others of them?"""
+    rows = np.flatnonzero(np.isin(run.held["labels"], classes))
+    return [answer == label for answer, label in zip(*answers(run, run.held, rows, classes))]
+
+
+def confusions(folder, like):
+    """-> ({group: share right}, {what is wrong: share of all test items}) of one run, over seen classes.
+
+    like: a regular expression, or "": see the top of this file.
+    """
     run = open_run(folder)
     train, right, wrong = run.target.split("train"), collections.defaultdict(list), collections.Counter()
     names = [parts_of(name) for name in run.target.meta["classes"]]
@@ -84,16 +102,26 @@ def confusions(folder):
         differs = [key for key in names[label] if names[label][key] != names[answer][key]]
         if differs:
             wrong["only the " + differs[0] if len(differs) == 1 else "more"] += 1 / len(run.seen)
+    unseen = run.target.unseen
+    if unseen:
+        right["unseen, among themselves"] = among_themselves(run, unseen)
+        drawn = np.random.default_rng(0).permutation(np.unique(train["labels"][seen]))[:len(unseen)]
+        right["as many seen"] = among_themselves(run, np.sort(drawn))
+    if like:
+        classes = run.target.meta["classes"]
+        alike = [number for number, name in enumerate(classes) if re.search(like, name)]
+        alike = sorted(set(alike) - set(unseen))
+        right[f"{len(alike)} seen like '{like}'"] = among_themselves(run, alike)
     return {group: np.mean(hits) for group, hits in right.items()}, wrong
 
 
-def finished_runs(folder, steps):
+def finished_runs(folder, compared):
     """{arm: [folder of a run, ...]} of the comparison in a folder."""
     found = collections.defaultdict(list)
     for name in sorted(os.listdir(os.path.join(folder, "compare"))):
         path = os.path.join(folder, "compare", name)
         if name.startswith("run-") and os.path.exists(os.path.join(path, "result.json")):
-            arm = arm_of(read_json(os.path.join(path, "config.json")), steps)
+            arm = arm_of(read_json(os.path.join(path, "config.json")), compared)
             if arm:
                 found[arm].append(path)
     return found
@@ -101,18 +129,19 @@ def finished_runs(folder, steps):
 
 @torch.inference_mode()
 def main():
-    if len(sys.argv) != 2 or not os.path.isdir(os.path.join(sys.argv[1], "compare")):
-        raise UserError("name the out_dir of a finished `python probe.py compare`")
-    folder, out = sys.argv[1], {}
-    steps = read_json(os.path.join(folder, "compare.json"))["steps"]
-    for arm, paths in sorted(finished_runs(folder, steps).items()):
-        rights, wrongs = zip(*map(confusions, paths))
+    if len(sys.argv) not in (2, 3) or not os.path.exists(os.path.join(sys.argv[1], "compare.json")):
+        raise UserError("name the out_dir of a finished `python probe.py compare`, and perhaps --like=REGEX")
+    folder, like, out = sys.argv[1], sys.argv[2].removeprefix("--like=") if len(sys.argv) == 3 else "", {}
+    compared = read_json(os.path.join(folder, "compare.json"))
+    for arm, paths in sorted(finished_runs(folder, compared).items()):
+        rights, wrongs = zip(*(confusions(path, like) for path in paths))
         out[arm] = dict(runs=len(paths))
         for title, dicts in (("right", rights), ("wrong", wrongs)):
             keys = sorted({key for one in dicts for key in one})
             out[arm][title] = {key: float(np.mean([one.get(key, 0.0) for one in dicts])) for key in keys}
             print(arm, title, {key: round(100 * value, 1) for key, value in out[arm][title].items()})
-    write_json(os.path.join(folder, "confusions.json"), dict(kind="confusions", steps=steps, arms=out))
+    found = dict(kind="confusions", steps=compared["steps"], arms=out)
+    write_json(os.path.join(folder, "confusions.json"), found)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import shlex
 import sys
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 from prepare import (UserError, exit_on_user_error, load_bpe, load_split, prepare, print_help, read_meta,
                      write_json)
-from probe import COMPARE_KEYS, Progress, auxiliaries_of, figure, own_keys, quiet, run_all, score_of
+from probe import COMPARE_KEYS, auxiliaries_of, figure, own_keys, quiet, run_all, score_of
 from train import KEYS, open_slots, read_run_config, resolve
 
 
@@ -84,7 +85,8 @@ def exchange(argv):
     cells = list(itertools.product(counts_x, counts_y))
     runs = [dict(cfg, **{x_key: x, y_key: y, "seed": seed}) for x, y in cells for seed in own["seeds"]]
     open_slots(resolve(runs[-1]), say=quiet)  # refuses too many examples now, not hours later
-    results = run_all(runs, Progress(os.path.join(cfg["out_dir"], "compare"), own["jobs"], len(runs)))
+    with tqdm(total=len(runs), unit="run") as bar:
+        results = run_all(runs, os.path.join(cfg["out_dir"], "compare"), own["jobs"], bar)
     split = "test" if cfg["score_test"] else "val"
     scores = np.array([score_of(result, split) for result in results]).reshape(len(cells), -1)
     path = os.path.join(cfg["out_dir"], "exchange.json")

@@ -55,7 +55,7 @@ def slots_agreement(model, slots, cfg, classes):
     each slot with itself, which is the most that noise allows. At a minimum of the sum of the losses all
     gradients cancel, so training by itself brings two slots towards -1. {} without a common trunk.
     """
-    if len(slots) < 2 or len(model.own_trunk) or not hasattr(model.trunk, "blocks") or not model.depth:
+    if len(slots) < 2 or len(model.own_trunk) or not getattr(model.trunk, "blocks", None):
         return {}
     target, seed = cfg["target"], cfg["seed"]
     # Two draws of each slot, under two seeds. Two halves of one epoch would have no item in common: near an
@@ -101,8 +101,9 @@ def head_geometry(weight, classes):
 
 def report_of(run):
     with_head = any("label" in slot.objectives for slot in run.slots.values())
-    head = head_geometry(run.model.label_head.weight.detach(), run.classes) if with_head else None
-    gradients = slots_agreement(run.model, run.slots, run.cfg, run.classes)
+    classes = run.checkpoint["classes"]
+    head = head_geometry(run.model.label_head.weight.detach(), classes) if with_head else None
+    gradients = slots_agreement(run.model, run.slots, run.cfg, classes)
     return dict(name=run.name, gradients=gradients, head=head)
 
 
