@@ -4,7 +4,7 @@
     python prepare.py sample_configs/cifar_text.py      # real pictures and sentences, fetched once
     python prepare.py sample_configs/cifar_text.py --image=folder:/my/images --text=file:/my/notes.txt
 
-A config names a source for each slot (image, text, audio, text2, ...). No function here ever sees two slots,
+A config names a source for each slot (image, text, audio, text2, ...). No source is ever shown two slots,
 so nothing can be paired. The source of a slot becomes a folder data/MODALITY-SOURCE-HASH8/ with
     {train,val,test}_000.bin    tokens: (n, T, D) uint8 patches or frames, or (n, T) uint16 BPE ids, padded
     {train,val,test}_labels_000.bin and _lengths where the source has them; bpe.tiktoken beside text
@@ -487,8 +487,8 @@ def folder_source(cfg, modality, path):
 
 @contextlib.contextmanager
 def skipping(cfg, skipped, name, what):
-    """An item that cannot be read is noted in skipped {name: why}. Without skip_bad write_splits() refuses
-    when all have been read, so that all bad ones are named at once; from the tenth on this does."""
+    """Note an item that cannot be read in skipped {name: why} and go on. Without skip_bad the source is
+    refused at the tenth, or by write_splits() once all items are read."""
     try:
         yield
     except UserError as problem:
@@ -1130,11 +1130,10 @@ def open_encoder(cfg, slot):
 
 ENCODERS = dict(image=encode_pictures, text=encode_text, audio=encode_recordings, features=encode_features)
 CHUNK = 64  # items that a thread makes and encodes at a time
+SPEAKER_KEYS = ("audio_groups", "audio_test_group", "audio_val_group")
 # The keys that decide the bytes of a modality's shards, besides those that every modality has.
 MADE_BY = dict(image=("image_size", "patch_size"), text=("text_length", "vocab_size"),
-               audio=tuple(f"audio_{key}" for key in "rate mels frames group groups test_group "
-                                                     "val_group".split()))
-SPEAKER_KEYS = ("audio_groups", "audio_test_group", "audio_val_group")
+               audio=("audio_rate", "audio_mels", "audio_frames", "audio_group", *SPEAKER_KEYS))
 # The code of every source, without comments; read now, because what runs must not notice a later edit.
 with open(__file__, encoding="utf-8") as own_file:
     OWN_CODE = {node.name: ast.unparse(node) for node in ast.parse(own_file.read()).body
@@ -1303,7 +1302,7 @@ def write_splits(cfg, folder, source, split, say):
     with tqdm(total=len(split), desc=f"encoding {encode}", disable=None, leave=False) as bar:
         for part in PARTS:
             rows, files = np.flatnonzero(split == part), {}
-            if not len(rows):  # draw_splits() had too few: a run's target must be another
+            if not len(rows):  # too few items to split: Slot.check() refuses this source as a target
                 info["held_out"], info["splits"][part] = False, info["splits"].get("train")
                 continue
             for arrays in encoded_chunks(cfg, source, rows, bpe, bar):

@@ -57,13 +57,15 @@ def arm_of(cfg, compared):
     if not cfg["score_test"] or cfg["steps"] != compared["steps"] or cfg["share"] != "trunk" or cfg["stages"]:
         return None
     auxiliaries = [slot for slot in active_slots(cfg) if slot != cfg["target"]]
-    if not auxiliaries:
-        return "alone"
-    if not any(cfg[f"{slot}_updates"] for slot in auxiliaries):
+    if auxiliaries and not any(cfg[f"{slot}_updates"] for slot in auxiliaries):
         return None  # the arms init and head
     if any(cfg[slot] != compared["config"].get(slot) for slot in auxiliaries):
         return None  # the arm unrelated
-    return "control" if cfg["control"] else "uml"
+    arm = "alone" if not auxiliaries else "control" if cfg["control"] else "uml"
+    chosen = compared["arms"].get(arm, dict(settings=[]))["settings"]
+    if not any(all(cfg[key] == value for key, value in setting.items()) for setting in chosen):
+        return None  # of another search in this folder
+    return arm
 
 
 def answers(run, arrays, rows, among=None):
@@ -106,12 +108,12 @@ def confusions(folder, like):
     if unseen:
         right["unseen, among themselves"] = among_themselves(run, unseen)
         drawn = np.random.default_rng(0).permutation(np.unique(train["labels"][seen]))[:len(unseen)]
-        right["as many seen"] = among_themselves(run, np.sort(drawn))
+        right["as many seen, among themselves"] = among_themselves(run, np.sort(drawn))
     if like:
         classes = run.target.meta["classes"]
         alike = [number for number, name in enumerate(classes) if re.search(like, name)]
         alike = sorted(set(alike) - set(unseen))
-        right[f"{len(alike)} seen like '{like}'"] = among_themselves(run, alike)
+        right["seen like these, among themselves"] = among_themselves(run, alike)
     return {group: np.mean(hits) for group, hits in right.items()}, wrong
 
 
