@@ -659,12 +659,13 @@ def run_all(configs, folder, jobs, bar):
 
 
 def run_folder(cfg, parent):
-    """PARENT/run-HASH of a resolved config. The hash is of all that decides the result of the run.
+    """PARENT/run-HASH of a resolved config. The hash is of all that decides what the run learns.
 
-    That is: the config without paths and logging, the shards (meta.json holds their checksums), the weights
+    That is: the config without paths, logging and score_test (so a run of a search that is chosen need not be
+    trained again to be scored), the shards (meta.json holds their checksums), the weights
     that init_from names, and TRAINING_VERSION for the code. So an edited comment changes nothing.
     """
-    decisive = {key: value for key, value in cfg.items() if key not in FREE_KEYS}
+    decisive = {key: value for key, value in cfg.items() if key not in FREE_KEYS | {"score_test"}}
     files = [os.path.join(prepare(cfg, slot, say=quiet), "meta.json") for slot in active_slots(cfg)]
     if cfg["init_from"]:
         files.append(os.path.join(cfg["init_from"], "best.pt"))

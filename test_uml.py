@@ -1127,6 +1127,13 @@ def test_score_test_false_never_opens_the_test_split(tmp_path):
         os.remove(file)
     assert train(tmp_path, f"{tmp_path}/o", "--score_test=False")["test_accuracy"] is None
 
+def test_a_run_that_never_opened_test_is_scored_later_without_training(data, tmp_path, monkeypatch):
+    now = train(data, f"{tmp_path}/now")
+    later = partial(train, data, f"{tmp_path}/later")
+    later("--score_test=False")
+    monkeypatch.setattr(T, "train", lambda run, say: None)
+    assert lasting(later("--resume")) == lasting(now) == lasting(later("--score_test=False", "--resume"))
+
 @cases("loss, classes", [("next", 3), ("reconstruct", 3), ("reconstruct", 1), ("reconstruct", 0)])
 def test_without_label_loss_a_linear_probe_is_the_judge_and_without_classes_the_loss(tmp_path, loss, classes):
     labels = np.arange(60) % max(classes, 1)
@@ -1562,6 +1569,7 @@ def test_compare_gives_every_speaker_a_turn_and_chooses_within_each_fold(data, t
     turns = {(c["seed"], c["audio_test_group"], c["audio_val_group"]) for c in configs_under(tmp_path)}
     assert turns == {(k, f"#{k}", f"#{k + 1}") for k in range(3)} and out["folds"] == 3
     assert np.shape(out["arms"]["uml"]["search_scores"]) == (3, 2)
+    assert len(configs_under(tmp_path)) == 2 * 3 * 2  # the chosen runs were scored, not trained again
     out = B.compare([*argv, "--seeds=6", "--search=1"])  # two seeds a speaker are averaged first
     means = np.reshape(out["arms"]["alone"]["scores"], (2, 3)).mean(0)
     assert out["folds"] == 3 and out["arms"]["alone"]["half"] == pytest.approx(B.t_interval(means)[1])

@@ -111,7 +111,7 @@ KEYS = dict(
     log_interval=(50, "steps between log lines", at_least(1)),
     stop_after=(0, "save and stop after this many steps, warm start included (0: run on)", at_least(0)),
     resume=(False, "go on from last.pt; from scratch if there is none"),
-    score_test=(True, "score the target's test split, once, at the end (False: never open it)"),
+    score_test=(True, "score the target's test split, once, at the end (False: not yet; --resume can later)"),
     device=("auto", "where to train", one_of("auto", "cpu", "cuda", "mps")),
     fsdp=(False, "torchrun: each process trains its part of every block; one whole copy is kept to evaluate"),
     compile=(None, "torch.compile (None: on GPU from 10,000 steps on; in shorter runs it does not pay)"),
@@ -123,7 +123,7 @@ KEYS = dict(
 FREE_KEYS = {"out_dir", "resume", "stop_after", "log_interval", "raw_dir", "data_dir", "verify", "workers",
              "report_to"}
 # Keys that may change when a run goes on.
-FREE_ON_RESUME = FREE_KEYS | {"eval_interval", "device", "steps", "threads"}
+FREE_ON_RESUME = FREE_KEYS | {"eval_interval", "device", "steps", "threads", "score_test"}
 
 if __name__ == "__main__" and ("--help" in sys.argv or "-h" in sys.argv or len(sys.argv) == 1):
     exit_on_user_error(lambda: print_help(__doc__, KEYS))
@@ -1257,7 +1257,8 @@ def earlier_run(cfg, say):
                             "): choose another --out_dir or delete it")
         if differing:
             say(f"changed since the run began: {', '.join(sorted(differing))}")
-        if finished and "steps" not in differing:
+        untested = finished and cfg["score_test"] and finished["split"] == "val"
+        if finished and not untested and "steps" not in differing:
             say(f"{folder} is finished; its result again:")
             return finished, None
     if not os.path.exists(last):

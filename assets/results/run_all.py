@@ -84,12 +84,12 @@ ROWS = {
     "letters_next": (15, f"{LETTERS} --unseen_classes=0 --image_loss=next --text_loss=next --seeds=3 "
                      "--image_embed=linear --patch_size=4 --image_examples=4512 "
                      + search(each("learning_rate", "1e-3", "3e-3"), each("weight_decay", 0.05, 1.5))),
-    "numbers_1": (65, f"{NUMBERS} --audio_examples=100 --seeds=18 {DECAYS}"),
-    "numbers_2": (150, f"{NUMBERS} --arms=alone,uml,control,apart,head,init,longer --seeds=18 {DECAYS}"),
-    "numbers_4": (65, f"{NUMBERS} --audio_examples=400 --seeds=18 {DECAYS}"),
-    "numbers_8": (65, f"{NUMBERS} --audio_examples=800 --seeds=18 {DECAYS}"),
-    "numbers_2_image": (75, NUMBERS.replace("text", "image") + f" --seeds=18 {DECAYS}"),
-    "numbers_2_both": (80, f"probe.py compare sample_configs/numbers_trimodal.py --seeds=18 {DECAYS}"),
+    "numbers_1": (50, f"{NUMBERS} --audio_examples=100 --seeds=18 {DECAYS}"),
+    "numbers_2": (115, f"{NUMBERS} --arms=alone,uml,control,apart,head,init,longer --seeds=18 {DECAYS}"),
+    "numbers_4": (50, f"{NUMBERS} --audio_examples=400 --seeds=18 {DECAYS}"),
+    "numbers_8": (50, f"{NUMBERS} --audio_examples=800 --seeds=18 {DECAYS}"),
+    "numbers_2_image": (58, NUMBERS.replace("text", "image") + f" --seeds=18 {DECAYS}"),
+    "numbers_2_both": (62, f"probe.py compare sample_configs/numbers_trimodal.py --seeds=18 {DECAYS}"),
     "numbers_4_unseen": (25, f"{NUMBERS} --audio_examples=320 --unseen_classes=20 --search=1 --seeds=18"),
     "share_numbers": (38, f"{NUMBERS} {DOSES} --seeds=18"),
     "share_numbers_control": (38, f"{NUMBERS} {DOSES} --seeds=18 --control=True"),
