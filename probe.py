@@ -655,15 +655,15 @@ def run_all(configs, folder, jobs, bar):
         for cfg in waiting.values():
             train_run(cfg, quiet)
             bar.update()
-    return [train_run(cfg, quiet) for cfg in configs]  # of a finished run this only reads the result
+    return [train_run(cfg, quiet) for cfg in configs]  # reads the result of a finished run, or scores it
 
 
 def run_folder(cfg, parent):
     """PARENT/run-HASH of a resolved config. The hash is of all that decides what the run learns.
 
-    That is: the config without paths, logging and score_test (so a run of a search that is chosen need not be
-    trained again to be scored), the shards (meta.json holds their checksums), the weights
-    that init_from names, and TRAINING_VERSION for the code. So an edited comment changes nothing.
+    That is: the config without paths, logging and score_test (a run of a search that is chosen is scored, not
+    trained again), the shards (meta.json holds their checksums), the weights that init_from names, and
+    TRAINING_VERSION for the code. So an edited comment changes nothing.
     """
     decisive = {key: value for key, value in cfg.items() if key not in FREE_KEYS | {"score_test"}}
     files = [os.path.join(prepare(cfg, slot, say=quiet), "meta.json") for slot in active_slots(cfg)]
