@@ -242,9 +242,10 @@ def begin(argv, keys, command):
     cfg = read_run_config(argv, dict(KEYS, **keys))
     if len(active_slots(resolve(cfg, quiet))) < 2:
         raise UserError(f"{command} needs a config with a target and an auxiliary: probe.py {command} CONFIG")
-    for key in ("control", "stages"):
-        if cfg[key]:
-            raise UserError(f"{key}=True is an arm of compare, which sets it itself: leave it out")
+    arms = cfg.get("arms", "control").split(",")  # preflight has a control as well
+    if cfg["stages"] or (cfg["control"] and "control" in arms):
+        raise UserError("stages=True and control=True are for one run, here every arm would get them: leave "
+                        "them out (control=True may stay where --arms names no control)")
     return cfg, own_keys(cfg)
 
 

@@ -27,6 +27,7 @@ from train import TRAINING_VERSION
 
 LETTERS = "probe.py compare sample_configs/letters_text.py"
 NUMBERS = "probe.py compare sample_configs/numbers_audio_text.py"
+NUMBERS_IMAGE = NUMBERS.replace("text", "image")
 PRINTED = "probe.py compare sample_configs/numbers_image_audio.py"
 CIFAR_FILES = "sample_configs/cifar_text.py --image=folder:/path/to/cifar10-jpg"
 EMOJI_FILES = ("sample_configs/emoji_text.py --image=folder:/path/to/emoji_all/emoji "
@@ -45,6 +46,7 @@ def each(key, *values):
 
 DECAYS = search(each("weight_decay", 0.5, 1.5, 4.0))  # alone and uml may each want another
 DOSES = "--arms=alone,apart,norms,attention,feedforward,added,uml --search=1"
+FRAMES = f"{DOSES} --seeds=6 --audio_embed=linear --audio_examples=400"
 # Frozen encoders, then a projection a slot and the label head; the picture encoder fine-tuned; a language
 # model as the trunk.
 LITE0, MINILM = "timm:/path/to/encoders/lite0", "hf:/path/to/encoders/minilm"
@@ -88,14 +90,16 @@ ROWS = {
     "numbers_2": (115, f"{NUMBERS} --arms=alone,uml,control,apart,head,init,longer --seeds=18 {DECAYS}"),
     "numbers_4": (50, f"{NUMBERS} --audio_examples=400 --seeds=18 {DECAYS}"),
     "numbers_8": (50, f"{NUMBERS} --audio_examples=800 --seeds=18 {DECAYS}"),
-    "numbers_2_image": (58, NUMBERS.replace("text", "image") + f" --seeds=18 {DECAYS}"),
+    "numbers_2_image": (58, f"{NUMBERS_IMAGE} --seeds=18 {DECAYS}"),
     "numbers_2_both": (62, f"probe.py compare sample_configs/numbers_trimodal.py --seeds=18 {DECAYS}"),
     "numbers_4_unseen": (25, f"{NUMBERS} --audio_examples=320 --unseen_classes=20 --search=1 --seeds=18"),
     "share_numbers": (38, f"{NUMBERS} {DOSES} --seeds=18"),
     "share_numbers_control": (38, f"{NUMBERS} {DOSES} --seeds=18 --control=True"),
-    "share_numbers_image": (42, NUMBERS.replace("text", "image") + f" {DOSES} --seeds=18"),
+    "share_numbers_image": (42, f"{NUMBERS_IMAGE} {DOSES} --seeds=18"),
+    "share_numbers_image_control": (42, f"{NUMBERS_IMAGE} {DOSES} --seeds=18 --control=True"),
     # does attention matter once the target is many tokens and not one?
-    "share_frames": (10, f"{NUMBERS} {DOSES} --seeds=6 --audio_embed=linear --audio_examples=400"),
+    "share_frames": (10, f"{NUMBERS} {FRAMES}"),
+    "share_frames_control": (10, f"{NUMBERS} {FRAMES} --control=True"),
     "printed_1": (10, f"{PRINTED} --search=1 --seeds=8"),
     "printed_1_text": (8, f"{PRINTED} --audio= --text=numbers --search=1 --seeds=8"),
     "cifar_20": (10, f"{CIFAR} --image_examples=200 --steps=400 --eval_interval=100 {CIFAR_GRID} --seeds=3"),
@@ -172,7 +176,7 @@ def main():
     wanted = words[1:] or [name for name in ROWS if state_of(name) != "measured"]
     if not words:
         for name, (minutes, command) in ROWS.items():
-            print(f"{name:24}{state_of(name):16}{minutes:4} min  python {command}")
+            print(f"{name:28}{state_of(name):18}{minutes:4} min  python {command}")
     else:
         data = os.path.abspath(options.get("data", "data"))
         for i, name in enumerate(wanted):
