@@ -192,8 +192,8 @@ def resolve(cfg, say=tell):
     used = {*slots, *map(modality_of, slots)}
     owners = {key: key.split("_")[0] for key in cfg if key not in MODALITIES}
     idle = [key for key, owner in owners.items() if SLOT_NAME.fullmatch(owner) and owner not in used]
-    # A target alone has nothing to start from, and nothing to be kept apart from.
-    reset = [] if auxiliaries else ["warm_start_steps", "head_from", "share", "stages"]
+    # A target alone has nothing to start from, to be kept apart from, or to destroy.
+    reset = [] if auxiliaries else ["warm_start_steps", "head_from", "share", "stages", "control"]
     ignored = [key for key in [*idle, *reset] if key not in KEYS or cfg[key] != KEYS[key][0]]
     if ignored:
         say("ignored, since nothing in this run uses them: " + ", ".join(sorted(ignored)))
