@@ -2,14 +2,13 @@
 
     python assets/results/run_all.py                                # list all rows; runs nothing
     python assets/results/run_all.py --data=FOLDER run letters_1    # measure some
-    python assets/results/run_all.py --data=FOLDER run              # measure all that are not: a day and more
+    python assets/results/run_all.py --data=FOLDER run              # measure all that are not: most of a day
 
 Interrupted, the same command goes on. A measured row becomes NAME.json beside this file; then make.py writes
-the tables (rows of theirs that are not listed here are records of earlier editions). FOLDER stands for
-/path/to in a command and holds: cifar10-jpg/ and cifar_small/ (200 training and 200 test pictures a class) as
-{train,test}/CLASS/*.jpg; emoji64/ (58 classes, names.json); emoji_all/ and emoji_base/, which emoji.py
-writes; raw/, for what prepare.py fetches; cifar10_prompts_full.json, of CuPL; and encoders/{lite0,minilm},
-which encoders.py writes. Minutes are for two cores.
+the tables. FOLDER stands for /path/to in a command and holds: cifar10-jpg/ and cifar_small/ (200 training and
+200 test pictures a class) as {train,test}/CLASS/*.jpg; emoji64/ (58 classes, names.json); emoji_all/ and
+emoji_base/, which emoji.py writes; raw/, for what prepare.py fetches; cifar10_prompts_full.json, of CuPL; and
+encoders/{lite0,minilm}, which encoders.py writes. Minutes are for two cores.
 """
 import itertools
 import json
@@ -177,6 +176,9 @@ def main():
     if not words:
         for name, (minutes, command) in ROWS.items():
             print(f"{name:28}{state_of(name):18}{minutes:4} min  python {command}")
+        files = sorted(file for file in os.listdir(HERE) if file.endswith(".json"))
+        others = [file[:-5] for file in files if file[:-5] not in ROWS]
+        print("Of earlier editions or other scripts: " + ", ".join(others))
     else:
         data = os.path.abspath(options.get("data", "data"))
         for i, name in enumerate(wanted):
