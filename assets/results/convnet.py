@@ -71,7 +71,7 @@ def train(cfg, seed, norm, rate, decay, score_test=False):
     alone = {name: "" for name in active_slots(cfg) if name != cfg["target"]}
     cfg = dict(cfg, **alone, seed=seed, learning_rate=rate, weight_decay=decay)
     cfg = resolve(cfg, say=lambda line: None)
-    (slot,) = open_slots(cfg, say=print)[0].values()
+    (slot,) = open_slots(cfg, say=lambda line: None)[0].values()
     torch.manual_seed(seed)
     classes = len(slot.meta["classes"])
     few = planes_of(slot, torch.from_numpy(slot.split("train")["tokens"][slot.examples[:2]]))

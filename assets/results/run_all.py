@@ -122,9 +122,11 @@ ROWS = {
        for part in ("all", "norms")},
     "cifar_trunk_none": (18, f"{SMALL} {TRUNK} --trunk_train=none --arms=alone,head,uml,control --seeds=6"),
     "cifar_trunk_random": (8, f"{SMALL} {TRUNK} --trunk_start=random --arms=alone,uml --seeds=3"),
-    "convnet_cifar_20": (1, f"{CONVNET} {CIFAR_FILES} --image_examples=200 --steps=400 --eval_interval=100 "
+    "convnet_cifar_20": (3, f"{CONVNET} {CIFAR_FILES} --image_examples=200 --steps=400 --eval_interval=100 "
                          "--seeds=3"),
-    "convnet_cifar_100": (3, f"{CONVNET} {CIFAR_FILES} --seeds=3"),
+    "convnet_cifar_100": (8, f"{CONVNET} {CIFAR_FILES} --seeds=3"),
+    "convnet_cifar_full": (60, f"{CONVNET} {CIFAR_FILES} --image_examples=-1 --steps=6000 "
+                           "--eval_interval=1000 --seeds=3"),
     "convnet_emoji": (20, f"{CONVNET} {EMOJI_FILES} --seeds=3"),
     "convnet_letters_1": (5, f"{CONVNET} sample_configs/letters_text.py"),
     "convnet_letters_2": (3, f"{CONVNET} sample_configs/letters_text.py --image_examples=1016 --seeds=3"),
