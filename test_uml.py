@@ -1340,7 +1340,8 @@ def test_compare_runs_its_arms_says_a_verdict_and_is_cached(data, tmp_path, monk
     assert os.path.exists(tmp_path / "o/compare.png") and "harmonic mean" in said.out and "8/8" in said.err
     for words, more in (("unknown arm 'frozen'", "--arms=frozen"), ("needs --unrelated", "--arms=unrelated"),
                         ("must be numbers", "--search=fast"), ("a target and an auxiliary", "--text="),
-                        ("need a target of features", "--arms=nearest"), ("every arm would", "--control=True"),
+                        ("need a target of features", "--arms=nearest"),
+                        ("every arm would", "--control=True"),
                         ("a label loss of", "--arms=head --text_loss=next")):
         refuses(words, B.compare, [*argv, *more.split()])
 

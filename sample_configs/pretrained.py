@@ -1,4 +1,4 @@
-"""The paper's regime on your own data: DINOv2, fine-tuned on your pictures, beside sentences about the classes.
+"""The paper's regime on your own data: DINOv2, fine-tuned on your pictures, beside sentences on the classes.
 
 Pictures are Parquet files as `huggingface-cli download` leaves them; a folder of class folders works as well.
 Sentences are a .json of {class: [sentence, ...]}; no sentence belongs to a picture. They are read once by a
@@ -6,8 +6,9 @@ frozen encoder, whose vectors are stored.
     pip install timm transformers pyarrow
     python train.py sample_configs/pretrained.py --image=parquet:/my/pictures --text=file:/my/sentences.json
     python probe.py compare sample_configs/pretrained.py --arms=alone,head,uml,control ...
-For a GPU, and not measured on one by us. Memory: weights, gradients and AdamW take 16 bytes a parameter (0.4 GB
-for ViT-S, 1.4 GB for ViT-B), activations of 64 pictures at 224 pixels several GB: lower image_batch first.
+For a GPU, and not measured on one by us. Memory: weights, gradients and AdamW take 16 bytes a parameter
+(0.4 GB for ViT-S, 1.4 GB for ViT-B), activations of 64 pictures at 224 pixels several GB: lower image_batch
+first.
 encoder_learning_rate=0 freezes the encoder; torchrun with --fsdp=True shards a large one over several GPUs.
 """
 image = "parquet:/my/pictures"
