@@ -296,7 +296,7 @@ def run_arms(cfg, options, arms, settings, per_seed):
         search_seeds = []  # nothing to choose
     total = len(trained) * (len(search_seeds) * len(settings) + len(seeds))
     bar = tqdm(total=total, unit="run")
-    place = (os.path.join(cfg["out_dir"], "compare"), options["jobs"], bar)
+    folder, jobs = os.path.join(cfg["out_dir"], "compare"), options["jobs"]
     results, chosen, searched = {}, {}, {}
     # longer comes last, because it needs the FLOPs of alone and uml; all others may train side by side
     for wave in ([arm for arm in trained if arm != "longer"], [arm for arm in trained if arm == "longer"]):
@@ -305,7 +305,7 @@ def run_arms(cfg, options, arms, settings, per_seed):
         trials = []
         for arm, seed, setting in itertools.product(wave, search_seeds, settings):
             trials.append(arm_config(cfg | setting | dict(seed=seed, score_test=False), arm, options))
-        scores = [score_of(result, "val") for result in run_all(trials, *place)]
+        scores = [score_of(result, "val") for result in run_all(trials, folder, jobs, bar)]
         scores = np.reshape(scores, (len(wave), len(search_seeds), len(settings)))
         runs = []
         for arm, arm_scores in zip(wave, scores):
@@ -314,7 +314,7 @@ def run_arms(cfg, options, arms, settings, per_seed):
             chosen[arm] = best if len(best) == len(seeds) else best * len(seeds)  # or one search for all
             for seed, setting in zip(seeds, chosen[arm]):
                 runs.append(arm_config(cfg | setting | dict(seed=seed), arm, options))
-        finished = iter(run_all(runs, *place))
+        finished = iter(run_all(runs, folder, jobs, bar))
         for arm in wave:
             results[arm] = [next(finished) for _ in seeds]
     bar.close()

@@ -110,9 +110,8 @@ def confusions(folder, like):
         drawn = np.random.default_rng(0).permutation(np.unique(train["labels"][seen]))[:len(unseen)]
         right["as many seen, among themselves"] = among_themselves(run, np.sort(drawn))
     if like:
-        classes = run.target.meta["classes"]
-        alike = [number for number, name in enumerate(classes) if re.search(like, name)]
-        alike = sorted(set(alike) - set(unseen))
+        classes = enumerate(run.target.meta["classes"])
+        alike = [number for number, name in classes if number not in unseen and re.search(like, name)]
         right["seen like these, among themselves"] = among_themselves(run, alike)
     return {group: np.mean(hits) for group, hits in right.items()}, wrong
 
@@ -131,9 +130,11 @@ def finished_runs(folder, compared):
 
 @torch.inference_mode()
 def main():
-    if len(sys.argv) not in (2, 3) or not os.path.exists(os.path.join(sys.argv[1], "compare.json")):
+    options = [arg for arg in sys.argv[1:] if arg.startswith("--like=")]
+    folders = [arg for arg in sys.argv[1:] if arg not in options]
+    if len(folders) != 1 or not os.path.exists(os.path.join(folders[0], "compare.json")):
         raise UserError("name the out_dir of a finished `python probe.py compare`, and perhaps --like=REGEX")
-    folder, like, out = sys.argv[1], sys.argv[2].removeprefix("--like=") if len(sys.argv) == 3 else "", {}
+    folder, like, out = folders[0], "".join(options).removeprefix("--like="), {}
     compared = read_json(os.path.join(folder, "compare.json"))
     for arm, paths in sorted(finished_runs(folder, compared).items()):
         rights, wrongs = zip(*(confusions(path, like) for path in paths))

@@ -70,8 +70,9 @@ def train(cfg, seed, norm, rate, decay, score_test=False):
     """-> the best validation accuracy, or the test accuracy of that moment."""
     alone = {name: "" for name in active_slots(cfg) if name != cfg["target"]}
     cfg = dict(cfg, **alone, seed=seed, learning_rate=rate, weight_decay=decay)
-    cfg = resolve(cfg, say=lambda line: None)
-    (slot,) = open_slots(cfg, say=lambda line: None)[0].values()
+    quiet = lambda line: None
+    cfg = resolve(cfg, quiet)  # without the warm start, which has nothing to train on
+    (slot,) = open_slots(cfg, quiet)[0].values()
     torch.manual_seed(seed)
     classes = len(slot.meta["classes"])
     few = planes_of(slot, torch.from_numpy(slot.split("train")["tokens"][slot.examples[:2]]))
