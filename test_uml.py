@@ -1728,7 +1728,7 @@ def test_the_recipe_of_pretrained_py_trains_and_embeds_with_small_local_models(h
 # -- several processes --------------------------------------------------------------------------------------
 def torchrun(script, *argv, world=2, **how):
     """Start a script under torchrun, on this machine or as one node of several."""
-    how = [f"--{key}={value}" for key, value in how.items()] or ["--standalone"]
+    how = [f"--{key}={value}" for key, value in how.items()] or ["--standalone", "--local-addr=127.0.0.1"]
     how += [f"--nproc_per_node={world}", script, *argv]
     command = [sys.executable, "-m", "torch.distributed.run", *how]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

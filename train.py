@@ -2,7 +2,7 @@
 
     python train.py sample_configs/letters_text.py            # offline, a minute or two on two CPU cores
     python train.py sample_configs/letters_text.py --resume   # go on after an interruption, bit for bit
-    torchrun --standalone --nproc_per_node=2 train.py sample_configs/letters_text.py  # two processes, one run
+    torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node=2 train.py CONFIG  # two processes, one run
 
 On a GPU the same commands compute in bf16 and compile the model for long runs. A run writes out/NAME/:
 last.pt (the newest checkpoint), best.pt (the best on validation), config.json, log.jsonl, result.json.
@@ -1319,7 +1319,7 @@ def sharded_copy(model):
     """
     if not dist.is_initialized():
         raise UserError("fsdp=True shards weights over processes: start them with "
-                        "`torchrun --standalone --nproc_per_node=2 train.py ...`")
+                        "`torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node=2 train.py ...`")
     copied = copy.deepcopy(model)
     encoders = [adapter.embed.net for adapter in copied.adapters.values() if hasattr(adapter.embed, "net")]
     for block in blocks_of(copied.trunk) + blocks_of(copied.own_trunk) + sum(map(blocks_of, encoders), []):
