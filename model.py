@@ -224,14 +224,14 @@ class LanguageTrunk(nn.Module):
         if length > longest and adapter.position is not None:
             raise ValueError(f"{name} has items of {length} tokens, the language model reads {longest}")
         pair = torch.zeros(2, 2, self.net.config.hidden_size)
-        pair[1, 1, ::2] = 9.0  # where the second token changes, a model that looks back only keeps the first
+        pair[1, 1, ::2] = 9.0  # another second token: a model that looks back only does not change the first
         first, second = self(pair, True, None)[-1][:, 0]
         if "next" in adapter.objectives and not torch.allclose(first, second, atol=1e-6):
             raise ValueError(f"{name}_loss=next needs a language model that looks back only, as GPT-2 does")
 
 
-# What auxiliaries share of the target's trunk, by the value of the key `share`. The label head is shared as
-# well, but for "none". "trunk": they have no other; "added": see AddedLinear.
+# Which modules of the target's trunk an auxiliary uses too, by the value of the key `share`; of the others it
+# has its own. "trunk": all of them; "added": see AddedLinear. The label head is shared too, but with "none".
 SHARES = dict(trunk=None, attention=("qkv", "proj"), feedforward=("up", "down"),
               norms=("norm1", "norm2", "norm"), head=(), none=(), added=())
 
@@ -436,7 +436,7 @@ class UML(nn.Module):
         with torch.random.fork_rng(devices=[]):  # the networks of other libraries draw from torch's generator
             torch.manual_seed(seed)
             make_trunk = lambda: LanguageTrunk(trunk, width) if trunk else Trunk(width, layers, heads)
-            # The trunk comes first: parts that own trunks share with it are known, and drawn, by its names.
+            # The trunk is made first: a module that others share is then listed, and drawn, as trunk.*
             self.trunk, self.own_trunk, self.own_head = make_trunk(), nn.ModuleDict(), nn.ModuleDict()
             for number, (name, slot) in enumerate(slots.items()):
                 self.adapters[name] = Adapter(name, slot, width, classes, temperature)

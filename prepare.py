@@ -219,14 +219,10 @@ def checked(key, value, default, checks, where):
 def read_config(argv, keys, strict=True):
     """Read `[CONFIG.py] --key=value ...` into {key: value}; keys: {key: (default, help, checks ...)}.
     strict=False leaves unknown keys of the FILE to another script, unless they look like a typo of ours."""
-    for arg, after in zip(argv, argv[1:]):  # `--steps 5`; but `--resume CONFIG.py` is right
-        known = arg[2:] in keys or SLOT_NAME.fullmatch(arg[2:].split("_")[0])
-        is_flag = type(keys.get(arg[2:], ("",))[0]) in (bool, type(None)) and after not in ("True", "False")
-        if known and arg.startswith("--") and not after.startswith("--") and not is_flag:
-            raise UserError(f"command line: found '{arg} {after}', write {arg}={after}")
     files = [arg for arg in argv if not arg.startswith("--")]
-    if len(files) > 1:
-        raise UserError(f"expected one config file, found {' '.join(files)} (keys are written --key=value)")
+    if len(files) > 1 or (files and not files[0].endswith(".py")):  # `--steps 5` leaves a 5 here
+        raise UserError(f"expected one config file NAME.py, found {' '.join(files)} (keys are written "
+                        "--key=value)")
     lines = [line for path in files for line in read_assignments(path)]
     for arg in argv:
         if arg.startswith("--"):
@@ -536,6 +532,9 @@ def class_files(path):
         advice = f"did you mean folder:{top}?" if alone else "move such files up"
         raise UserError(f"{min(deep)} lies too deep, a class is a folder in {os.path.join(path, *parts[:1])} "
                         f"with its files right in it: {advice}")
+    if parts and not found:
+        raise UserError(f"{os.path.join(path, parts[0])} holds no classes: expected PATH/{parts[0]}/CLASS/*; "
+                        "and no class may be called train, val or test")
     odd = set.union(*classes.values()) - set.intersection(*classes.values())
     if parts and odd:
         raise UserError(f"{path} must have both train/ and test/, with the same classes, or neither: "
@@ -842,7 +841,7 @@ def train_bpe(documents, vocab_size, folder):
 def load_bpe(folder):
     """The tiktoken.Encoding of a text folder. (tiktoken's own loader would keep old tables in a cache.)"""
     path, ranks = os.path.join(folder, "bpe.tiktoken"), {}
-    with damage_of(folder):
+    with reading(folder):
         for line in read_text(path).splitlines():
             token, rank = line.split()
             ranks[base64.b64decode(token)] = int(rank)
@@ -920,8 +919,11 @@ def encode_recordings(cfg, recordings, _):
     from torchaudio.transforms import MelSpectrogram
     rate, mels, frames, group = (cfg[f"audio_{key}"] for key in ("rate", "mels", "frames", "group"))
     hop = rate // 100  # samples from one frame to the next: 10 ms
-    to_mel = MelSpectrogram(rate, n_fft=512 if rate <= 16000 else 2048, win_length=hop * 5 // 2,
-                            hop_length=hop, n_mels=mels)
+    window = 512 if rate <= 16000 else 2048
+    if frames * hop <= window // 2:
+        raise UserError(f"audio_frames={frames} is too short: at audio_rate={rate} at least "
+                        f"{window // 2 // hop + 1} are needed")
+    to_mel = MelSpectrogram(rate, n_fft=window, win_length=hop * 5 // 2, hop_length=hop, n_mels=mels)
     padded = np.zeros((len(recordings), frames * hop), np.float32)  # with silence
     for row, recording in zip(padded, recordings):
         row[:len(recording)] = recording[:frames * hop]
@@ -1134,10 +1136,10 @@ SPEAKER_KEYS = ("audio_groups", "audio_test_group", "audio_val_group")
 # The keys that decide the bytes of a modality's shards, besides those that every modality has.
 MADE_BY = dict(image=("image_size", "patch_size"), text=("text_length", "vocab_size"),
                audio=("audio_rate", "audio_mels", "audio_frames", "audio_group", *SPEAKER_KEYS))
-# The code of every source, without comments; read now, because what runs must not notice a later edit.
+# The code of every function, without comments; read now, because what runs must not notice a later edit.
 with open(__file__, encoding="utf-8") as own_file:
     OWN_CODE = {node.name: ast.unparse(node) for node in ast.parse(own_file.read()).body
-                if isinstance(node, ast.FunctionDef) and node.name.endswith("_source")}
+                if isinstance(node, ast.FunctionDef)}
 
 
 def prepare(cfg, slot, say=tell):
@@ -1163,7 +1165,8 @@ def shard_folder(cfg, slot):
     if path:  # the user's own files: names, sizes and times, so that a changed folder is prepared anew
         files = [path]
         if os.path.isdir(path):
-            files = sorted(os.path.join(inside, file) for inside, _, names in os.walk(path) for file in names)
+            files = sorted(os.path.join(inside, file) for inside, _, names in os.walk(path, followlinks=True)
+                           for file in names if not file.startswith("."))
         listing = [(f, os.path.getsize(f), os.path.getmtime(f)) for f in files if os.path.exists(f)]
         made_from["files"] = hashlib.sha256(repr(listing).encode()).hexdigest()
     if modality == "image" and cfg.get("image_fit", "crop") != "crop":  # so that older ones keep their names
@@ -1241,12 +1244,16 @@ def draw_splits(cfg, slot, source, say):
     elif modality_of(slot) == "audio" and any(cfg[key] for key in SPEAKER_KEYS):
         raise UserError(f"{slot}={cfg[slot]} cannot be split by speaker, that needs PATH/CLASS/* folders and "
                         f"--audio_groups: leave {', '.join(SPEAKER_KEYS)} empty to have it split at random")
+    own_test = "test" in split
     for part, seed in ("test", 1), ("val", 0):
         if part not in split:
             free = split == "train"
             drawn = draw_share(labels, free, cfg["val_fraction"], seed)
-            if not drawn.any() and "test" in split:  # under three of every class are left: a share of all
+            if not drawn.any() and own_test:  # under three of every class are left: a share of all
                 drawn = draw_share(None, free, cfg["val_fraction"], seed)
+            elif not drawn.any() and part == "val" and labels is not None:  # a third item went to test
+                gave = np.isin(labels, labels[split == "test"])
+                drawn = draw_share(labels, free & gave, cfg["val_fraction"], seed, least=2)
             split[drawn] = part
     if labels is not None and "test" not in split and len(np.unique(labels)) > 1:
         say(f"{slot} has one or two items of every class: all are for training, an auxiliary needs no others")
@@ -1256,13 +1263,14 @@ def draw_splits(cfg, slot, source, say):
     return split
 
 
-def draw_share(labels, free, fraction, seed):
-    """(n,) bool: about `fraction` of the items that are free (n,) bool, the same share of every class."""
+def draw_share(labels, free, fraction, seed, least=3):
+    """(n,) bool: about `fraction` of the items that are free (n,) bool, the same share of every class that
+    has `least` of them."""
     rng, drawn = np.random.default_rng([seed]), np.zeros(len(free), bool)
     labels = np.zeros(len(free)) if labels is None else labels
     for label in np.unique(labels[free]):
         rows = np.flatnonzero(free & (labels == label))
-        if len(rows) >= 3:
+        if len(rows) >= least:
             drawn[rng.permutation(rows)[:max(1, round(fraction * len(rows)))]] = True
     return drawn
 
@@ -1320,7 +1328,7 @@ def write_splits(cfg, folder, source, split, say):
                                 f"{reasons(skipped)}")
             for shard in itertools.chain(*files.values()):
                 path = os.path.join(folder, shard["file"])
-                with writing(path, 0), open(path, "rb+") as f:
+                with writing(path), open(path, "rb+") as f:
                     os.fsync(f.fileno())
                 shard["sha256"] = file_sha256(path)
             info["splits"][part] = dict(count=sum(shard["count"] for shard in files["tokens"]), files=files)
@@ -1363,7 +1371,7 @@ def encoded_chunks(cfg, source, rows, bpe, bar):
 
 def encode_chunk(cfg, source, rows, items, bpe):
     """Make and encode the items of rows -> how many these are, and their arrays {name: (k, ...)}.
-    For a pretrained encoder, which the main thread runs, (row, what make() made) takes the arrays' place."""
+    With a pretrained encoder, which the main thread runs, [(row, item)] comes back instead of arrays."""
     made = [(row, source["make"](item)) for row, item in zip(rows, items)]
     made = [(row, item) for row, item in made if item is not None]  # None: it was skipped
     if made and "encoder" not in source:
@@ -1390,7 +1398,7 @@ def encode_made(cfg, source, made, bpe):
 
 def token_sums(tokens, lengths, period):
     """(3, period): count, sum and sum of squares of real tokens (k, T, D); padding does not count.
-    period: after how many of a token's D numbers the same quantity comes again, a colour or a mel band."""
+    period: numbers i and i + period of a token are the same quantity: 3 for colours, 40 for mel bands."""
     if lengths is not None:
         tokens = tokens[real_places(lengths, tokens.shape[1])]
     flat = tokens.reshape(-1, tokens.shape[-1])  # (k T, D); a copy in float64 would be eight times as large
@@ -1411,7 +1419,7 @@ def append(folder, part, arrays, files, shard_bytes):
             shard = shards[-1]
             fits, array = np.split(array, [most - shard["count"]])
             path = os.path.join(folder, shard["file"])
-            with writing(path, fits.nbytes), open(path, "ab") as f:
+            with writing(path), open(path, "ab") as f:
                 f.write(fits.tobytes())
             shard["count"] += len(fits)
 
@@ -1420,7 +1428,8 @@ def describe(folder):
     """The one line of counts a reader should see after prepare."""
     meta = read_meta(folder)
     tokens = meta["arrays"]["tokens"]
-    counts = ", ".join(f"{meta['splits'][part]['count']:,} {part}" for part in PARTS)
+    parts = PARTS if meta.get("held_out", True) else ["train"]
+    counts = ", ".join(f"{meta['splits'][part]['count']:,} {part}" for part in parts)
     shape = " x ".join(map(str, tokens["shape"]))
     vocab = f", {meta['vocab']:,} BPE tokens" if "vocab" in meta else ""
     return f"{folder}: {counts} items of {shape} {tokens['dtype']}, {len(meta['classes'])} classes{vocab}"
@@ -1430,7 +1439,7 @@ def describe(folder):
 # shards: flat arrays on disk, described and checksummed by meta.json
 
 
-def damage_of(folder):
+def reading(folder):
     """Whatever goes wrong within, while a shard folder is read, becomes one sentence that says what to do."""
     return explained(f"{folder} is damaged", ": delete it to prepare it again")
 
@@ -1442,7 +1451,7 @@ def meta_sha256(meta):
 
 def read_meta(folder):
     """meta.json of a shard folder; UserError if it is damaged or of another FORMAT."""
-    with damage_of(folder):
+    with reading(folder):
         meta = read_json(os.path.join(folder, "meta.json"))
         if meta["format"] != FORMAT:
             raise ValueError(f"format {meta['format']!r} where this code reads {FORMAT}")
@@ -1453,7 +1462,7 @@ def read_meta(folder):
 
 def verify_shards(folder, meta):
     """Compare every file with its checksum: a flipped bit does not show in the sizes that Shards checks."""
-    with damage_of(folder):
+    with reading(folder):
         sums = {"bpe.tiktoken": meta["bpe_sha256"]} if "vocab" in meta else {}
         for split in meta["splits"].values():
             for shard in itertools.chain(*split["files"].values()):
@@ -1495,7 +1504,7 @@ class Shards:
 def load_split(folder, split):
     """One split of a shard folder: {"tokens": Shards, and perhaps "labels", "lengths": (n,) int32}."""
     meta, arrays = read_meta(folder), {}
-    with damage_of(folder):
+    with reading(folder):
         for name, files in meta["splits"][split]["files"].items():
             shards = Shards(folder, files, **meta["arrays"][name])
             arrays[name] = shards if name == "tokens" else shards[np.arange(len(shards))]
@@ -1516,24 +1525,18 @@ def real_places(lengths, length):
 
 
 @contextlib.contextmanager
-def writing(path, size):
-    """A full disk or a folder without permission becomes one sentence. size: the bytes needed, or 0."""
+def writing(path):
+    """A full disk or a folder without permission becomes one sentence."""
     try:
         yield
     except OSError as problem:
-        folder, cure = os.path.dirname(os.path.abspath(path)), "choose another folder"
-        while not os.path.isdir(folder):
-            if os.path.exists(folder):
-                cure = f"{folder} is a file, choose a folder"
-            folder = os.path.dirname(folder)
-        if size and not isinstance(problem, PermissionError):
-            cure = f"{size:,} bytes needed, {shutil.disk_usage(folder).free:,} free there"
+        cure = "make room there, or choose another folder"
         raise UserError(f"cannot write {path} ({problem.strerror or problem}): {cure}") from None
 
 
 def write_file(path, data):
     """Put bytes into a file; an old one stays as it is until the new one is whole and on the disk."""
-    with writing(path, len(data)):
+    with writing(path):
         try:
             with open(path + ".tmp", "wb") as f:
                 f.write(data)
@@ -1572,7 +1575,7 @@ def read_text(path, what=""):
 @contextlib.contextmanager
 def locked(path, busy, wait=False):
     """Hold a lock file. If another process holds it, say `busy` and wait, or refuse. A kill releases it."""
-    with writing(path, 0):
+    with writing(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         open(path, "ab").close()  # filelock would take one that it may not make for one that is held
         lock = filelock.FileLock(path)

@@ -43,12 +43,12 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from model import mean_over_real
-from prepare import (CHUNK, LEVELS_PER_DB, UserError, active_slots, at_least, encode_features,
-                     encode_pictures, encode_recordings, encode_text, encoder_sha256, exit_on_user_error,
-                     explained, file_sha256, file_source, imported, levels_of, load_bpe, log_mel_of,
-                     modality_of, open_encoder, patchify, plain_name, prepare, print_help, read_config,
-                     read_json, read_meta, read_picture, read_recording, read_text, real_places, reasons,
-                     skipping, tell, unpatchify, write_file, write_json, writing)
+from prepare import (LEVELS_PER_DB, UserError, active_slots, at_least, encode_features, encode_text,
+                     encoded_chunks, encoder_sha256, exit_on_user_error, explained, file_sha256, file_source,
+                     imported, levels_of, load_bpe, log_mel_of, modality_of, open_encoder, patchify,
+                     plain_name, prepare, print_help, read_config, read_json, read_meta, read_picture,
+                     read_recording, read_text, real_places, reasons, skipping, tell, unpatchify, write_file,
+                     write_json, writing)
 from train import (EXPORTED, FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, choose_examples,
                    count_right, evaluate, extract, fit_probe, linear_probe, load_checkpoint, load_model,
                    open_slots, pick_device, read_run_config, resolve, score_lines, shard_names, too_few,
@@ -557,10 +557,9 @@ def preflight(argv):
 def forecast(out):
     """One sentence on what preflight.json holds, beginning with likely, unlikely or cannot tell.
 
-    All are means over the numbers of examples. Likely as in a verdict: uml is above alone and above the
-    control, each with p < 0.05 over seeds; of features, which nothing need learn, above their nearest
-    neighbour as well. Unlikely where it is not half a point above one of these. Raw data of which uml knows
-    less than the nearest neighbour tell nothing.
+    All are means over the numbers of examples. Likely: uml beats alone and the control, each with p < 0.05
+    over seeds, and where the target is features their nearest neighbour as well. Unlikely: it is less than
+    half a point above one of these. Raw data where uml is below the nearest neighbour: cannot tell.
     """
     uml, alone, control = (np.mean(out["scores"][arm], axis=0) for arm in ("uml", "alone", "control"))
     gains = {"alone": paired(uml, alone), "the control": paired(uml, control)}  # over seeds
@@ -1129,32 +1128,35 @@ def read_new_files(path, cfg, slot):
 
     Where the run has a frozen encoder, that encodes them as it did when the run's shards were made.
     """
-    name, files, items, skipped = cfg["target"], [], {}, {}
-    is_image = modality_of(name) == "image"
-    if modality_of(name) not in ("image", "audio"):
+    name, modality, files, skipped = cfg["target"], modality_of(cfg["target"]), [], {}
+    if modality not in ("image", "audio"):
         raise UserError(f"the {name} slot reads no folder: give the encoder's outputs as an .npy array")
-    change, encode = (lambda item: item), encode_pictures if is_image else encode_recordings
+    source, change = dict(labels=None, encode=modality, skipped=skipped), lambda item: item
     if cfg[f"{name}_encoder"]:
-        change, encode = open_encoder(cfg, name)
-    for parent, _, names in os.walk(path):
+        change, source["encoder"] = open_encoder(cfg, name)
+        source["encode"] = "features"
+    cfg["skip_bad"] = True
+
+    def make(file):
+        with skipping(cfg, skipped, file, "file"):
+            if modality == "audio":
+                return change(read_recording(cfg, file))
+            channels = slot["dim"] // slot["patch"] ** 2 if "patch" in slot else 3
+            return change(read_picture(cfg, file, channels))
+
+    for parent, _, names in os.walk(path, followlinks=True):
         files += [os.path.join(parent, file) for file in names if not file.startswith(".")]
-    for file in sorted(files):
-        with skipping(dict(skip_bad=True), skipped, file, "file"):
-            if is_image:
-                channels = slot["dim"] // slot["patch"] ** 2 if "patch" in slot else 3
-                items[file] = change(read_picture(cfg, file, channels))
-            else:
-                items[file] = change(read_recording(cfg, file))
-    if not items:
+    source.update(items=sorted(files), make=make)
+    with tqdm(total=len(files), unit="file", disable=None, leave=False) as bar:
+        parts = list(encoded_chunks(cfg, source, range(len(files)), None, bar))
+    if not parts:
         found = f": {reasons(skipped)}" if skipped else ""
         raise UserError(f"{path} is no folder of files that the {name} slot can read{found}")
     if skipped:
         tell(f"skipped {len(skipped)} of {len(files)}: {reasons(skipped)}")
-    made, parts = list(items.values()), []
-    for start in range(0, len(made), CHUNK):
-        parts.append(encode(cfg, made[start:start + CHUNK], None))
     kept = parts[0].keys() & {"tokens", "lengths"}
-    return {key: np.concatenate([part[key] for part in parts]) for key in kept}, list(items)
+    read = [file for file in source["items"] if file not in skipped]
+    return {key: np.concatenate([part[key] for part in parts]) for key in kept}, read
 
 
 def read_new_numbers(path, slot):
@@ -1173,17 +1175,19 @@ def read_new_numbers(path, slot):
 def export(folder, into):
     """Write a run's best model into a folder: model.safetensors, config.json and README.md, a card."""
     save = imported("safetensors.torch", "export").save
-    result, readme = finished_result(folder), os.path.join(into, "README.md")
+    result = finished_result(folder)
     saved = load_checkpoint(os.path.join(folder, "best.pt"))
-    if os.path.exists(readme) and not os.path.exists(os.path.join(into, "model.safetensors")):
-        raise UserError(f"{readme} is there already and belongs to no model: name another folder")
-    with writing(into, 0):
+    for name in ("README.md", "config.json"):
+        path = os.path.join(into, name)
+        if os.path.exists(path) and not os.path.exists(os.path.join(into, "model.safetensors")):
+            raise UserError(f"{path} is there already and belongs to no exported model: name another folder")
+    with writing(into):
         os.makedirs(into, exist_ok=True)
     weights = {name: value.clone() for name, value in saved["model"].items()}
     write_file(os.path.join(into, "model.safetensors"), save(weights, dict(format="pt")))
     about = {key: saved[key] for key in EXPORTED}
     write_json(os.path.join(into, "config.json"), dict(about, config=without_paths(saved["config"])))
-    write_file(readme, card(folder, saved["config"], result).encode())
+    write_file(os.path.join(into, "README.md"), card(folder, saved["config"], result).encode())
     print(f"wrote model.safetensors, config.json and README.md, a card, in {into}")
 
 

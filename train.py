@@ -66,10 +66,10 @@ KEYS = dict(
     # slots
     target=("image", "the slot whose representation we want; all other slots are auxiliaries"),
     **SLOT_KEYS,
-    control=(False, "destroy the auxiliaries' structure, keep their marginals: probe.py compare's control"),
+    control=(False, "shuffle the auxiliaries' labels or tokens: the arm control of probe.py compare"),
     share=("trunk", "what auxiliaries share of the target's trunk, besides the head (none: nor the head)",
            one_of("trunk", "attention", "feedforward", "norms", "added", "head", "none")),
-    stages=(False, "spend the auxiliaries' updates on the target: a baseline with the same phases"),
+    stages=(False, "replace each auxiliary update by one more on the target: a baseline as long"),
     unseen_classes=(0, "target classes, drawn at random, that get no labelled target examples", at_least(0)),
     unseen_like=("", "regular expression: target classes with such names get none either"),
     # augmentation
@@ -150,11 +150,12 @@ def read_run_config(argv, keys=KEYS):
     if not cfg["out_dir"]:
         files = [arg for arg in argv if not arg.startswith("--")] or ["run"]
         cfg["out_dir"] = os.path.join("out", os.path.splitext(os.path.basename(files[0]))[0])
+    cfg["out_dir"] = os.path.normpath(cfg["out_dir"])
     return cfg
 
 
 def resolve(cfg, say=tell):
-    """Check what keys ask of each other, leave out what has no effect: the config that identifies the run."""
+    """Check keys against each other, drop those without effect -> the config by which runs are told apart."""
     cfg = dict(cfg)
     for slot in active_slots(cfg):
         if cfg[f"{slot}_examples"] == 0:
@@ -192,7 +193,7 @@ def resolve(cfg, say=tell):
     used = {*slots, *map(modality_of, slots)}
     owners = {key: key.split("_")[0] for key in cfg if key not in MODALITIES}
     idle = [key for key, owner in owners.items() if SLOT_NAME.fullmatch(owner) and owner not in used]
-    # A target alone has nothing to start from, to be kept apart from, or to destroy.
+    # These keys are about auxiliaries; where there are none they get their defaults.
     reset = [] if auxiliaries else ["warm_start_steps", "head_from", "share", "stages", "control"]
     ignored = [key for key in [*idle, *reset] if key not in KEYS or cfg[key] != KEYS[key][0]]
     if ignored:
@@ -634,7 +635,8 @@ def learning_rate(cfg, step):
 def pattern(cfg, slots, step):
     """The slots of a step by optimizer update: [["image"], ["text"]]; if joint, [["image", "text"]].
 
-    A warm-start step is one update on the auxiliaries, in turn; a later one a target update and its company.
+    A warm-start step is one update on an auxiliary, in turn; a later one is an update on the target, then
+    those of the auxiliaries.
     """
     auxiliaries = [name for name in slots if name != cfg["target"]]
     turns = [name for name in auxiliaries for _ in range(cfg[f"{name}_updates"])]
@@ -772,7 +774,7 @@ def note(run, say, line, **entry):
         run.bar.write(f"step {run.step}/{run.total} | {line}")
     if ranks()[0] == 0:
         path, line = os.path.join(run.cfg["out_dir"], "log.jsonl"), json.dumps(dict(step=run.step, **entry))
-        with writing(path, len(line)), open(path, "a", encoding="utf-8") as f:
+        with writing(path), open(path, "a", encoding="utf-8") as f:
             f.write(line + "\n")
         if run.report:
             losses = {f"loss/{slot}": loss for slot, loss in entry.pop("loss", {}).items()}
@@ -807,7 +809,8 @@ def read_clock(device):
 
 @torch.no_grad()
 def start_head_from(run, slot):
-    """Rows of the label head become the slot's class means, less that of all, at unit length; biases stay."""
+    """Each class's row of the label head becomes its mean feature in the slot, less the mean of all, scaled
+    to length 1; biases stay."""
     whole_state(run)
     arrays = slot.split("train")
     features = extract(run.model, slot, arrays, slot.examples)  # (n, C)
@@ -906,7 +909,7 @@ def set_up(cfg, say, saved=None):
     bar = tqdm(total=cfg["warm_start_steps"] + cfg["steps"], initial=state.get("step", 0), unit="step",
                disable=None if say is tell else True, delay=1)
     this = Run(cfg, device, autocast, slots, classes, model, engine, optimizer, bar, None, **state)
-    # said before anything is written; a run that is done but for its score has a best
+    # Refuse before anything is written. (At the last step with a best: trained, only its score is missing.)
     if this.step > this.total or (this.step == this.total and this.best is None):
         raise UserError(f"{cfg['out_dir']} is at step {this.step}, not before the {this.total} asked for: "
                         "raise --steps, or change --out_dir")
@@ -1064,8 +1067,8 @@ def unseen_report(scores, truth, banned, offset=None):
     """Accuracy where some classes had no labelled examples (generalised zero-shot, arXiv 1605.04253).
 
     scores (n, classes), truth (n,), banned: the unseen classes. A model prefers classes that it has seen, so
-    `offset` is taken off their scores; None chooses the best harmonic mean here, on labels of unseen classes
-    too.
+    `offset` is subtracted from their scores; None: choose here the one with the best harmonic mean, which
+    reads labels of unseen classes too.
     """
     is_banned = torch.zeros(scores.shape[1], dtype=torch.bool)
     is_banned[banned] = True
@@ -1096,7 +1099,7 @@ def score_run(run):
     if cfg["score_test"]:
         test = evaluate(model, target, target.split("test"), val)
     classes = len(target.meta["classes"])
-    result = dict(name=os.path.basename(os.path.normpath(cfg["out_dir"])), target=target.name,
+    result = dict(name=os.path.basename(cfg["out_dir"]), target=target.name,
                   split="test" if test else "val", measure=target.measure(),
                   unseen_classes=len(target.unseen),
                   losses={name: cfg[f"{name}_loss"] for name in slots}, seed=cfg["seed"],
@@ -1281,7 +1284,7 @@ def begin_folder(cfg):
     """Make out_dir ready for a run that starts or goes on; all processes wait until it is."""
     folder = cfg["out_dir"]
     if ranks()[0] == 0:
-        with writing(folder, 0):
+        with writing(folder):
             os.makedirs(folder, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # a result of fewer steps, now resumed
             os.remove(os.path.join(folder, "result.json"))
