@@ -198,7 +198,7 @@ def compare(argv):
     Writes compare.json and compare.png, prints the table and the verdict -> what compare.json holds. After
     Ctrl-C or a kill the same command goes on. UserError for a config or keys that do not fit.
     """
-    cfg, options = begin(argv, COMPARE_KEYS, "compare")
+    cfg, options = read_comparison(argv, COMPARE_KEYS, "compare")
     wanted = {"alone", "uml", *options["arms"].split(",")}
     if unknown := wanted - ARMS.keys():
         raise UserError(f"unknown arm '{min(unknown)}' (there are: {', '.join(ARMS)})")
@@ -237,7 +237,7 @@ def hardware(cfg):
     return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}{gpu}"
 
 
-def begin(argv, keys, command):
+def read_comparison(argv, keys, command):
     """argv of compare or preflight -> (the config, their own options). UserError for what neither can use."""
     cfg = read_run_config(argv, dict(KEYS, **keys))
     if len(active_slots(resolve(cfg, quiet))) < 2:
@@ -517,7 +517,7 @@ def preflight(argv):
     Nothing is searched: all arms have the config's rate and decay. The test split is never opened. UserError
     for a config that does not fit.
     """
-    cfg, options = begin(argv, PREFLIGHT_KEYS, "preflight")
+    cfg, options = read_comparison(argv, PREFLIGHT_KEYS, "preflight")
     target, *others = open_slots(resolve(cfg, quiet), quiet)[0].values()
     if target.measure() == "loss":
         raise UserError(f"preflight needs a target with classes, {target.name}={cfg[target.name]} has none")
