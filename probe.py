@@ -557,9 +557,10 @@ def preflight(argv):
 def forecast(out):
     """One sentence on what preflight.json holds, beginning with likely, unlikely or cannot tell.
 
-    All are means over the numbers of examples. Likely: uml beats alone and the control, each with p < 0.05
-    over seeds, and where the target is features their nearest neighbour as well. Unlikely: it is less than
-    half a point above one of these. Raw data where uml is below the nearest neighbour: cannot tell.
+    The small runs, as means over the numbers of examples, say likely where uml beats alone and the control,
+    each with p < 0.05 over seeds, and unlikely where it is less than half a point above one of these. Where
+    the target is features, uml must beat their nearest neighbour as well. On raw data the small runs were
+    wrong too often by themselves: there the rule of thumb must agree, and uml be above the neighbour.
     """
     uml, alone, control = (np.mean(out["scores"][arm], axis=0) for arm in ("uml", "alone", "control"))
     gains = {"alone": paired(uml, alone), "the control": paired(uml, control)}  # over seeds
@@ -568,13 +569,20 @@ def forecast(out):
     said = [f"{100 * gain['mean']:+.1f} ± {100 * gain['half']:.1f} to {name}"
             for name, gain in gains.items()]
     said = f"in small runs uml is, in points, {', '.join(said)} ({len(uml)} seeds)"
-    if not out["features"] and np.mean(uml) < np.mean(out["nearest"]):
-        return f"cannot tell: {said}, and uml is below the nearest neighbour: too few steps to learn"
+    word = "cannot tell"
     if min(gain["mean"] for gain in gains.values()) < 0.005:
-        return f"unlikely to help: {said}"
-    if max(gain["p"] for gain in gains.values()) < 0.05:
-        return f"likely to help: {said}"
-    return f"cannot tell: {said}"
+        word = "unlikely"
+    elif max(gain["p"] for gain in gains.values()) < 0.05:
+        word = "likely"
+    if not out["features"]:
+        thumb = rule_of_thumb(out["classes"], out["examples_a_class"])
+        said += f"; the rule of thumb, 50 classes or more and at most 4 examples of each, says {thumb}"
+        if word != thumb:
+            word = "cannot tell"
+        if np.mean(uml) < np.mean(out["nearest"]):
+            word = "cannot tell"
+            said += "; uml is below the nearest neighbour: too few steps to learn"
+    return f"{word}: {said}" if word == "cannot tell" else f"{word} to help: {said}"
 
 
 def rule_of_thumb(classes, examples_a_class):
@@ -597,8 +605,6 @@ def show_preflight(out):
     if np.mean(out["scores"]["alone"]) < np.mean(out["nearest"]):
         print("alone is still below the nearest neighbour: part of what uml gains may be its extra steps")
     print(out["forecast"])
-    print("rule of thumb, 50 classes or more and at most 4 examples of each: "
-          + rule_of_thumb(out["classes"], out["examples_a_class"]))
 
 
 def raw_nearest(slot):

@@ -1397,9 +1397,12 @@ def test_preflight_makes_small_runs_never_opens_test_and_ends_in_a_forecast(data
                               ((0.5, 0.52, 0.51), 0.6, "unlikely"), ((0.9, 0.21, 0.3), 0.1, "cannot tell")])
 def test_a_forecast_is_likely_only_above_alone_and_above_the_control(uml, control, word):
     scores = dict(alone=[[0.2, 0.2, 0.2]], uml=[uml], control=[[control] * 3])
-    assert B.forecast(dict(scores=scores, features=False, nearest=[[0.1] * 3])).startswith(word)
-    assert "too few steps" in B.forecast(dict(scores=scores, features=False, nearest=[[0.9] * 3]))
-    assert B.forecast(dict(scores=scores, features=True, nearest=[[0.9] * 3])).startswith("unlikely")
+    few = 4 if word != "unlikely" else 9  # on raw data the rule of thumb must say the same
+    out = dict(scores=scores, features=False, nearest=[[0.1] * 3], classes=50, examples_a_class=few)
+    assert B.forecast(out).startswith(word)
+    assert B.forecast(dict(out, examples_a_class=13 - few)).startswith("cannot tell")
+    assert "too few steps" in B.forecast(dict(out, nearest=[[0.9] * 3]))
+    assert B.forecast(dict(out, features=True, nearest=[[0.9] * 3])).startswith("unlikely")
 
 def test_preflight_asks_of_features_that_training_beats_their_nearest_neighbour(tmp_path):
     argv = [*frozen_features(tmp_path)[0], "--layers=0", "--width=20", "--steps=4", "--seeds=2", "--jobs=1"]

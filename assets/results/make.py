@@ -25,7 +25,7 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path[:0] = [HERE, ROOT]
 from figures import DOSES, draw_curve, draw_doses, draw_letters, draw_summary, per_class
 from prepare import UserError, exit_on_user_error, read_json, read_text, write_file
-from probe import paired, rule_of_thumb, show_auxiliaries, t_interval, verdict
+from probe import forecast, paired, rule_of_thumb, show_auxiliaries, t_interval, verdict
 from theory import draw_theory
 
 PAGES = ("README.md", os.path.join("assets", "results", "README.md"))
@@ -183,11 +183,11 @@ def forecasts_table(words):
     for word in words:
         name, rows = word.split(":")
         guess = result_of(name)
-        said = guess["forecast"].split(" to help")[0].split(":")[0]
         for row in rows.split(","):
             result = result_of(row)
             found = next(word for start, word in VERDICTS.items() if verdict(result).startswith(start))
             classes, k = guess["classes"], per_class(result)
+            said = forecast(dict(guess, examples_a_class=k)).split(" to help")[0].split(":")[0]
             thumb = rule_of_thumb(classes, k)
             if found != "too few seeds":
                 truth = "likely" if found == "**helps**" else "unlikely"
