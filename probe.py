@@ -52,8 +52,7 @@ from prepare import (LEVELS_PER_DB, UserError, active_slots, at_least, encode_fe
 from train import (EXPORTED, FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, choose_examples,
                    count_right, evaluate, extract, fit_probe, linear_probe, load_checkpoint, load_model,
                    open_slots, pick_device, read_run_config, resolve, score_lines, shard_names, too_few,
-                   worded)
-from train import run as train_run
+                   train_config, worded)
 
 
 def quiet(line):
@@ -659,9 +658,9 @@ def run_all(configs, folder, jobs, bar):
         run_in_processes(waiting.values(), jobs, bar)
     else:
         for cfg in waiting.values():
-            train_run(cfg, quiet)
+            train_config(cfg, quiet)
             bar.update()
-    return [train_run(cfg, quiet) for cfg in configs]  # reads the result of a finished run, or scores it
+    return [train_config(cfg, quiet) for cfg in configs]  # reads the result of a finished run, or scores it
 
 
 def run_folder(cfg, parent):

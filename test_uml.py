@@ -52,8 +52,8 @@ UNSEEN = ["--unseen_classes=4", "--image_examples=64"]
 RUN = ["--width=32", "--layers=2", "--heads=2", "--steps=6", "--warm_start_steps=3", "--eval_interval=3",
        "--log_interval=2", "--image_batch=16", "--text_batch=16"]
 LETTERS = ["--image=letters", "--text=letters", "--text_loss=label", "--image_examples=96", *RUN]
-train = lambda *args: T.run(config(*args), say=quiet)
-run = lambda *argv: T.run(T.read_run_config([*argv]), quiet)
+train = lambda *args: T.train_config(config(*args), say=quiet)
+run = lambda *argv: T.train_config(T.read_run_config([*argv]), quiet)
 weights = lambda out, file="last.pt": T.load_checkpoint(os.path.join(out, file))["model"]
 counts = lambda folder: [P.read_meta(folder)["splits"][part]["count"] for part in ("train", "val", "test")]
 glob = lambda folder, pattern: sorted(map(str, pathlib.Path(folder).glob(pattern)))
@@ -505,7 +505,7 @@ def test_numbers_are_heard_seen_and_read_under_the_same_names(numbers, tmp_path)
             *numbers, "--steps=1", "--warm_start_steps=1", f"--data_dir={tmp_path}/d"]
     for target in ("image", "audio", "text"):
         cfg, said = T.read_run_config([*argv, f"--target={target}", f"--out_dir={tmp_path}/{target}"]), []
-        assert T.run(cfg, said.append)["target"] == target
+        assert T.train_config(cfg, said.append)["target"] == target
         assert not any("no label teaches both" in line for line in said)
     write_sound(tmp_path / "new/one.wav", tone())
     B.embed(f"{tmp_path}/audio", f"{tmp_path}/new")  # the stem wants no padding mask: it ended in a traceback
@@ -1112,7 +1112,8 @@ def test_a_run_leaves_what_it_promises(data, pair):
     saved = torch.load(f"{folder}/last.pt", weights_only=True)
     assert {"model", "optimizer", "step", "config"} <= set(saved)
     scored = [json.loads(line)["step"] for line in open(f"{folder}/log.jsonl") if "val_accuracy" in line]
-    assert T.run(config(data, folder), said.append) == result and "again" in said[0] and scored == [6, 9]
+    again = T.train_config(config(data, folder), said.append)
+    assert again == result and "again" in said[0] and scored == [6, 9]
     refuses("another config .*steps", train, data, folder, "--steps=7")
 
 def test_more_steps_go_on_from_a_finished_run_and_fewer_are_refused(data, tmp_path):
@@ -1484,7 +1485,7 @@ def test_the_log_also_goes_where_people_have_it(data, tmp_path, monkeypatch):
 
 def test_on_a_terminal_a_bar_takes_the_place_of_loss_lines(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    T.run(config(data, f"{tmp_path}/o"))
+    T.train_config(config(data, f"{tmp_path}/o"))
     out, wrong = capsys.readouterr()
     assert "9/9" in wrong and "image " in wrong and "ms/step" not in out and "validation accuracy" in out
 
@@ -1798,7 +1799,7 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_reaches_the_same_bits(dat
     for number, at in ((signal.SIGINT, "step 2/"), (signal.SIGTERM, "step 6/")):
         say = lambda line: os.kill(os.getpid(), number) if line.startswith(at) and "ms/step" in line else None
         with pytest.raises(SystemExit) as left:
-            T.run(config(data, f"{tmp_path}/o", "--resume"), say)
+            T.train_config(config(data, f"{tmp_path}/o", "--resume"), say)
         assert left.value.code == 128 + number and signal.getsignal(signal.SIGTERM) == before
     assert train(data, f"{tmp_path}/o", "--resume")["steps"] == 6
     assert same(weights(pair.uml), weights(f"{tmp_path}/o"))

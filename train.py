@@ -823,7 +823,7 @@ def start_head_from(run, slot):
         run.engine.label_head.weight.copy_(shard_like(run.engine.label_head.weight, head))
 
 
-def run(cfg, say=tell):
+def train_config(cfg, say=tell):
     """Train one config to its end -> the result, also in result.json; None if stop_after came first.
 
     SIGINT and SIGTERM end it after the step, saved, with exit code 130 or 143. Under torchrun only process 0
@@ -839,17 +839,17 @@ def run(cfg, say=tell):
         finished, saved = earlier_run(cfg, say)
         if finished:
             return finished if first else None
-        this = set_up(cfg, say, saved)
+        run = set_up(cfg, say, saved)
         if cfg["report_to"]:
             imported(cfg["report_to"], f"report_to='{cfg['report_to']}'")  # refuse before anything is written
         begin_folder(cfg)
-        order = " then ".join("+".join(names) for names in pattern(cfg, this.slots, cfg["warm_start_steps"]))
+        order = " then ".join("+".join(names) for names in pattern(cfg, run.slots, cfg["warm_start_steps"]))
         warm = f"{cfg['warm_start_steps']} steps on the auxiliaries alone, then "
         say(f"{warm if cfg['warm_start_steps'] else ''}{cfg['steps']} of {order}")
-        with signals_caught(), this.bar, reporting(cfg) as this.report:
-            train(this, say)
-        if this.step < this.total:
-            say(f"stopped after step {this.step} of {this.total}, saved: the same command with --resume goes "
+        with signals_caught(), run.bar, reporting(cfg) as run.report:
+            train(run, say)
+        if run.step < run.total:
+            say(f"stopped after step {run.step} of {run.total}, saved: the same command with --resume goes "
                 "on")
             if SIGNALS:
                 sys.exit(128 + SIGNALS[0])
@@ -857,8 +857,8 @@ def run(cfg, say=tell):
         if not first:
             return None
         # The best checkpoint by validation, and the target's test split for the first and only time.
-        this.model.load_state_dict(load_checkpoint(os.path.join(cfg["out_dir"], "best.pt"))["model"])
-        result = score_run(this)
+        run.model.load_state_dict(load_checkpoint(os.path.join(cfg["out_dir"], "best.pt"))["model"])
+        result = score_run(run)
         write_json(os.path.join(cfg["out_dir"], "result.json"), result)
         return result
 
@@ -908,12 +908,12 @@ def set_up(cfg, say, saved=None):
     # disable=None: only on a terminal
     bar = tqdm(total=cfg["warm_start_steps"] + cfg["steps"], initial=state.get("step", 0), unit="step",
                disable=None if say is tell else True, delay=1)
-    this = Run(cfg, device, autocast, slots, classes, model, engine, optimizer, bar, None, **state)
+    run = Run(cfg, device, autocast, slots, classes, model, engine, optimizer, bar, None, **state)
     # Refuse before anything is written. (At the last step with a best: trained, only its score is missing.)
-    if this.step > this.total or (this.step == this.total and this.best is None):
-        raise UserError(f"{cfg['out_dir']} is at step {this.step}, not before the {this.total} asked for: "
+    if run.step > run.total or (run.step == run.total and run.best is None):
+        raise UserError(f"{cfg['out_dir']} is at step {run.step}, not before the {run.total} asked for: "
                         "raise --steps, or change --out_dir")
-    return this
+    return run
 
 
 def pick_device(cfg):
@@ -1400,7 +1400,7 @@ def main():
             torch.cuda.set_device(here)
         dist.init_process_group(timeout=datetime.timedelta(days=1))  # process 0 may prepare for hours
     try:
-        result = run(cfg)
+        result = train_config(cfg)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

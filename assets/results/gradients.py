@@ -45,7 +45,7 @@ def follow(cfg):
     for k in range(POINTS + 1):
         stop = max(1, warm + cfg["steps"] * k // POINTS)  # without a warm start the first stop is step 1
         cfg = dict(cfg, stop_after=stop, resume=True)
-        train.run(cfg, quiet)
+        train.train_config(cfg, quiet)
         steps.append(stop)
         for pair, states in look(cfg).items():
             found.setdefault(pair, [states["fresh"]]).append(states["best"])
