@@ -292,6 +292,10 @@ def test_one_text_a_class_is_all_for_training(data, tmp_path):
     assert any("one or two items of every class: all are for training" in line for line in said)
     assert any(": 10 train items of" in line for line in said)  # not 10 more to test on
     train(data, tmp_path / "o", f"--text=file:{tmp_path}/t.json")
+    (tmp_path / "u.json").write_text(json.dumps({name: ["one", "two", "three"][:1 + 2 * (name == names[0])]
+                                                 for name in names}))
+    folder = prepared(tmp_path, f"--text=file:{tmp_path}/u.json")  # only the class of three can give any
+    assert counts(folder) == [10, 1, 1] and sorted(classes_of(folder, "train")) == names
     few = picture_folder(tmp_path / "three", count=3, parts=("",))  # enough to test on
     assert counts(prepared(tmp_path, f"--image=folder:{few}")) == [2, 2, 2]
     own = picture_folder(tmp_path / "own", count=2)  # its test split is its own
