@@ -125,7 +125,7 @@ ROWS = {
     "convnet_cifar_20": (3, f"{CONVNET} {CIFAR_FILES} --image_examples=200 --steps=400 --eval_interval=100 "
                          "--seeds=3"),
     "convnet_cifar_100": (8, f"{CONVNET} {CIFAR_FILES} --seeds=3"),
-    "convnet_cifar_full": (60, f"{CONVNET} {CIFAR_FILES} --image_examples=-1 --steps=6000 "
+    "convnet_cifar_full": (40, f"{CONVNET} {CIFAR_FILES} --image_examples=-1 --steps=6000 "
                            "--eval_interval=1000 --seeds=3"),
     "convnet_emoji": (20, f"{CONVNET} {EMOJI_FILES} --seeds=3"),
     "convnet_letters_1": (5, f"{CONVNET} sample_configs/letters_text.py"),
