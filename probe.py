@@ -576,11 +576,11 @@ def forecast(out):
     if not out["features"]:
         thumb = rule_of_thumb(out["classes"], out["examples_a_class"])
         said += f"; the rule of thumb, 50 classes or more and at most 4 examples of each, says {thumb}"
-        if word != thumb:
-            word = "cannot tell"
-        if np.mean(uml) < np.mean(out["nearest"]):
-            word = "cannot tell"
+        untrained = np.mean(uml) < np.mean(out["nearest"])
+        if untrained:
             said += "; uml is below the nearest neighbour: too few steps to learn"
+        if untrained or word != thumb:
+            word = "cannot tell"
     return f"{word}: {said}" if word == "cannot tell" else f"{word} to help: {said}"
 
 
