@@ -897,6 +897,8 @@ def read_recording(cfg, file, name=None):
         raise UserError(f"{name} is cut short: its header claims more sound than there is")
     if not np.isfinite(samples).all():
         raise UserError(f"{name} holds values that are not numbers")
+    if len(samples) == 0:
+        raise UserError(f"{name} is empty: it holds no sound")
     if not samples.any():
         raise UserError(f"{name} begins with {len(samples) / rate:.2f} s of silence, and no more is read: "
                         "trim it, or raise --audio_frames")

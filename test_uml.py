@@ -466,7 +466,8 @@ def test_bad_recordings_are_named_or_skipped(tmp_path):
     assert sum(counts(prepared(tmp_path / "d", source, "--skip_bad=True", say=said.append))) == 24
     assert any(re.match(why.format(""), line.removeprefix("skipped ")) for line in said)
     os.remove(tmp_path / "r/two/worse.wav")
-    for samples, words in ((np.zeros(2400), "0.30 s of silence"), (np.full(2400, np.nan), "not numbers")):
+    for samples, words in ((np.zeros(2400), "0.30 s of silence"), (np.zeros(0), "is empty"),
+                           (np.full(2400, np.nan), "not numbers")):
         write_sound(bad, samples, subtype="FLOAT")
         refuses(f"bad.wav .*{words}.*or pass --skip_bad", prepared, tmp_path / "d", source)
 
@@ -1453,6 +1454,10 @@ def test_uneven_classes_are_judged_by_balanced_accuracy_and_shown_beside_the_lar
     argv = [f"--image=folder:{tmp_path}/in", *RUN, *into(tmp_path)]
     result = run(*argv)
     lines = "\n".join(T.closing_lines(result, "out/o", [*argv, "--seed=3"]))
+    mine = tmp_path / "mine.py"
+    mine.write_text("seed = 3\nstages = True\n")
+    two = dict(result, losses=dict(image="label", text="label"))
+    assert T.closing_lines(two, "out/o", [str(mine)])[-1].endswith(f"compare {mine} --seed=0 --stages=False")
     assert result["measure"] == "balanced_accuracy" and result["test_majority"] == pytest.approx(18 / 21)
     for words in ("of 21 right (95% interval", "always the largest class 0.86", "by balanced accuracy",
                   f"{result['test_balanced_accuracy']:.3f}", "warning: test has 21 items, 3 of its smallest",

@@ -1161,6 +1161,10 @@ def closing_lines(result, folder, argv):
     lines += [f"in {folder}: best.pt (step {result['best_step']}), last.pt, log.jsonl, result.json"]
     own = ("--out_dir", "--seed", "--resume", "--control", "--stages")  # compare sets these itself
     kept = [arg for arg in argv if arg.split("=")[0] not in own]
+    read = read_config(kept, KEYS)
+    for key in ("seed", "control", "stages"):
+        if read[key] != KEYS[key][0]:  # the config file sets it
+            kept.append(f"--{key}={KEYS[key][0]}")
     compare = shlex.join(["python", "probe.py", "compare", *kept])
     if len(result["losses"]) > 1:
         lines += [f"next: does the other data help? {compare}"]
