@@ -234,16 +234,16 @@ def worth(results):
 
 
 def holm(tabled):
-    """The rows whose uml - alone, or its negative, stays below 0.05 after the correction."""
-    differences = [(title, result["arms"]["uml"]["minus_alone"]) for title, result in tabled]
+    """The rows whose uml - alone, or its negative, stays below 0.05 after the correction, by their files."""
+    differences = [(name, result["arms"]["uml"]["minus_alone"]) for name, (_, result) in tabled.items()]
     kept = []
-    for i, (title, difference) in enumerate(sorted(differences, key=lambda row: row[1]["p"])):
+    for i, (name, difference) in enumerate(sorted(differences, key=lambda row: row[1]["p"])):
         # the smallest p must be below 0.05 / n, the next below 0.05 / (n - 1), ... up to the first that fails
         if difference["p"] > 0.05 / (len(differences) - i):
             break
-        kept.append(title + (" (harm)" if difference["mean"] < 0 else ""))
+        kept.append(f"`{name}`" + (" (harm)" if difference["mean"] < 0 else ""))
     return (f"The p of these {len(differences)} rows are not corrected for their number. After Holm's "
-            f"correction these differences to alone stay below 0.05: {'; '.join(kept)}.")
+            f"correction these differences to alone stay below 0.05: {', '.join(kept)}.")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def rewrite(page, check):
         elif kind == "forecasts":
             lines = forecasts_table(words)
         elif kind == "holm":
-            lines = [holm(tabled.values())]
+            lines = [holm(tabled)]
         else:
             rows = rows_of(words)
             make = dict(results=results_table, arms=arms_table, unseen=unseen_table)[kind]
