@@ -864,12 +864,12 @@ class FinishedRun:
 def open_run(folder):
     """The FinishedRun in a folder. UserError if it is not finished, if its data has changed since, or if its
     target has no classes."""
-    finished_result(folder)
+    split = finished_result(folder)["split"]  # the checkpoint may be older than --resume --score_test=True
     model, checkpoint = load_model(os.path.join(folder, "best.pt"))
     cfg = checkpoint["config"]
     check_shards(folder, cfg)
     slots, _ = open_slots(cfg, quiet)
-    target, split = slots[cfg["target"]], split_of(cfg)
+    target = slots[cfg["target"]]
     if len(target.meta["classes"]) < 2:
         raise UserError(f"{folder}: the target {target.name}={cfg[target.name]} has no classes to probe for")
     name = os.path.basename(os.path.normpath(folder))

@@ -1149,7 +1149,9 @@ def test_a_run_that_never_opened_test_is_scored_later_without_training(data, tmp
     later = partial(train, data, f"{tmp_path}/later")
     later("--score_test=False")
     monkeypatch.setattr(T, "train", lambda run, say: None)
+    assert B.open_run(f"{tmp_path}/later").split == "val"
     assert lasting(later("--resume")) == lasting(now) == lasting(later("--score_test=False", "--resume"))
+    assert B.open_run(f"{tmp_path}/later").split == "test"  # though best.pt was saved before
 
 @cases("loss, classes", [("next", 3), ("reconstruct", 3), ("reconstruct", 1), ("reconstruct", 0)])
 def test_without_label_loss_a_linear_probe_is_the_judge_and_without_classes_the_loss(tmp_path, loss, classes):

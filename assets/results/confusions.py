@@ -62,8 +62,9 @@ def arm_of(cfg, compared):
     if any(cfg[slot] != compared["config"].get(slot) for slot in auxiliaries):
         return None  # the arm unrelated
     arm = "alone" if not auxiliaries else "control" if cfg["control"] else "uml"
-    chosen = compared["arms"].get(arm, dict(settings=[]))["settings"]
-    if not any(all(cfg[key] == value for key, value in setting.items()) for setting in chosen):
+    chosen = compared["arms"].get(arm, dict(settings=[]))["settings"]  # one a seed
+    place = cfg["seed"] - compared["first_seed"]
+    if not 0 <= place < len(chosen) or any(cfg[key] != value for key, value in chosen[place].items()):
         return None  # of another search in this folder
     return arm
 
