@@ -1,8 +1,8 @@
 """564 Latin letters, ONE labelled picture each of 508, none of 56 more; beside them what Unicode calls each.
 
-Pictures are scans of real typefaces, text is facts of the Unicode database, and nothing pairs them. Trained
-on sans faces, tested on serif faces it has never seen. Offline. Two CPU cores: a minute or two.
-Test accuracy: 0.73 to 0.82; without text 0.31 to 0.44. The 56: 84% among themselves.
+Pictures are drawn in real typefaces like careless scans, text is facts of the Unicode database, nothing pairs
+them. Trained on sans faces, tested on serif faces never seen. Offline. Two CPU cores: a minute or two.
+Test accuracy: 0.73 to 0.82; without text 0.31 to 0.44. The 56: 85% among themselves.
 With two pictures a letter (--image_examples=1016): 0.78 to 0.84; without text, at its best weight decay of
 1.5, 0.43 to 0.68.
     python train.py sample_configs/letters_text.py

@@ -229,8 +229,9 @@ def worth(results):
 
     said = []
     for result in results:
-        said.append(f"{per_class(result):.3g} are worth {needed(result['arms']['uml']['mean'])}")
-    return "Examples a class with the other data, and what they are worth without: " + "; ".join(said) + "."
+        said.append(f"{per_class(result):.3g}: {needed(result['arms']['uml']['mean'])}")
+    return ("What so many labelled examples a class beside the other data are worth, in examples without it: "
+            + "; ".join(said) + ".")
 
 
 def holm(tabled):
