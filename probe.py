@@ -151,7 +151,7 @@ def unrelated_source(cfg, options):
         raise UserError("arm 'unrelated' needs --unrelated=SOURCE")
     changes = dict(head_from="")
     for slot in auxiliaries_of(cfg):
-        changes.update({slot: options["unrelated"], f"{slot}_loss": "next"})
+        changes.update({slot: options["unrelated"], f"{slot}_loss": "next", f"{slot}_embed": "linear"})
     return changes
 
 
@@ -187,6 +187,8 @@ def arm_config(cfg, arm, options):
     return dict(cfg, **changes)
 
 
+# compare sets these for each run itself
+DECIDED = {"seed", "score_test", "out_dir", "control", "stages", "stop_after", "resume"}
 SEARCH_SEED = 1000  # settings are chosen with this seed, which is never reported
 MIN_SEEDS = 6  # with 5 the sign-flip test cannot reach 0.05: its floor is 2 / 2^5 = 0.06
 
@@ -279,6 +281,8 @@ def candidates(text, cfg):
         pairs = [pair.strip() for pair in part.split(",")]
         values = read_config([f"--{pair}" for pair in pairs], KEYS)  # the other keys at their defaults
         names = [pair.split("=")[0] for pair in pairs]
+        if decided := DECIDED & set(names):
+            raise UserError(f"search='{text}': {min(decided)} is set run by run here: leave it out")
         settings.append({name: values[name] for name in names})
     return settings
 
@@ -381,9 +385,11 @@ def summary(cfg, arms, results, chosen, searched, folds):
     share most of their training data, so they are not independent, and p is if anything too small.
     """
     split, target, first = split_of(cfg), cfg["target"], results["alone"][0]
+    measures = {result["measure"] for arm in arms for result in results[arm]}  # a fold may be uneven
+    measure = "balanced_accuracy" if len(measures) > 1 else first["measure"]
     out = dict(
         kind="compare", name=os.path.basename(cfg["out_dir"]), split=split,
-        measure=first["measure"],
+        measure=measure,
         target=f"{target}={cfg[target]}", target_loss=cfg[f"{target}_loss"],
         auxiliaries={slot: f"{cfg[slot]} ({cfg[f'{slot}_loss']})" for slot in auxiliaries_of(cfg)},
         examples=first["examples"][target], seeds=len(folds), folds=int(folds.max()) + 1,
@@ -392,13 +398,15 @@ def summary(cfg, arms, results, chosen, searched, folds):
         steps=cfg["steps"], warm_start_steps=cfg["warm_start_steps"], arms={})
     fold_means = {}  # {arm: (folds,)}
     for arm in arms:
-        scores = [score_of(result, split) for result in results[arm]]
+        scores = [score_of(dict(result, measure=measure), split) for result in results[arm]]
         fold_means[arm] = np.bincount(folds, scores) / np.bincount(folds)
         mean, half = t_interval(fold_means[arm])
         entry = dict(scores=scores, mean=mean, half=half, settings=chosen[arm],
                      search_scores=searched[arm].tolist(),
                      gflops=float(np.mean([result["flops"] for result in results[arm]])) / 1e9,
                      seconds=float(np.mean([result["seconds"] for result in results[arm]])))
+        if arm not in FROZEN:
+            entry["runs"] = [result["name"] for result in results[arm]]  # folders in OUT_DIR/compare
         for key in REPORTED:
             if results[arm][0].get(f"{split}_{key}") is not None:
                 entry[key] = [result[f"{split}_{key}"] for result in results[arm]]
@@ -658,7 +666,11 @@ def run_all(configs, folder, jobs, bar):
         run_in_processes(waiting.values(), jobs, bar)
     else:
         for cfg in waiting.values():
-            train_config(cfg, quiet)
+            try:
+                train_config(cfg, quiet)
+            except SystemExit:  # a signal ended it, saved
+                tell("interrupted: the same command again goes on from what is saved")
+                raise
             bar.update()
     return [train_config(cfg, quiet) for cfg in configs]  # reads the result of a finished run, or scores it
 
@@ -864,12 +876,11 @@ class FinishedRun:
 def open_run(folder):
     """The FinishedRun in a folder. UserError if it is not finished, if its data has changed since, or if its
     target has no classes."""
-    split = finished_result(folder)["split"]  # the checkpoint may be older than --resume --score_test=True
+    result, cfg = finished_result(folder), config_of(folder)
     model, checkpoint = load_model(os.path.join(folder, "best.pt"))
-    cfg = checkpoint["config"]
     check_shards(folder, cfg)
     slots, _ = open_slots(cfg, quiet)
-    target = slots[cfg["target"]]
+    target, split = slots[cfg["target"]], result["split"]
     if len(target.meta["classes"]) < 2:
         raise UserError(f"{folder}: the target {target.name}={cfg[target.name]} has no classes to probe for")
     name = os.path.basename(os.path.normpath(folder))
@@ -884,6 +895,11 @@ def finished_result(folder):
         raise UserError(f"{folder} holds no finished run (no result.json): train one first, for example "
                         "`python train.py sample_configs/letters_text.py`, or finish it with --resume")
     return read_json(path)
+
+
+def config_of(folder):
+    """The config of a run as it was last gone on with; that in best.pt may be of before a --resume."""
+    return read_json(os.path.join(folder, "config.json"))
 
 
 def check_shards(folder, cfg):
@@ -1074,7 +1090,7 @@ def embed(folder, path):
     target slot takes. UserError if there is nothing to read.
     """
     model, checkpoint = load_model(os.path.join(folder, "best.pt"))
-    cfg, name = checkpoint["config"], checkpoint["config"]["target"]
+    cfg, name = config_of(folder), checkpoint["config"]["target"]
     slot, classes = checkpoint["slots"][name], checkpoint["classes"][:checkpoint["target_classes"]]
     if modality_of(name) == "text" and slot["kind"] == "discrete":
         arrays, items = read_new_texts(folder, path, cfg)
@@ -1190,9 +1206,9 @@ def export(folder, into):
         os.makedirs(into, exist_ok=True)
     weights = {name: value.clone() for name, value in saved["model"].items()}
     write_file(os.path.join(into, "model.safetensors"), save(weights, dict(format="pt")))
-    about = {key: saved[key] for key in EXPORTED}
-    write_json(os.path.join(into, "config.json"), dict(about, config=without_paths(saved["config"])))
-    write_file(os.path.join(into, "README.md"), card(folder, saved["config"], result).encode())
+    about, cfg = {key: saved[key] for key in EXPORTED}, config_of(folder)
+    write_json(os.path.join(into, "config.json"), dict(about, config=without_paths(cfg)))
+    write_file(os.path.join(into, "README.md"), card(folder, cfg, result).encode())
     print(f"wrote model.safetensors, config.json and README.md, a card, in {into}")
 
 
@@ -1206,15 +1222,17 @@ def without_paths(cfg):
 
 def card(folder, full_cfg, result):
     """README.md of an exported run, in Markdown with the header that the Hub reads."""
-    cfg, slots = without_paths(full_cfg), active_slots(full_cfg)
-    target = f"{cfg['target']}={full_cfg[cfg['target']]}"
+    cfg, slots, target = without_paths(full_cfg), active_slots(full_cfg), full_cfg["target"]
+    examples = result["examples"][target]
+    facts = dict(target=f"{target}={full_cfg[target]}", steps=cfg["steps"], examples=examples)
+    others = {slot: f"{full_cfg[slot]} ({cfg[f'{slot}_loss']})" for slot in auxiliaries_of(full_cfg)}
     sources = " and ".join(cfg[slot] for slot in slots)
     here = hardware(dict(cfg, device="auto"))  # it may have trained on a GPU that is not here
     verdict = "no comparison with the target alone was found"
     for parent in ("", "..", "../.."):  # compare keeps its runs two folders below compare.json
         path = os.path.join(folder, parent, "compare.json")
         out = read_json(path) if os.path.exists(path) else {}
-        if (out.get("target"), out.get("steps")) == (target, cfg["steps"]):
+        if facts.items() <= out.items() and others.items() <= out["auxiliaries"].items():
             verdict = f"{out['verdict']} ({out['seeds']} seeds)"
             break
     changed = [f"--{key}={value}" for key, value in cfg.items() if key not in {*FREE_KEYS, "shards"}

@@ -1341,6 +1341,13 @@ def test_the_verdict_claims_help_only_above_alone_and_above_the_control(words, a
     assert words in said and sum(said.startswith(start) for start in make.VERDICTS) == 1  # a word for each
     assert f"{alone[0]:+.3f}" in B.verdict(dict(arms=arms, chance=None, seeds=seeds))  # of a loss: no points
 
+def test_speakers_and_not_their_seeds_are_compared_with_the_control():
+    """Six seeds on three speakers are three pairs."""
+    ours, control = [1, 5, 9, 3, 7, 8], [0, 0, 0, 0, 0, 9]
+    expected = B.paired(np.array([2, 6, 8.5]), np.array([0, 0, 4.5]))
+    assert make.paired_over_common(ours, control, folds=3) == expected
+    assert make.paired_over_common(ours, control[:4], folds=6)["mean"] == 4.5
+
 def configs_under(folder, command="compare"):
     return [json.load(open(path)) for path in glob(folder / "o" / command, "run-*/config.json")]
 
@@ -1350,6 +1357,7 @@ def test_compare_runs_its_arms_says_a_verdict_and_is_cached(data, tmp_path, monk
     assert list(out["arms"]) == ["alone", "uml", "control", "apart"] and "too few seeds" in out["verdict"]
     for arm, entry in out["arms"].items():
         assert len(entry["scores"]) == len(entry["harmonic_mean"]) == 2
+        assert all(os.path.exists(tmp_path / "o/compare" / name / "best.pt") for name in entry["runs"])
         assert ("uml_minus" in entry) == (arm in ("control", "apart"))
     made = configs_under(tmp_path)
     assert len(made) == 8 and sum(c["share"] == "head" for c in made) == sum(c["control"] for c in made) == 2
@@ -1358,7 +1366,8 @@ def test_compare_runs_its_arms_says_a_verdict_and_is_cached(data, tmp_path, monk
     said = capsys.readouterr()
     assert os.path.exists(tmp_path / "o/compare.png") and "harmonic mean" in said.out and "8/8" in said.err
     for words, more in (("unknown arm 'frozen'", "--arms=frozen"), ("needs --unrelated", "--arms=unrelated"),
-                        ("must be numbers", "--search=fast"), ("a target and an auxiliary", "--text="),
+                        ("must be numbers", "--search=fast"), ("seed is set run by", "--search=seed=1;seed=2"),
+                        ("a target and an auxiliary", "--text="),
                         ("need a target of features", "--arms=nearest"),
                         ("every arm would", "--control=True"),
                         ("a label loss of", "--arms=head --text_loss=next")):
@@ -1537,10 +1546,14 @@ def test_embed_takes_files_of_any_mode_and_sees_what_the_run_saw(data, pair, tmp
 def test_an_exported_model_gives_the_same_bits_and_a_card_with_its_scores(data, pair, tmp_path, monkeypatch):
     pytest.importorskip("safetensors")
     folder, out = shutil.copytree(pair.uml, tmp_path / "run"), tmp_path / "out"
-    said = dict(target="image=letters", verdict="the unpaired data helped", seeds=8, steps=6)
-    (folder / "compare.json").write_text(json.dumps(said))
+    said = dict(target="image=letters", verdict="the unpaired data helped", seeds=8, steps=6,
+                examples=pair.result["examples"]["image"], auxiliaries=dict(text="letters (label)"))
     monkeypatch.setattr(sys, "argv", ["probe.py", "export", str(folder), str(out)])
-    B.main(), B.main()  # the second one writes over the first
+    for examples in (said["examples"] + 1, said["examples"]):  # the second one writes over the first
+        (folder / "compare.json").write_text(json.dumps(dict(said, examples=examples)))
+        B.main()
+        its_own = examples == said["examples"]
+        assert ("no comparison with" in (out / "README.md").read_text()) == (not its_own)
     card, about = (out / "README.md").read_text(), (out / "config.json").read_text()
     batch = set_up(data).slots["image"].batch(0)
     for words in ("tags: [multimodal, unpaired, image, text]", "--text_loss=label", "seed 0",
@@ -1814,6 +1827,13 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_reaches_the_same_bits(dat
         assert left.value.code == 128 + number and signal.getsignal(signal.SIGTERM) == before
     assert train(data, f"{tmp_path}/o", "--resume")["steps"] == 6
     assert same(weights(pair.uml), weights(f"{tmp_path}/o"))
+
+def test_a_signal_during_the_last_validation_is_not_forgotten(data, tmp_path):
+    """compare, which runs one after another, once trained the next run as if nobody had pressed Ctrl-C."""
+    say = lambda line: os.kill(os.getpid(), signal.SIGINT) if line.startswith("step 9/9 | valid") else None
+    with pytest.raises(SystemExit) as left:
+        T.train_config(config(data, f"{tmp_path}/o"), say)
+    assert left.value.code == 130 and os.path.exists(tmp_path / "o/result.json")
 
 @slow
 def test_killed_a_run_ends_in_the_same_bits(data, tmp_path):

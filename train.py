@@ -860,6 +860,9 @@ def train_config(cfg, say=tell):
         run.model.load_state_dict(load_checkpoint(os.path.join(cfg["out_dir"], "best.pt"))["model"])
         result = score_run(run)
         write_json(os.path.join(cfg["out_dir"], "result.json"), result)
+        if SIGNALS:  # it came during the last step or after
+            say(f"interrupted, but {cfg['out_dir']} is finished: the same command shows its result")
+            sys.exit(128 + SIGNALS[0])
         return result
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-from prepare import UserError, active_slots, exit_on_user_error, read_json, write_json
+from prepare import UserError, exit_on_user_error, explained, read_json, write_json
 from probe import features_of, open_run
 
 
@@ -47,26 +47,6 @@ def group_of(parts):
         count = len(parts["marks"].split(" and ")) if parts["marks"] else 0
         return f"{count} marks" if count < 2 else "2 marks or more"
     return parts["first"]
-
-
-def arm_of(cfg, compared):
-    """The arm a run belongs to, None if it is of the search or of an arm not asked about.
-
-    cfg: the config of the run; compared: what compare.json holds.
-    """
-    if not cfg["score_test"] or cfg["steps"] != compared["steps"] or cfg["share"] != "trunk" or cfg["stages"]:
-        return None
-    auxiliaries = [slot for slot in active_slots(cfg) if slot != cfg["target"]]
-    if auxiliaries and not any(cfg[f"{slot}_updates"] for slot in auxiliaries):
-        return None  # the arms init and head
-    if any(cfg[slot] != compared["config"].get(slot) for slot in auxiliaries):
-        return None  # the arm unrelated
-    arm = "alone" if not auxiliaries else "control" if cfg["control"] else "uml"
-    chosen = compared["arms"].get(arm, dict(settings=[]))["settings"]  # one a seed
-    place = cfg["seed"] - compared["first_seed"]
-    if not 0 <= place < len(chosen) or any(cfg[key] != value for key, value in chosen[place].items()):
-        return None  # of another search in this folder
-    return arm
 
 
 def answers(run, arrays, rows, among=None):
@@ -112,21 +92,12 @@ def confusions(folder, like):
         right["as many seen, among themselves"] = among_themselves(run, np.sort(drawn))
     if like:
         classes = enumerate(run.target.meta["classes"])
-        alike = [number for number, name in classes if number not in unseen and re.search(like, name)]
+        with explained(f"--like={like} is no regular expression"):
+            alike = [number for number, name in classes if number not in unseen and re.search(like, name)]
+        if not alike:
+            raise UserError(f"--like={like} finds none of the classes that had a labelled example")
         right["seen like these, among themselves"] = among_themselves(run, alike)
     return {group: np.mean(hits) for group, hits in right.items()}, wrong
-
-
-def finished_runs(folder, compared):
-    """{arm: [folder of a run, ...]} of the comparison in a folder."""
-    found = collections.defaultdict(list)
-    for name in sorted(os.listdir(os.path.join(folder, "compare"))):
-        path = os.path.join(folder, "compare", name)
-        if name.startswith("run-") and os.path.exists(os.path.join(path, "result.json")):
-            arm = arm_of(read_json(os.path.join(path, "config.json")), compared)
-            if arm:
-                found[arm].append(path)
-    return found
 
 
 @torch.inference_mode()
@@ -137,7 +108,11 @@ def main():
         raise UserError("name the out_dir of a finished `python probe.py compare`, and perhaps --like=REGEX")
     folder, like, out = folders[0], "".join(options).removeprefix("--like="), {}
     compared = read_json(os.path.join(folder, "compare.json"))
-    for arm, paths in sorted(finished_runs(folder, compared).items()):
+    if "runs" not in compared["arms"]["uml"]:
+        raise UserError(f"{folder}/compare.json is of earlier code and does not name its runs: the same "
+                        "`probe.py compare` again reads them back")
+    for arm in sorted({"alone", "control", "uml"} & compared["arms"].keys()):
+        paths = [os.path.join(folder, "compare", name) for name in compared["arms"][arm]["runs"]]
         rights, wrongs = zip(*(confusions(path, like) for path in paths))
         out[arm] = dict(runs=len(paths))
         for title, dicts in (("right", rights), ("wrong", wrongs)):

@@ -54,9 +54,17 @@ def control_of(name):
     return read_json(path) if os.path.exists(path) else None
 
 
-def paired_over_common(scores, others):
-    """paired() over the seeds that both have, the first of each; {} of no others."""
-    return paired(scores[:len(others)], others[:len(scores)]) if others else {}
+def paired_over_common(scores, others, folds):
+    """paired() over the seeds that both have, the first of each; {} of no others.
+
+    Seeds s, s + folds, s + 2 folds, ... are tested on the same speaker: they are averaged first.
+    """
+    if not others:
+        return {}
+    n = min(len(scores), len(others))
+    folds = min(n, folds)
+    means = [[np.mean(values[fold:n:folds]) for fold in range(folds)] for values in (scores, others)]
+    return paired(*np.array(means))
 
 
 def convnet_of(name):
@@ -168,7 +176,8 @@ def doses_table(rows):
             entries = [{}] + [control["arms"][arm] for arm in list(DOSES)[1:]]  # nothing shared: no control
             above = []
             for entry, its_control in zip(arms, entries):
-                above.append(paired_over_common(entry["scores"], its_control.get("scores")))
+                others = its_control.get("scores")
+                above.append(paired_over_common(entry["scores"], others, result["folds"]))
             lines.append(["its control", *map(percent, entries)])
             lines.append(["minus its control (p)", *map(percent, above)])
     return table_of(["shared", *DOSES.values()], lines)
