@@ -130,6 +130,10 @@ ROWS = {
     "convnet_emoji": (20, f"{CONVNET} {EMOJI_FILES} --seeds=3"),
     "convnet_letters_1": (5, f"{CONVNET} sample_configs/letters_text.py"),
     "convnet_letters_2": (3, f"{CONVNET} sample_configs/letters_text.py --image_examples=1016 --seeds=3"),
+    **{f"convnet_letters_{k}": (7, f"{CONVNET} sample_configs/letters_text.py --image_examples={508 * k} "
+                                "--steps=1600 --eval_interval=800 --seeds=3") for k in (4, 8)},
+    **{f"convnet_numbers_{k}": (12, f"{CONVNET} sample_configs/numbers_audio_text.py --audio_examples={k}00 "
+                                "--seeds=6") for k in (1, 4)},
     "convnet_numbers_2": (12, f"{CONVNET} sample_configs/numbers_audio_text.py --seeds=6"),
 }
 
