@@ -187,8 +187,7 @@ def arm_config(cfg, arm, options):
     return dict(cfg, **changes)
 
 
-# compare sets these for each run itself
-DECIDED = {"seed", "score_test", "out_dir", "control", "stages", "stop_after", "resume"}
+SET_BY_COMPARE = {"seed", "score_test", "out_dir", "control", "stages", "stop_after", "resume"}
 SEARCH_SEED = 1000  # settings are chosen with this seed, which is never reported
 MIN_SEEDS = 6  # with 5 the sign-flip test cannot reach 0.05: its floor is 2 / 2^5 = 0.06
 
@@ -281,8 +280,8 @@ def candidates(text, cfg):
         pairs = [pair.strip() for pair in part.split(",")]
         values = read_config([f"--{pair}" for pair in pairs], KEYS)  # the other keys at their defaults
         names = [pair.split("=")[0] for pair in pairs]
-        if decided := DECIDED & set(names):
-            raise UserError(f"search='{text}': {min(decided)} is set run by run here: leave it out")
+        if taken := SET_BY_COMPARE & set(names):
+            raise UserError(f"search='{text}': {min(taken)} is set run by run here: leave it out")
         settings.append({name: values[name] for name in names})
     return settings
 

@@ -1162,11 +1162,12 @@ def closing_lines(result, folder, argv):
     """What a person reads at the end of a run: how good it is, where it lies, and what next."""
     lines = score_lines(result)
     lines += [f"in {folder}: best.pt (step {result['best_step']}), last.pt, log.jsonl, result.json"]
-    own = ("--out_dir", "--seed", "--resume", "--control", "--stages")  # compare sets these itself
-    kept = [arg for arg in argv if arg.split("=")[0] not in own]
-    read = read_config(kept, KEYS)
-    for key in ("seed", "control", "stages"):
-        if read[key] != KEYS[key][0]:  # the config file sets it
+    set_by_compare = ("seed", "control", "stages")
+    dropped = {f"--{key}" for key in ("out_dir", "resume", *set_by_compare)}
+    kept = [arg for arg in argv if arg.split("=")[0] not in dropped]
+    of_file = read_config(kept, KEYS)
+    for key in set_by_compare:  # where the config file sets one, it is set back
+        if of_file[key] != KEYS[key][0]:
             kept.append(f"--{key}={KEYS[key][0]}")
     compare = shlex.join(["python", "probe.py", "compare", *kept])
     if len(result["losses"]) > 1:
