@@ -75,6 +75,9 @@ CONVNET = "assets/results/convnet.py"
 # With --search=1 nothing is chosen; the config's own settings were, once, on voices that test other seeds.
 ROWS = {
     "letters_1": (16, f"{LETTERS} --arms=alone,uml,control,apart {DECAYS}"),
+    "letters_1_wide": (22, f"{LETTERS} " + search(each("learning_rate", "3e-3", "6e-3"),
+                                                  each("weight_decay", 4.0, 8.0),
+                                                  each("image_affine", 0.06, 0.1, 0.15))),
     "letters_2": (14, f"{LETTERS} --image_examples=1016 --arms=alone,uml,control {DECAYS}"),
     "letters_4": (25, f"{LETTERS} --image_examples=2032 --steps=1600 --eval_interval=800 {DECAYS}"),
     "letters_8": (25, f"{LETTERS} --image_examples=4064 --steps=1600 --eval_interval=800 {DECAYS}"),
