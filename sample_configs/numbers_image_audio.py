@@ -1,6 +1,6 @@
 """The numbers in print, ONE labelled picture each, in typefaces never seen; beside them the spoken ones.
 
-There is little to gain: test accuracy over six seeds 0.97 to 1.00, without clips 0.93 to 1.00.
+There is little to gain: test accuracy over eight seeds 0.94 to 1.00, without clips 0.90 to 0.98.
     python train.py sample_configs/numbers_image_audio.py
     python train.py sample_configs/numbers_image_audio.py --audio= --out_dir=out/printed_alone
     python train.py sample_configs/numbers_image_audio.py --audio= --text=numbers --out_dir=out/printed_text
