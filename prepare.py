@@ -388,8 +388,11 @@ def described_documents(described):
 
 
 def plain_name(name):
-    """The form in which class names are compared: 'Light_Video ' and 'light-video' are one class."""
-    return re.sub(r"[\s_-]", "", name.lower())
+    """The form in which class names are compared: 'Light_Video ' and 'light-video' are one class.
+
+    An accent may be a character of its own (macOS writes file names so) or part of its letter.
+    """
+    return re.sub(r"[\s_-]", "", unicodedata.normalize("NFC", name).casefold())
 
 
 def file_source(cfg, modality, path, labelled=True):
@@ -408,9 +411,10 @@ def file_source(cfg, modality, path, labelled=True):
             has = f"{textwrap.shorten(filled, 60) or 'nothing'} as" if field in row else "no field"
             there = ", ".join(map(repr, row)) or "none"
             first_line = "; its first line must name them" if path.endswith((".csv", ".tsv")) else ""
-            raise UserError(f"{where} has {has} '{field}' (it has {there}{first_line}): put a text there, or "
-                            f"name the right ones with --{modality}_column for texts and --{modality}_label "
-                            "for classes")
+            wanted = "text" if field == fields[0] else "class"
+            raise UserError(f"{where} has {has} '{field}' (it has {there}{first_line}): put a {wanted} "
+                            f"there, or name the right ones with --{modality}_column for texts and "
+                            f"--{modality}_label for classes")
         found[field].append(filled.encode(errors="replace").decode())  # half of a character becomes "?"
     texts, *names = found.values()
     if not names:
@@ -445,7 +449,7 @@ def file_rows(path, column, label):
                     rows.append((f"{path} line {number}", json.loads(line)))
     else:
         csv.field_size_limit(2**30)  # documents may be long
-        delimiter = max("\t" if end == ".tsv" else ",;", key=text.partition("\n")[0].count)
+        delimiter = max("\t" if end == ".tsv" else ",;\t", key=text.partition("\n")[0].count)
         table = csv.DictReader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True, strict=True)
         for number in itertools.count(2):
             with explained(f"{path} row {number}"):
@@ -453,7 +457,8 @@ def file_rows(path, column, label):
                     break
                 if None in row:  # where DictReader puts what is beyond the header
                     raise ValueError("more fields than the header: put a text with a comma in quotes")
-                rows.append((f"{path} row {number}", row))
+                if any((value or "").strip() for value in row.values()):  # spreadsheets leave empty rows
+                    rows.append((f"{path} row {number}", row))
     return [(where, row if isinstance(row, dict) else {}) for where, row in rows]
 
 
@@ -511,7 +516,12 @@ def reasons(skipped, most=1):
 
 def class_files(path):
     """PATH/{train,val,test}/CLASS/* (val may lack) or PATH/CLASS/* -> [(part, class, file), ...]."""
-    parts = [part for part in PARTS if os.path.isdir(os.path.join(path, part))]
+    folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
+    parts = [part for part in PARTS if part in folders]
+    means = {name: PART_OF[name[:2].lower()] for name in folders if SPLIT_WORD.fullmatch(name.lower())}
+    if parts or {"train", "test"} <= set(means.values()):
+        for name in sorted(means.keys() - set(parts)):  # such as Train or validation
+            raise UserError(f"{os.path.join(path, name)} is not read: rename it {means[name]}")
     classes = {part: set() for part in (*parts, "train", "test")}  # {part: its classes}
     found, deep = [], []
     for part in parts or [""]:
@@ -525,6 +535,8 @@ def class_files(path):
                 deep += below
             elif below:
                 tell(f"warning: {len(below)} files lie deeper than their class and are not read: {below[0]}")
+            if not below and not files_in(folder, "*"):
+                tell(f"warning: the folder {folder} is empty")
     if deep and (found or len(deep) > len(files_in(path, "*"))):
         folders = {os.path.dirname(file) for file in deep}
         top = os.path.commonpath(folders) if len(folders) > 1 else os.path.dirname(*folders)
@@ -543,9 +555,15 @@ def class_files(path):
 
 
 def files_in(path, *pattern):
-    """The files that match PATH/PATTERN, sorted by folder and name; hidden ones (.name) are left out."""
+    """The files that match PATH/PATTERN, without clutter, sorted by folder and name."""
     found = glob.glob(os.path.join(glob.escape(path), *pattern), recursive="**" in pattern)
-    return sorted(filter(os.path.isfile, found), key=os.path.split)
+    found = [file for file in found if os.path.isfile(file) and not is_clutter(os.path.basename(file))]
+    return sorted(found, key=os.path.split)
+
+
+def is_clutter(name):
+    """Whether a file is nobody's data: hidden (.name), or what Windows leaves in folders of pictures."""
+    return name.startswith(".") or name in ("Thumbs.db", "desktop.ini")
 
 
 def speaker_of(file, pattern):
@@ -623,25 +641,29 @@ def spoken_digits(cfg):
 def npz_source(cfg, modality, path):
     """Anything already encoded, made with numpy.savez: `features` (n, D) or (n, T, D), and if known `labels`
     (n,) whole numbers, `classes` (their names), `split` (n,) of train, val, test. Nothing is unpickled."""
-    with explained(f"{path} is not a readable .npz file"), np.load(path, allow_pickle=False) as f:
+    cure = ": make it with numpy.savez(PATH, features=..., labels=...)"
+    with explained(f"{path} is not a readable .npz file", cure), np.load(path, allow_pickle=False) as f:
         found = {key: f[key] for key in f.files}
 
-    def must(good, key, what):
+    def must(good, key, what, but=""):
         if not good:
-            kind = f"{found[key].dtype} {found[key].shape}" if key in found else "none"
-            raise UserError(f"{path}: `{key}`: expected {what}, found {kind}")
+            there = f"none (there are: {', '.join(found)})"
+            kind = f"{found[key].dtype} {found[key].shape}" if key in found else there
+            raise UserError(f"{path}: `{key}`: expected {what}, found {kind}{but}")
 
     numbers = found.get("features", np.empty(0))
     is_array = numbers.ndim in (2, 3) and numbers.dtype.kind in "fiu" and numbers.size
     must(is_array, "features", "an array of numbers, (n, D) or (n, T, D)")
     usable = -1e30 < numbers.min() <= numbers.max() < 1e30  # no NaN, and what float32 holds without question
-    must(usable, "features", "no NaN, infinite or huge values")
+    must(usable, "features", "no NaN, infinite or huge values", ", some of which are")
     n, source = len(numbers), dict(items=numbers, encode="features")
     if "labels" in found:
         source["labels"] = labels = found["labels"]
-        must(labels.shape == (n,) and labels.dtype.kind in "iu", "labels", f"{n} whole numbers")
+        whole = labels.shape == (n,) and labels.dtype.kind in "iu"
+        must(whole, "labels", f"{n} whole numbers (names go into `classes`)")
         names = found.get("classes", np.arange(min(int(labels.max()), 10**5) + 1)).ravel()
-        must(0 <= labels.min() and labels.max() < len(names), "labels", f"0 to {len(names) - 1}")
+        span = f" from {labels.min()} to {labels.max()}"
+        must(0 <= labels.min() and labels.max() < len(names), "labels", f"0 to {len(names) - 1}", span)
         source["classes"] = [str(name) for name in names]
     if "split" in found:
         source["split"] = split = found["split"].astype(str)
@@ -1168,7 +1190,7 @@ def shard_folder(cfg, slot):
         files = [path]
         if os.path.isdir(path):
             files = sorted(os.path.join(inside, file) for inside, _, names in os.walk(path, followlinks=True)
-                           for file in names if not file.startswith("."))
+                           for file in names if not is_clutter(file))
         listing = [(f, os.path.getsize(f), os.path.getmtime(f)) for f in files if os.path.exists(f)]
         made_from["files"] = hashlib.sha256(repr(listing).encode()).hexdigest()
     if modality == "image" and cfg.get("image_fit", "crop") != "crop":  # so that older ones keep their names
@@ -1568,7 +1590,9 @@ def read_text(path, what=""):
         with open(path, encoding="utf-8-sig") as f:
             return f.read()
     except UnicodeDecodeError as problem:
-        cure = "convert it with `iconv -f latin1 -t utf-8`"
+        # spreadsheets write both
+        coding = "utf-16" if problem.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+        cure = f"convert it with `iconv -f {coding} -t utf-8`"
         raise UserError(f"{path} is not UTF-8 (byte {problem.start}): {cure}") from None
     except (OSError, ValueError) as problem:  # ValueError: a name with a NUL in it
         raise UserError(f"cannot read {what}{path} ({getattr(problem, 'strerror', problem)})") from None

@@ -45,10 +45,10 @@ from tqdm import tqdm
 from model import mean_over_real
 from prepare import (LEVELS_PER_DB, UserError, active_slots, at_least, encode_features, encode_text,
                      encoded_chunks, encoder_sha256, exit_on_user_error, explained, file_sha256, file_source,
-                     imported, levels_of, load_bpe, log_mel_of, modality_of, open_encoder, patchify,
-                     plain_name, prepare, print_help, read_config, read_json, read_meta, read_picture,
-                     read_recording, read_text, real_places, reasons, skipping, tell, unpatchify, write_file,
-                     write_json, writing)
+                     imported, is_clutter, levels_of, load_bpe, log_mel_of, modality_of, open_encoder,
+                     patchify, plain_name, prepare, print_help, read_config, read_json, read_meta,
+                     read_picture, read_recording, read_text, real_places, reasons, skipping, tell,
+                     unpatchify, write_file, write_json, writing)
 from train import (EXPORTED, FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, choose_examples,
                    count_right, evaluate, extract, fit_probe, linear_probe, load_checkpoint, load_model,
                    open_slots, pick_device, read_run_config, resolve, score_lines, shard_names, too_few,
@@ -240,7 +240,7 @@ def hardware(cfg):
 def read_comparison(argv, keys, command):
     """argv of compare or preflight -> (the config, their own options). UserError for what neither can use."""
     cfg = read_run_config(argv, dict(KEYS, **keys))
-    if len(active_slots(resolve(cfg, quiet))) < 2:
+    if len(active_slots(cfg)) < 2 or len(active_slots(resolve(cfg, quiet))) < 2:
         raise UserError(f"{command} needs a config with a target and an auxiliary: probe.py {command} CONFIG")
     arms = cfg.get("arms", "control").split(",")  # preflight has a control as well
     if cfg["stages"] or (cfg["control"] and "control" in arms):
@@ -481,9 +481,10 @@ def show_compare(out):
             also = ["accuracy", *also]
     speakers = f" on {out['folds']} speakers" if out["folds"] != out["seeds"] else ""
     over = "speakers" if speakers else "seeds"
+    measure = worded(out["measure"]) if out["chance"] else "MINUS the loss (higher is better)"
     print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary "
-          f"{show_auxiliaries(out)}; {out['seeds']} seeds{speakers}, {worded(out['measure'])} on the "
-          f"{out['split']} split{yardsticks}; intervals are over {over}")
+          f"{show_auxiliaries(out)}; {out['seeds']} seeds{speakers}, {measure} on the {out['split']} split"
+          f"{yardsticks}; intervals are over {over}")
     print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}"
           f"{'GFLOP':>9}{'s':>7}  setting")
 
@@ -511,7 +512,7 @@ def show_compare(out):
 # ------------------------------------------------------------------------------------------------------------
 # preflight: will it help? Minutes of small runs, before anyone trains for hours
 
-PREFLIGHT_KEYS = dict(seeds=(3, "runs an arm", at_least(2)), first_seed=COMPARE_KEYS["first_seed"],
+PREFLIGHT_KEYS = dict(seeds=(3, "runs an arm", at_least(3)), first_seed=COMPARE_KEYS["first_seed"],
                       jobs=COMPARE_KEYS["jobs"])
 SHOTS = (1, 2, 4)  # labelled examples a class
 
@@ -553,6 +554,7 @@ def preflight(argv):
                examples_a_class=len(target.examples) / seen,
                shots=shots, steps=steps, scores={arm: scores[:, :, i].tolist() for i, arm in enumerate(arms)},
                nearest=np.reshape(nearest, scores.shape[:2]).tolist(), features=target_is_features(cfg),
+               items=results[0]["val_items"], fewest=results[0]["val_fewest"],
                command=shlex.join(["python", "probe.py", "preflight", *argv]), hardware=hardware(cfg))
     out["forecast"] = forecast(out)
     write_json(os.path.join(cfg["out_dir"], "preflight.json"), out)
@@ -606,6 +608,8 @@ def show_preflight(out):
     for i, k in enumerate(out["shots"]):
         means = [f"{np.mean(rows[i]):8.3f}" for rows in out["scores"].values()]
         print(f"{k:<16}", *means, f"{np.mean(out['nearest'][i]):19.3f}")
+    for line in too_few("validation", out["items"], out["fewest"], out["measure"]):
+        print(line)
     if out["examples_a_class"] > 1.5 * out["shots"][-1]:
         print("the config has more examples a class than these runs; with more, unpaired data adds less")
     if np.mean(out["scores"]["alone"]) < np.mean(out["nearest"]):
@@ -1165,7 +1169,7 @@ def read_new_files(path, cfg, slot):
             return change(read_picture(cfg, file, channels))
 
     for parent, _, names in os.walk(path, followlinks=True):
-        files += [os.path.join(parent, file) for file in names if not file.startswith(".")]
+        files += [os.path.join(parent, file) for file in names if not is_clutter(file)]
     source.update(items=sorted(files), make=make)
     with tqdm(total=len(files), unit="file", disable=None, leave=False) as bar:
         parts = list(encoded_chunks(cfg, source, range(len(files)), None, bar))

@@ -303,7 +303,8 @@ def test_one_text_a_class_is_all_for_training(data, tmp_path):
     run(f"--image=folder:{own}", *RUN, *into(tmp_path / "own_run"))
 
 @cases("name, body, words", [
-    ("t.txt", b"one\ntwo\n", r"too few items \(2\)"), ("t.txt", b"caf\xe9\n" * 20, "not UTF-8"),
+    ("t.txt", b"one\ntwo\n", r"too few items \(2\)"), ("t.txt", b"caf\xe9\n" * 20, "not UTF-8.*cp1252"),
+    ("t.csv", "text\na cat\n".encode("utf-16"), "not UTF-8.*iconv -f utf-16"),
     ("t.json", b'{"a": []}', "class 'a' has nothing"), ("t.json", b"[" * 200_000, "is not JSON"),
     ("t.json", b"5", "is not JSON of"), ("t.json", b'["x"]', "item 1 has no field .*it has none"),
     ("t.json", b'{"a": ["x", 5]}', "class 'a' has 5 as 'text'"), ("t.csv", b"text", r"too few items \(0\)"),
@@ -328,7 +329,8 @@ def test_texts_are_the_same_from_every_kind_of_file_and_a_header_is_no_text(tmp_
     quoted = lambda mark: "\n".join([f"kind{mark}says", *('%s%s"%s"' % (name, mark, text.replace('"', '""'))
                                     for name, text in zip(names, texts))]).replace("\ud800", "?")
     for name, body in (("a.json", json.dumps(d)), ("b.json", json.dumps(rows)), ("d.csv", quoted(";")),
-                       ("c.CSV", "\ufeff" + quoted(",")), ("e.tsv", quoted("\t")),
+                       ("c.CSV", "\ufeff" + quoted(",") + "\n,\n"), ("e.tsv", quoted("\t")),
+                       ("g.csv", quoted("\t")),
                        ("f.jsonl", "\n".join(map(json.dumps, rows)))):
         (tmp_path / name).write_text(body, encoding="utf-8")
         found = P.file_source(dict(column="says", label="kind"), "text", str(tmp_path / name))
@@ -372,7 +374,8 @@ def test_folders_are_read_in_every_layout_and_anew_when_they_change(tmp_path):
     folder = read(root)
     assert counts(folder) == [12, 4, 12]  # a val/ of its own is used as it is
     root = pathlib.Path(root)
-    (root / ".DS_Store").write_text("left by a file browser")
+    for name in (".DS_Store", "val/cat/Thumbs.db"):
+        (root / name).write_text("left by a file browser")
     assert read(root) == folder
     (root / "val/cat").rename(tmp_path / "cats"), (root / "val/cat").symlink_to(tmp_path / "cats")
     linked = read(root)
@@ -781,7 +784,7 @@ def test_encoders_that_cannot_be_used_are_refused_in_a_sentence(hub, tmp_path, m
 
 @cases("package, argv", [("timm", ["--image=letters", "--image_encoder=timm:resnet18"]),
                          ("transformers", ["--text=letters", f"--text_encoder=hf:{HERE}"]),
-                         ("pyarrow", ["--image=parquet:/nowhere"])])
+                         ("pyarrow", [f"--image=parquet:{HERE}"])])
 def test_packages_that_only_some_configs_need_are_named_where_they_lack(package, argv, monkeypatch, tmp_path):
     for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
@@ -817,6 +820,9 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
             (f"did you mean folder:{tmp_path}/deep/all", f"--image=folder:{tmp_path}/deep"),
             ("cow/more/0.png lies too deep.*move such", f"--image=folder:{tmp_path}/deep/all"),
             ("is empty", f"--image=folder:{tmp_path}/empty"), ("no folder", "--image=folder:/nowhere"),
+            ("no folder or file /nowhere.csv", "--text=file:/nowhere.csv"),
+            ("validation is not read: rename it val", folder("long", parts=("train", "test", "validation"))),
+            ("Test is not read: rename it test", folder("upper", parts=("Train", "Test"))),
             ("offers 10", bad, "--skip_bad=True", "--image_examples=11"),
             ("1 classes", folder("one", ("cat",))), ("cow, dog", differ),
             ("no class may be called train", folder("rail", ("car", "train"), parts=("",))),
@@ -963,6 +969,7 @@ def test_added_matrices_start_as_the_targets_own_and_can_be_merged_after_trainin
     pytest.importorskip("safetensors")
     B.export(f"{tmp_path}/o", f"{tmp_path}/e")
     assert same(T.load_model(f"{tmp_path}/e")[0].state_dict(), trained.state_dict())
+    refuses("did you mean .*best.pt", T.load_model, f"{tmp_path}/o")
 
 def test_initialisation_depends_on_seed_and_name_alone():
     both, alone = tiny(), M.UML(dict(image=tiny().slots["image"]), classes=3, width=16, layers=2, heads=2)
@@ -1010,6 +1017,18 @@ def test_classes_that_only_one_slot_knows_are_told_in_one_line(names, words):
     said = []
     T.match_classes(slots, "image", said.append)
     assert len(said) == 1 and words in said[0]
+
+def test_a_class_is_the_same_however_its_accents_are_stored():
+    """macOS writes accents in file names as characters of their own: names looked alike and did not match."""
+    stored = "E\u0301clair Carre\u0301"
+    assert P.plain_name(stored) == P.plain_name("éclair_carré") != P.plain_name("eclair carre")
+
+def test_classes_that_get_no_example_are_told(data):
+    """--image_examples=5 was taken for five of each class: seven of twelve learned nothing, unsaid."""
+    said = []
+    T.open_slots(T.resolve(config(data, "unused", "--image_examples=5"), quiet), said.append)
+    assert [line for line in said if "without" in line] == [
+        "warning: image_examples=5, of all classes together, leaves 7 of 12 classes without an example"]
 
 def test_adding_a_modality_changes_no_other_modalitys_batches(data):
     more = ["--image_affine=0.1", "--image_shift=0"]
@@ -1366,7 +1385,8 @@ def test_compare_runs_its_arms_says_a_verdict_and_is_cached(data, tmp_path, monk
     said = capsys.readouterr()
     assert os.path.exists(tmp_path / "o/compare.png") and "harmonic mean" in said.out and "8/8" in said.err
     for words, more in (("unknown arm 'frozen'", "--arms=frozen"), ("needs --unrelated", "--arms=unrelated"),
-                        ("must be numbers", "--search=fast"), ("seed is set run by", "--search=seed=1;seed=2"),
+                        ("must be numbers", "--search=fast"),
+                         ("seed is set run by", "--search=seed=1;seed=2"),
                         ("a target and an auxiliary", "--text="),
                         ("need a target of features", "--arms=nearest"),
                         ("every arm would", "--control=True"),
@@ -1395,12 +1415,13 @@ def test_frozen_features_get_nearest_and_linear_and_head_and_stages_train_as_the
     assert out["arms"]["linear"]["mean"] > 0.7 and "p" in out["arms"]["linear"]["uml_minus"]
 
 def test_preflight_makes_small_runs_never_opens_test_and_ends_in_a_forecast(data, tmp_path, capsys):
-    argv = [*TINY, "--image_examples=24", "--steps=8", *into(tmp_path), f"--data_dir={data}", "--jobs=1"]
+    argv = [*TINY[:-1], "--seeds=3", "--image_examples=24", "--steps=8", "--jobs=1", *into(tmp_path),
+            f"--data_dir={data}"]
     out, made = B.preflight(argv), configs_under(tmp_path, "preflight")
     said = capsys.readouterr().out
     assert out == json.load(open(tmp_path / "o/preflight.json")) and out["forecast"] in said
     assert list(out["scores"]) == ["alone", "head", "uml", "control"] and out["shots"] == [1, 2, 4]
-    assert np.shape(out["scores"]["uml"]) == (3, 2) and out["examples_a_class"] == 2
+    assert np.shape(out["scores"]["uml"]) == (3, 3) and out["examples_a_class"] == 2
     assert {c["image_examples"] for c in made} == {12, 24, 48} and {c["steps"] for c in made} == {2}
     assert "nearest neighbour" in said and not any(c["score_test"] for c in made)
     assert 0 < B.raw_nearest(set_up(data, "--target=text").slots["text"]) <= 1
@@ -1422,7 +1443,7 @@ def test_a_forecast_is_likely_only_above_alone_and_above_the_control(uml, contro
     assert B.forecast(dict(out, features=True, nearest=[[0.9] * 3])).startswith("unlikely")
 
 def test_preflight_asks_of_features_that_training_beats_their_nearest_neighbour(tmp_path):
-    argv = [*frozen_features(tmp_path)[0], "--layers=0", "--width=20", "--steps=4", "--seeds=2", "--jobs=1"]
+    argv = [*frozen_features(tmp_path)[0], "--layers=0", "--width=20", "--steps=4", "--seeds=3", "--jobs=1"]
     out = B.preflight(argv)
     assert out["features"] and out["forecast"].startswith("unlikely") and "nearest" in out["forecast"]
     cfg = T.resolve(T.read_run_config([*argv[:5], "--image_examples=12"]), quiet)
@@ -1675,7 +1696,8 @@ def test_sample_configs_and_the_readmes_commands_name_keys_and_sources_that_exis
         if args[0] == "compare":
             script, args, keys = "train.py", args[1:], dict(T.KEYS, **B.COMPARE_KEYS)
         if script in ("train.py", "prepare.py"):
-            assert T.shard_names(T.resolve(T.read_run_config(args, keys), quiet))
+            cfg = T.resolve(T.read_run_config(args, keys), quiet)
+            assert [P.shard_folder(cfg, slot) for slot in P.active_slots(cfg)]
 
 def test_the_pages_are_what_the_result_files_say(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["make.py", "--check"])

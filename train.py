@@ -57,7 +57,8 @@ SLOT_KEYS = {f"{slot}_{end}": key for slot, (loss, _) in MODALITIES.items() for 
     weight=(1.0, f"factor on the {slot} loss", above(0)),
     updates=(1, "steps per target step under schedule='alternate' (target: 1)", at_least(0)),
     batch=(64, f"{slot} items in a step", at_least(1)),
-    examples=(-1, "training items: nested, even over classes (-1: all, 0: off)", at_least(-1)),
+    examples=(-1, "training items, all classes together: nested, even over classes (-1: all, 0: off)",
+              at_least(-1)),
     embed=("linear", "one matrix for all tokens (a table for ids), or one vector an item: a ConvNet, timm",
            ("linear, conv or timm:NAME_OR_PATH", lambda value: re.fullmatch("linear|conv|timm:.+", value))),
 ).items()}
@@ -499,6 +500,12 @@ def open_slots(cfg, say, device=CPU):
             slot.destroy_structure()
         role = " (target)" if name == target else ""
         say(f"{name}={cfg[name]}, {len(slot.examples):,} training items, loss {cfg[f'{name}_loss']}{role}")
+        if slot.labelled and cfg[f"{name}_examples"] > 0:
+            wanted = len(slot.meta["classes"]) - len(slot.unseen)
+            without = wanted - len(np.unique(slot.split("train")["labels"][slot.examples]))
+            if without > 0:
+                say(f"warning: {name}_examples={cfg[f'{name}_examples']}, of all classes together, leaves "
+                    f"{without} of {wanted} classes without an example")
     return slots, match_classes(slots, target, say)
 
 
@@ -521,9 +528,10 @@ def match_classes(slots, target, say):
         lacking = [known[name] for name in targets if name not in names]
         if targets and (extra or lacking):
             none_common = len(lacking) == len(targets)
-            say(f"warning: classes of {slot.name} that are not the target's: {len(extra)} "
-                f"({', '.join(extra[:5])}); of the target that are not {slot.name}'s: {len(lacking)} "
-                f"({', '.join(lacking[:5])})" + ("; no label teaches both" if none_common else ""))
+            counted = lambda names: f"{len(names)} ({', '.join(names[:5])})" if names else "none"
+            cure = "; no label teaches both: give classes the same names in both" if none_common else ""
+            say(f"warning: classes of {slot.name} that are not the target's: {counted(extra)}; of the target "
+                f"that are not {slot.name}'s: {counted(lacking)}{cure}")
     return list(known.values())
 
 
@@ -1152,9 +1160,10 @@ def score_lines(result):
             lines += ["the answers are those of a linear probe, since the target has no label loss"]
         lines += too_few(name, items, fewest, result["measure"])
     if of_split("unseen_accuracy") is not None:
-        lines += [f"{result['unseen_classes']} classes had no labelled example: of their items "
-                  f"{of_split('unseen_among_unseen'):.3f} are right among themselves, "
-                  f"{of_split('unseen_accuracy'):.3f} among all classes"]
+        count = result["unseen_classes"]
+        among = f"{of_split('unseen_among_unseen'):.3f} are right among themselves"
+        lines += [f"{count} classes had no labelled example: of their items {among} (guessing: "
+                  f"{1 / count:.2g}), {of_split('unseen_accuracy'):.3f} among all classes"]
     return lines
 
 
@@ -1225,6 +1234,8 @@ def load_checkpoint(path):
     exported = os.path.isdir(path)
     if not exported and not os.path.exists(path):
         raise UserError(f"there is no checkpoint {path}")
+    if os.path.exists(of_run := os.path.join(path, "best.pt")):
+        raise UserError(f"{path} is the folder of a run: did you mean {of_run}?")
     load_file = imported("safetensors.torch", f"reading {path}").load_file if exported else None
     cure = "" if exported else ": delete it"
     with explained(f"{path} is damaged or nothing that this project wrote", cure):
@@ -1268,6 +1279,9 @@ def earlier_run(cfg, say):
                             "): choose another --out_dir or delete it")
         if differing:
             say(f"changed since the run began: {', '.join(sorted(differing))}")
+        if finished and "steps" in differing:
+            say(f"warning: its rate has fallen to 0 over {before['steps']} steps and rises again to go on: a "
+                f"fresh run of {cfg['steps']} steps would end elsewhere")
         untested = finished and cfg["score_test"] and finished["split"] == "val"
         if finished and not untested and "steps" not in differing:
             say(f"{folder} is finished; its result again:")
@@ -1285,6 +1299,10 @@ def earlier_run(cfg, say):
 
 def shard_names(cfg):
     """{slot: the name of its shard folder}, which is a hash of all that decides the data."""
+    for slot in active_slots(cfg):  # find a typo before the other slots are prepared
+        path = cfg[slot].partition(":")[2]
+        if path and not os.path.exists(path):
+            raise UserError(f"{slot}={cfg[slot]}: there is no folder or file {path}")
     return {slot: os.path.basename(shard_folder(cfg, slot)[0]) for slot in active_slots(cfg)}
 
 
