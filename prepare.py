@@ -1265,6 +1265,8 @@ def draw_splits(cfg, slot, source, say):
     split = source.get("split", np.full(n, "train")).astype("<U5")
     if "groups" in source:
         draw_groups(cfg, slot, source["groups"], source.get("default_groups"), split)
+        held_out = (f"{part}: {source['groups'][split == part][0]}" for part in ("test", "val"))
+        say(f"{slot} is split by speaker, {', '.join(held_out)}")
     elif modality_of(slot) == "audio" and any(cfg[key] for key in SPEAKER_KEYS):
         raise UserError(f"{slot}={cfg[slot]} cannot be split by speaker, that needs PATH/CLASS/* folders and "
                         f"--audio_groups: leave {', '.join(SPEAKER_KEYS)} empty to have it split at random")

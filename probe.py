@@ -1174,8 +1174,8 @@ def read_new_files(path, cfg, slot):
     with tqdm(total=len(files), unit="file", disable=None, leave=False) as bar:
         parts = list(encoded_chunks(cfg, source, range(len(files)), None, bar))
     if not parts:
-        found = f": {reasons(skipped)}" if skipped else ""
-        raise UserError(f"{path} is no folder of files that the {name} slot can read{found}")
+        found = reasons(skipped) if skipped else "found none"
+        raise UserError(f"{path} must be a folder of files that the {name} slot can read: {found}")
     if skipped:
         tell(f"skipped {len(skipped)} of {len(files)}: {reasons(skipped)}")
     kept = parts[0].keys() & {"tokens", "lengths"}
