@@ -516,12 +516,12 @@ def reasons(skipped, most=1):
 
 def class_files(path):
     """PATH/{train,val,test}/CLASS/* (val may lack) or PATH/CLASS/* -> [(part, class, file), ...]."""
-    folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
-    parts = [part for part in PARTS if part in folders]
-    means = {name: PART_OF[name[:2].lower()] for name in folders if SPLIT_WORD.fullmatch(name.lower())}
-    if parts or {"train", "test"} <= set(means.values()):
-        for name in sorted(means.keys() - set(parts)):  # such as Train or validation
-            raise UserError(f"{os.path.join(path, name)} is not read: rename it {means[name]}")
+    inside = [entry.name for entry in os.scandir(path) if entry.is_dir()]
+    parts = [part for part in PARTS if part in inside]
+    means = {name: PART_OF[name[:2].lower()] for name in inside if SPLIT_WORD.fullmatch(name.lower())}
+    misspelt = sorted(means.keys() - set(parts))  # such as Train or validation
+    if misspelt and (parts or {"train", "test"} <= set(means.values())):
+        raise UserError(f"{os.path.join(path, misspelt[0])} is not read: rename it {means[misspelt[0]]}")
     classes = {part: set() for part in (*parts, "train", "test")}  # {part: its classes}
     found, deep = [], []
     for part in parts or [""]:
@@ -530,12 +530,12 @@ def class_files(path):
             found.append((part or "train", name, file))
             classes[part or "train"].add(name)
         for folder in glob.glob(os.path.join(glob.escape(path), part, "*", "")):
-            below = files_in(folder, "*", "**", "*")
-            if not files_in(folder, "*"):  # all that is in this class, or in PATH/all, lies deeper
-                deep += below
-            elif below:
+            own, below = files_in(folder, "*"), files_in(folder, "*", "**", "*")
+            if own and below:
                 tell(f"warning: {len(below)} files lie deeper than their class and are not read: {below[0]}")
-            if not below and not files_in(folder, "*"):
+            elif below:  # all that is in this class, or in PATH/all, lies deeper
+                deep += below
+            elif not own:
                 tell(f"warning: the folder {folder} is empty")
     if deep and (found or len(deep) > len(files_in(path, "*"))):
         folders = {os.path.dirname(file) for file in deep}

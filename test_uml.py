@@ -1386,7 +1386,7 @@ def test_compare_runs_its_arms_says_a_verdict_and_is_cached(data, tmp_path, monk
     assert os.path.exists(tmp_path / "o/compare.png") and "harmonic mean" in said.out and "8/8" in said.err
     for words, more in (("unknown arm 'frozen'", "--arms=frozen"), ("needs --unrelated", "--arms=unrelated"),
                         ("must be numbers", "--search=fast"),
-                         ("seed is set run by", "--search=seed=1;seed=2"),
+                        ("seed is set run by", "--search=seed=1;seed=2"),
                         ("a target and an auxiliary", "--text="),
                         ("need a target of features", "--arms=nearest"),
                         ("every arm would", "--control=True"),
