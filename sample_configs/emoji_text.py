@@ -2,7 +2,7 @@
 
 Trained on Facebook's drawings, tested on Google's. assets/results/emoji.py makes the folder and the texts
 from npm packages. It is also an example of own data: any folder of pictures and any .json of texts will do.
-Two or three minutes on one thread. Test accuracy 0.28 with names, 0.25 without; a plain ConvNet has 0.29.
+Two to four minutes on one thread. Test accuracy 0.28 with names, 0.25 without; a plain ConvNet has 0.29.
     python assets/results/emoji.py data/emoji --packages=FOLDER
     python train.py sample_configs/emoji_text.py
     python train.py sample_configs/emoji_text.py --text= --out_dir=out/emoji_alone

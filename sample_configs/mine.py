@@ -30,5 +30,5 @@ weight_decay = 0.5        # letters, one each, like 4.0: compare '--search=weigh
 image_batch = 64          # ten thousand pictures and more: 128 or 256
 text_batch = 16
 warm_start_steps = 100    # on text alone, before the first picture
-steps = 600               # 90 times through 400 pictures; for ten thousand start with 3000
+steps = 600               # 100 times through 400 pictures; for ten thousand start with 3000
 eval_interval = 100       # of these validations the best is tested, so too many steps cost only time

@@ -97,6 +97,7 @@ ROWS = {
     "numbers_4_unseen": (25, f"{NUMBERS} --audio_examples=320 --unseen_classes=20 --search=1 --seeds=18"),
     "share_numbers": (38, f"{NUMBERS} {DOSES} --seeds=18"),
     "share_numbers_control": (38, f"{NUMBERS} {DOSES} --seeds=18 --control=True"),
+    "share_numbers_none": (8, f"{NUMBERS} --layers=0 --arms=alone,uml --search=1 --seeds=6"),
     "share_numbers_image": (42, f"{NUMBERS_IMAGE} {DOSES} --seeds=18"),
     "share_numbers_image_control": (42, f"{NUMBERS_IMAGE} {DOSES} --seeds=18 --control=True"),
     # does attention matter once the target is many tokens and not one?
