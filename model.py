@@ -9,7 +9,7 @@
                                         |       | --label head----------------> classes, SAME rows for all
 
 The trunk and the label head are where modalities meet (Gupta et al. 2025, arXiv 2510.08492,
-section 3). Nothing here knows which slot is the target, how many slots there are, or where data comes from.
+section 3). Nothing here knows where data comes from; that the first slot is the target matters to `share`.
 
 Sections: embeds of whole items, the trunk, objectives, one slot's own parts, the model, initialisation.
 """
@@ -231,7 +231,7 @@ class LanguageTrunk(nn.Module):
 
 
 # Which modules of the target's trunk an auxiliary uses too, by the value of the key `share`; of the others it
-# has its own. "trunk": all of them; "added": see AddedLinear. The label head is shared too, but with "none".
+# has its own. "trunk": all of them; "added": see AddedLinear. Only with "none" the label head is not shared.
 SHARES = dict(trunk=None, attention=("qkv", "proj"), feedforward=("up", "down"),
               norms=("norm1", "norm2", "norm"), head=(), none=(), added=())
 
@@ -239,8 +239,9 @@ SHARES = dict(trunk=None, attention=("qkv", "proj"), feedforward=("up", "down"),
 def share_parts(own, trunk, parts):
     """Put the trunk's modules of these names, such as "qkv", in the places of an auxiliary's own."""
     for mine, theirs in zip([own, *own.blocks], [trunk, *trunk.blocks]):
-        for part in set(parts) & dict(theirs.named_children()).keys():
-            setattr(mine, part, getattr(theirs, part))
+        for part in parts:
+            if hasattr(theirs, part):
+                setattr(mine, part, getattr(theirs, part))
 
 
 class AddedLinear(nn.Linear):
@@ -463,10 +464,8 @@ class UML(nn.Module):
         if real is None:
             places = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         batch = Batch(self.normalise(name, tokens), real, places, labels, hidden)
-        loss = 0.0
-        for objective in self.adapters[name].objectives:
-            loss = loss + OBJECTIVES[objective].loss(self, name, batch)
-        return loss
+        return sum(OBJECTIVES[objective].loss(self, name, batch)
+                   for objective in self.adapters[name].objectives)
 
     def normalise(self, name, tokens):
         """Tokens as stored -> what embeds read and regressions predict: ids as they are, numbers scaled."""
@@ -478,7 +477,8 @@ class UML(nn.Module):
     def states(self, name, tokens, real=None, causal=False, hidden=None):
         """Trunk states of every layer, the last one normed: list of layers + 1 tensors (B, T, C).
 
-        tokens: normalised (B, T, D), or ids (B, T); real and hidden as in Batch. Behind the conv stem T is 1.
+        tokens: normalised (B, T, D), or ids (B, T); real and hidden as in Batch. Behind an embed of whole
+        items (conv, timm) T is 1.
         """
         adapter = self.adapters[name]
         h = adapter.embed(tokens)
@@ -496,16 +496,16 @@ class UML(nn.Module):
         log_temperature = self.adapters[name].log_temperature
         return scores if log_temperature is None else scores * log_temperature.exp()
 
-    def features(self, name, tokens, real=None, layer=-1):
+    def features(self, name, tokens, real=None, every=False):
         """What a probe reads of a batch as stored: trunk states, mean over the real tokens (B, C).
 
-        Attention is causal if "next" is the slot's only loss. layer: 0 the embed, 1 ... after each block; -1
-        (the default) the last, normed; "every": all of them, (layers + 1, B, C).
+        Attention is causal if "next" is the slot's only loss. every: the states of all layers, from the embed
+        on, (layers + 1, B, C).
         """
         states = self.states(name, self.normalise(name, tokens), real, self.adapters[name].causal)
-        if layer == "every":
+        if every:
             return torch.stack([mean_over_real(h, real) for h in states])
-        return mean_over_real(states[layer], real)
+        return mean_over_real(states[-1], real)
 
     # -- initialisation --------------------------------------------------------------------------------------
 

@@ -4,9 +4,10 @@
     python prepare.py sample_configs/cifar_text.py      # real pictures and sentences, fetched once
     python prepare.py sample_configs/cifar_text.py --image=folder:/my/images --text=file:/my/notes.txt
 
-A config names a source for each slot (image, text, audio, text2, ...). No source is ever shown two slots,
-so nothing can be paired. The source of a slot becomes a folder data/MODALITY-SOURCE-HASH8/ with
-    {train,val,test}_000.bin    tokens: (n, T, D) uint8 patches or frames, or (n, T) uint16 BPE ids, padded
+A config names a source for each slot (image, text, audio, text2, ...). A source fills one slot and
+never sees another, so it cannot pair them. It becomes a folder data/MODALITY-SOURCE-HASH8/ with
+    {train,val,test}_000.bin    tokens: (n, T, D) uint8 patches or frames, or float32 features of an encoder,
+                                or (n, T) uint16 BPE ids, padded
     {train,val,test}_labels_000.bin and _lengths where the source has them; bpe.tiktoken beside text
     meta.json                   what these hold, with a checksum of each; written last
 train.py calls prepare() for a source that is missing, so running this file by hand is optional.
@@ -155,7 +156,7 @@ PREPARE_KEYS.update(
     audio_frames=(64, "recordings are cut or padded to this many frames", at_least(1)),
     audio_group=(4, "frames in a token", at_least(1)),
     audio_groups=("", "regular expression: its first group, in a file's name, is the speaker to split by"),
-    audio_test_group=("", "the speaker of the test split: a name, #N for the N-th by name, or each: #SEED"),
+    audio_test_group=("", "the speaker of the test split: a name, a number (#0: the first), or each: #SEED"),
     audio_val_group=("", "the speaker of the validation split, likewise"),
     val_fraction=(0.1, "share of the items for val (and for test, if a source has none)", above(0), below(1)),
     verify=(False, "compare every shard with its checksum before use (sizes are always checked)"),
@@ -549,8 +550,8 @@ def class_files(path):
                         "and no class may be called train, val or test")
     odd = set.union(*classes.values()) - set.intersection(*classes.values())
     if parts and odd:
-        raise UserError(f"{path} must have both train/ and test/, with the same classes, or neither: "
-                        f"they differ in {', '.join(sorted(odd)[:5])}")
+        raise UserError(f"{path} must have train/ and test/ (and perhaps val/), all with the same "
+                        f"classes, or none of them: they differ in {', '.join(sorted(odd)[:5])}")
     return found
 
 
@@ -738,7 +739,7 @@ def parquet_columns(cfg, modality, schema, file):
         missing = f"'{label}' of classes" if column in fitting else f"'{column}' of {modality}"
         there = ", ".join(f"{name} ({kind})" for name, kind in types.items())
         raise UserError(f"{file} has no column {missing}, but {there}: name the right ones with "
-                        f"{modality}_column and {modality}_label")
+                        f"--{cfg['slot']}_column and --{cfg['slot']}_label")
     return column, label if label in types else None
 
 
@@ -782,7 +783,7 @@ SOURCES = {  # source: (function, modalities it can fill)
     "letters": (letters_source, ("image", "text")), "numbers": (numbers_source, ("image", "text", "audio")),
     "cifar10": (cifar10_source, ("image",)), "cupl": (cupl_source, ("text",)),
     "folder": (folder_source, ("image", "audio")), "file": (file_source, ("text",)),
-    "npz": (npz_source, tuple(MODALITIES)), "parquet": (parquet_source, tuple(MODALITIES)),
+    "npz": (npz_source, tuple(MODALITIES)), "parquet": (parquet_source, ("image", "text", "audio")),
 }
 WITH_PATH = ("folder", "file", "npz", "parquet")  # these are written SOURCE:PATH
 
@@ -814,7 +815,9 @@ def read_picture(cfg, file, channels=3, name=None):
         if not whole:
             picture.draft("RGB", (size, size))  # a JPEG is decoded at a lower resolution if that is enough
         ImageOps.exif_transpose(picture, in_place=True)  # turned as the camera was held
-        if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit greys: 65535 becomes 255
+        if picture.mode == "F":
+            raise ValueError("it holds floats: save it as 8 or 16 bits")
+        if picture.mode.startswith("I"):  # 16-bit greys: 65535 becomes 255
             grey = (np.asarray(picture).astype(np.float64) / 257).clip(0, 255)
             picture = Image.fromarray(grey.astype(np.uint8))
         if "A" in picture.getbands() or "transparency" in picture.info:
@@ -1131,6 +1134,8 @@ PRETRAINED = dict(image=picture_encoder, text=text_encoder, audio=audio_encoder)
 def open_encoder(cfg, slot):
     """make(item) and encode(cfg, items, _) of a slot's pretrained encoder, on a GPU if there is one."""
     import torch
+    if modality_of(slot) not in PRETRAINED:
+        raise UserError(f"{slot}_encoder: there are encoders of {', '.join(PRETRAINED)} only: leave it empty")
     spec, keep = cfg[f"{slot}_encoder"], cfg[f"{slot}_encoder_tokens"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     make, encode = PRETRAINED[modality_of(slot)](cfg, spec, keep, device)
@@ -1220,7 +1225,8 @@ def parse_source(cfg, slot):
         return modality, name, path
     near = [fitting[known] for known in difflib.get_close_matches(name, fitting, n=1)]
     if os.path.exists(source):
-        near = [f"{'file' if modality == 'text' else 'folder'}:{source}"]
+        end = os.path.splitext(source)[1][1:].lower()
+        near = [f"{end if end in fitting else 'file' if modality == 'text' else 'folder'}:{source}"]
     advice = f", did you mean '{near[0]}'?" if near else ""
     known = ", ".join(fitting.values())
     raise UserError(f"{slot}='{source}' is no source of {modality}{advice} (there are {known})")
@@ -1230,11 +1236,15 @@ def make_shards(cfg, slot, folder, made_from, say):
     """Run a source, split its items, encode them chunk by chunk and write the shards to folder."""
     start = time.perf_counter()
     modality, name, path = parse_source(cfg, slot)
+    column, label = cfg[f"{slot}_column"], cfg[f"{slot}_label"]
+    if name == "file" and column and column == (label or "label"):
+        raise UserError(f"{slot}_column and {slot}_label are both '{column}': texts and their classes need a "
+                        "column each")
     for whole, part in (("image_size", "patch_size"), ("audio_frames", "audio_group")):
         if whole in MADE_BY.get(modality, ()) and cfg[whole] % cfg[part] and not cfg[f"{slot}_encoder"]:
             raise UserError(f"{whole}={cfg[whole]} is not a multiple of {part}={cfg[part]}")
     source = dict(make=lambda item: item, labels=None, classes=[], encode=modality, skipped={})  # defaults
-    cfg = dict(cfg, column=cfg[f"{slot}_column"], label=cfg[f"{slot}_label"])
+    cfg = dict(cfg, slot=slot, column=column, label=label)
     encoder = open_encoder(cfg, slot) if cfg[f"{slot}_encoder"] else None
     source.update(SOURCES[name][0](cfg, modality, path))
     if encoder:
@@ -1284,8 +1294,8 @@ def draw_splits(cfg, slot, source, say):
     if labels is not None and "test" not in split and len(np.unique(labels)) > 1:
         say(f"{slot} has one or two items of every class: all are for training, an auxiliary needs no others")
     elif missing := [part for part in PARTS if part not in split]:
-        raise UserError(f"{slot}={cfg[slot]}: too few items ({n}) for a {missing[0]} split: about "
-                        f"{2 / cfg['val_fraction']:.0f} are needed")
+        raise UserError(f"{slot}={cfg[slot]}: too few items ({n}) for a {missing[0]} split at "
+                        f"val_fraction={cfg['val_fraction']}: give more, or another --val_fraction")
     return split
 
 
@@ -1350,8 +1360,8 @@ def write_splits(cfg, folder, source, split, say):
             if skipped and not cfg["skip_bad"]:
                 continue  # to the other bad ones: refused below
             if not files:
-                raise UserError(f"none of the {len(rows)} files for the {part} split is readable: "
-                                f"{reasons(skipped)}")
+                raise UserError(f"none of the {len(rows)} items for the {part} split is readable: "
+                                f"{reasons(skipped) or 'all are empty'}")
             for shard in itertools.chain(*files.values()):
                 path = os.path.join(folder, shard["file"])
                 with writing(path), open(path, "rb+") as f:

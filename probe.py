@@ -9,8 +9,8 @@
 
 Analyses use frozen features of the target's test split (of validation, if the run must never open test).
 Probes are fitted on the run's own training examples, their penalty is chosen on validation, and items of
-unseen classes are left out. Only few-shot probes, which draw from the whole training split, and alignment
-take in every class. All numbers of an analysis are in analysis.json of the first run's folder.
+unseen classes are left out. Two analyses take in every class: few-shot probes, which draw from the whole
+training split, and alignment. All numbers of an analysis are in analysis.json of the first run's folder.
 
 Sections: statistics, compare, preflight, many runs, measures, corruptions, analyses, embed, export, figures,
 commands.
@@ -43,12 +43,12 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from model import mean_over_real
-from prepare import (LEVELS_PER_DB, UserError, active_slots, at_least, encode_features, encode_text,
-                     encoded_chunks, encoder_sha256, exit_on_user_error, explained, file_sha256, file_source,
-                     imported, is_clutter, levels_of, load_bpe, log_mel_of, modality_of, open_encoder,
-                     patchify, plain_name, prepare, print_help, read_config, read_json, read_meta,
-                     read_picture, read_recording, read_text, real_places, reasons, skipping, tell,
-                     unpatchify, write_file, write_json, writing)
+from prepare import (LEVELS_PER_DB, WITH_PATH, UserError, active_slots, at_least, encode_features,
+                     encode_text, encoded_chunks, encoder_sha256, exit_on_user_error, explained, file_sha256,
+                     file_source, imported, is_clutter, levels_of, load_bpe, log_mel_of, modality_of,
+                     open_encoder, patchify, plain_name, prepare, print_help, read_config, read_json,
+                     read_meta, read_picture, read_recording, read_text, real_places, reasons, skipping,
+                     tell, unpatchify, write_file, write_json, writing)
 from train import (EXPORTED, FREE_KEYS, KEYS, REPORTED, TRAINING_VERSION, Slot, choose_examples,
                    count_right, evaluate, extract, fit_probe, linear_probe, load_checkpoint, load_model,
                    open_slots, pick_device, read_run_config, resolve, score_lines, shard_names, too_few,
@@ -102,8 +102,9 @@ COMPARE_KEYS = dict(
     first_seed=(0, "seed of the first run of an arm, the others follow", at_least(0)),
     arms=("alone,uml,control", "arms to train; alone and uml are always among them"),
     unrelated=("", "the source of the auxiliary in the arm 'unrelated'"),
-    search=("0.5,1,2", "candidates of each arm, chosen on validation with a seed never reported: factors on "
-            "learning_rate, or settings 'learning_rate=1e-3,weight_decay=0.5;learning_rate=...'"),
+    search=("0.5,1,2", "candidates of each arm, chosen on validation with a seed never reported (with "
+            "audio_test_group='each': by every seed): factors on learning_rate, or settings "
+            "'learning_rate=1e-3,weight_decay=0.5;learning_rate=...'"),
     jobs=(0, "runs at a time (0: on a GPU one, else one a core, of one thread each)", at_least(0)),
 )
 
@@ -152,6 +153,7 @@ def unrelated_source(cfg, options):
     changes = dict(head_from="")
     for slot in auxiliaries_of(cfg):
         changes.update({slot: options["unrelated"], f"{slot}_loss": "next", f"{slot}_embed": "linear"})
+        changes.update({f"{slot}_{key}": "" for key in ("encoder", "column", "label")})
     return changes
 
 
@@ -207,6 +209,9 @@ def compare(argv):
     # With audio_test_group="each" every speaker is the test speaker of some seed. One choice of settings for
     # all seeds would have seen test data, so there every seed chooses on its own validation speaker.
     per_seed = cfg["audio_test_group"] == "each" and modality_of(cfg["target"]) == "audio"
+    if per_seed and len(settings) > 1 and not cfg["score_test"]:
+        raise UserError("each seed chooses on its own validation speaker, who would be reported as well: "
+                        "leave --score_test=False out, or give --search=1")
     if SEARCH_SEED in options["seeds"] and len(settings) > 1 and not per_seed:
         raise UserError(f"seed {SEARCH_SEED} chooses settings and is not reported: lower first_seed or seeds")
     for arm in arms:  # refuse now what would fail hours later
@@ -244,8 +249,9 @@ def read_comparison(argv, keys, command):
         raise UserError(f"{command} needs a config with a target and an auxiliary: probe.py {command} CONFIG")
     arms = cfg.get("arms", "control").split(",")  # preflight has a control as well
     if cfg["stages"] or (cfg["control"] and "control" in arms):
+        may = " (control=True may stay where --arms names no control)" if command == "compare" else ""
         raise UserError("stages=True and control=True are for one run, here every arm would get them: leave "
-                        "them out (control=True may stay where --arms names no control)")
+                        f"them out{may}")
     return cfg, own_keys(cfg)
 
 
@@ -432,13 +438,13 @@ def verdict(out):
     """One sentence on what compare.json says. Help is claimed only where uml is above alone AND above the
     control, each with p < 0.05."""
     alone, control = out["arms"]["uml"]["minus_alone"], out["arms"].get("control", {}).get("uml_minus")
-    count = out.get("folds", out["seeds"])
+    count = out["folds"]
 
     def signed(value):
         """An accuracy in points, a loss as it is."""
         return f"{100 * value:+.1f}" if out["chance"] else f"{value:+.3f}"
 
-    said = "" if out.get("measure") != "balanced_accuracy" else "balanced accuracy: "
+    said = "" if out["measure"] != "balanced_accuracy" else "balanced accuracy: "
     said += f"uml minus alone is {signed(alone['mean'])}"
     if alone["half"] is not None:
         said += f" [{signed(alone['mean'] - alone['half'])}, {signed(alone['mean'] + alone['half'])}]"
@@ -529,8 +535,9 @@ def preflight(argv):
     if target.measure() == "loss":
         raise UserError(f"preflight needs a target with classes, {target.name}={cfg[target.name]} has none")
     labels, seen = target.split("train")["labels"], len(target.meta["classes"]) - len(target.unseen)
-    counts = np.delete(np.bincount(labels, minlength=len(target.meta["classes"])), target.unseen)
-    shots = [k for k in SHOTS if k == 1 or k <= counts.min()]
+    every = np.bincount(labels, minlength=len(target.meta["classes"]))
+    counts = np.delete(every, target.unseen)
+    shots = [k for k in SHOTS if k == 1 or k <= every.min()]  # whatever classes a seed leaves out
     arms = ["alone", "uml", "control"]
     labelled = [slot for slot in others if "label" in slot.objectives]
     if "label" in target.objectives and labelled and cfg["share"] != "none":
@@ -618,7 +625,7 @@ def show_preflight(out):
 
 
 def raw_nearest(slot):
-    """Accuracy on validation of the class of the nearest labelled example, before anything is learned."""
+    """What the class of the nearest labelled example scores on validation, before anything is learned."""
     (known, labels), (new, truth) = raw_vectors(slot, "train"), raw_vectors(slot, "val")
     return count_right(nearest_labels(known, labels, new), truth)[slot.measure()]
 
@@ -712,8 +719,8 @@ def run_in_processes(configs, jobs, bar):
                 keys = [f"--{key}={value}" for key, value in cfg.items()]
                 log = cfg["out_dir"] + ".log"
                 with open(log, "wb") as file:
-                    # In a session of its own it does not get Ctrl-C. Our SIGTERM would be a second signal,
-                    # and a second signal ends a run without saving.
+                    # In a session of its own a run gets no Ctrl-C from the terminal. With our SIGTERM that
+                    # would be two signals, and the second ends a run without saving.
                     working[log] = subprocess.Popen([sys.executable, script, *keys], stdout=file, stderr=file,
                                                     start_new_session=True)
             time.sleep(0.1)
@@ -898,12 +905,18 @@ def finished_result(folder):
     if not os.path.exists(path):
         raise UserError(f"{folder} holds no finished run (no result.json): train one first, for example "
                         "`python train.py sample_configs/letters_text.py`, or finish it with --resume")
-    return read_json(path)
+    return read_own(path)
 
 
 def config_of(folder):
     """The config of a run as it was last gone on with; that in best.pt may be of before a --resume."""
-    return read_json(os.path.join(folder, "config.json"))
+    return read_own(os.path.join(folder, "config.json"))
+
+
+def read_own(path):
+    """The JSON of a file that a run or compare wrote. UserError if it is damaged."""
+    with explained(f"{path} is damaged"):
+        return read_json(path)
 
 
 def check_shards(folder, cfg):
@@ -928,7 +941,7 @@ def analyse(run, pool, bar):
     model, target, train = run.model, run.target, run.target.split("train")
     labels, classes = torch.from_numpy(run.held["labels"]).long(), len(run.target.meta["classes"])
     parts = [(train, target.examples), (target.split("val"), seen_rows(target, "val")), (run.held, None)]
-    features = [pool.submit(extract, model, target, *part, layer="every") for part in parts]
+    features = [pool.submit(extract, model, target, *part, every=True) for part in parts]
     known, val, held = (job.result() for job in features)  # (layers + 1, n, C) each
     known_labels, val_labels = (torch.from_numpy(arrays["labels"][rows]) for arrays, rows in parts[:2])
     seen = run.seen
@@ -942,7 +955,7 @@ def analyse(run, pool, bar):
 
     layers = list(pool.map(probe_of, range(len(held))))
     bar.update()
-    # from here on of the last layer, which is the one the loop ended with
+    # from here on: the last layer
     _, weight, bias = layers[-1]
     margin = margins(held[-1, seen], labels[seen], weight, bias)
     low, median, high = margin.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
@@ -980,7 +993,7 @@ def robustness(run, chosen, clean, pool):
             changed = corrupt_frames(tokens, meta["mels"], *kind_and_severity)
         return evaluate(run.model, run.target, dict(run.held, tokens=changed), chosen)["accuracy"]
 
-    found = iter(list(pool.map(accuracy, itertools.product(kinds, (1, 2, 3)))))
+    found = pool.map(accuracy, itertools.product(kinds, (1, 2, 3)))  # in this order
     return {kind: [clean, next(found), next(found), next(found)] for kind in kinds}
 
 
@@ -1219,9 +1232,15 @@ def export(folder, into):
 def without_paths(cfg):
     """A run's config for others to read: sources and encoders by their names, no folder of this machine."""
     private = ("raw_dir", "data_dir", "out_dir", "init_from")
-    kept = {key: value for key, value in cfg.items() if key not in private}
-    return {key: short_source(value) if re.match("(folder|file|npz|parquet|timm|hf):", str(value)) else value
-            for key, value in kept.items()}
+
+    def public(value):
+        kind, _, path = str(value).partition(":")
+        # an encoder of the Hub keeps its organisation: hf:sentence-transformers/all-MiniLM-L6-v2
+        local = path.count("/") > 1 or os.path.isdir(path)
+        ours = kind in WITH_PATH or (kind in ("timm", "hf") and local)
+        return short_source(value) if ours else value
+
+    return {key: public(value) for key, value in cfg.items() if key not in private}
 
 
 def card(folder, full_cfg, result):
@@ -1235,7 +1254,7 @@ def card(folder, full_cfg, result):
     verdict = "no comparison with the target alone was found"
     for parent in ("", "..", "../.."):  # compare keeps its runs two folders below compare.json
         path = os.path.join(folder, parent, "compare.json")
-        out = read_json(path) if os.path.exists(path) else {}
+        out = read_own(path) if os.path.exists(path) else {}
         if facts.items() <= out.items() and others.items() <= out["auxiliaries"].items():
             verdict = f"{out['verdict']} ({out['seeds']} seeds)"
             break
@@ -1293,7 +1312,7 @@ def draw_compare(path, out):
         minus = "minus " if out["measure"] == "loss" else ""
         ax.set_ylabel(f"{minus}{out['split']} {worded(out['measure'])}")
         title = f"{short_source(out['target'])}, {out['examples']} examples\nwith {show_auxiliaries(out)}"
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title.replace("$", r"\$"), fontsize=9)  # else $...$ would be a formula
 
 
 def draw_side_by_side(path, runs):
@@ -1328,7 +1347,8 @@ def draw_predictions(path, runs, rows=4, columns=6):
                   if (run.target.folder, run.split) == (first.target.folder, first.split)]
     short = []  # the words that tell each class from the others, in lines that fit below a picture
     for name, words in zip(meta["classes"], class_words(meta["classes"])):
-        short.append(textwrap.fill(" ".join(words) or name, 24))
+        shown = textwrap.fill(" ".join(words) or name, 24)
+        short.append(shown.replace("$", r"\$"))  # matplotlib would read $...$ as a formula
     chosen = np.random.default_rng(0).permutation(first.seen)[:rows * columns]
     totals = []
     for run in same_items:

@@ -405,6 +405,8 @@ def test_pictures_of_every_odd_kind_are_read_or_refused(tmp_path, monkeypatch):
     assert picture(tmp_path / "turned.jpg")[:, 0].mean() > 200
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # so that a bomb need not be 10 GB
     refuses("wide.png is not a readable image .*bomb", picture, tmp_path / "wide.png")
+    Image.new("F", (9, 9), 0.5).save(tmp_path / "floats.tif")  # 0 to 1, or 0 to 255? it does not say
+    refuses("floats.tif is not a readable image .*holds floats", picture, tmp_path / "floats.tif")
 
 # -- sound --------------------------------------------------------------------------------------------------
 @cases("how", ["a.wav PCM_U8", "a.wav PCM_16", "a.wav PCM_24", "a.wav PCM_32", "a.wav FLOAT", "a.flac PCM_16",
@@ -637,7 +639,7 @@ def test_parquet_that_cannot_be_used_is_refused_in_a_sentence(tmp_path):
     write("odd/test", image=cells, label=list("ac" * 5))
     for words, source, *more in (
             (r"no column 'image' of image, but image \(string\)", write("type", image=["x"] * 10)),
-            ("no column 'image'.* image_column", write("two", one=cells, other=cells)),
+            ("no column 'image'.* --image_column", write("two", one=cells, other=cells)),
             ("no column 'kind' of classes, but image", whole, "--image_label=kind"),
             ("cut.parquet is not a readable", f"parquet:{tmp_path}/cut.parquet"),
             ("same classes, or none: they differ in b, c", f"parquet:{tmp_path}/odd"),
@@ -815,6 +817,7 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
         open(file, "w").close()
     folder("deep/all", parts=("",)), folder("deep/all/cow", ("more",), parts=("",))
     (tmp_path / "u.txt").write_text("some line\n" * 20), os.makedirs(tmp_path / "empty")
+    (tmp_path / "u.npz").write_text("no arrays")
     for words, *argv in (
             (r"^3 of 26 .*\(also .*7.png, .*6.png\): remove them, or", bad), ("10 images or more", rotten),
             (f"did you mean folder:{tmp_path}/deep/all", f"--image=folder:{tmp_path}/deep"),
@@ -838,6 +841,8 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
             ("joins an item into one", "--image_loss=next", "--image_embed=conv"),
             ("there are numbers, folder", "--audio=letters"), ("did you mean 'letters'", "--image=leters"),
             (f"did you mean 'folder:{HERE}'", f"--image={HERE}"),
+            (f"did you mean 'npz:{tmp_path}/u.npz'", f"--image={tmp_path}/u.npz"),
+            ("are both 'label'", f"--text=file:{tmp_path}/u.txt", "--text_column=label"),
             ("must name an auxiliary", "--text=letters", "--head_from=audio"),
             ("one update on the target", "--image_updates=2"), ("0.01 to 1", "--image_crop=2.0")):
         refuses(words, run, "--image=letters", *RUN, *argv, *into(tmp_path))
@@ -851,6 +856,11 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
 def test_scripts_refuse_in_a_sentence(module, argv, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", [module.__file__, *argv])
     refuses(words, module.main)
+
+def test_what_ended_in_a_traceback_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "result.json").write_text("{")
+    refuses("result.json is damaged", B.finished_result, tmp_path)
+    refuses("encoders of image, text, audio only", P.open_encoder, {}, "sensor")
 
 def test_a_script_that_refuses_prints_one_sentence_and_exits_with_2():
     code, out, wrong = finish(start("prepare.py", "--audio=letters"))
@@ -1017,6 +1027,12 @@ def test_classes_that_only_one_slot_knows_are_told_in_one_line(names, words):
     said = []
     T.match_classes(slots, "image", said.append)
     assert len(said) == 1 and words in said[0]
+
+def test_only_keys_that_someone_set_are_told_as_ignored(data):
+    """--text2= listed all eleven keys of text2, nine of them nobody's."""
+    said = []
+    T.resolve(config(data, "unused", "--text2=", "--text2_loss=label", "--audio_shift=2"), said.append)
+    assert said == ["ignored, since nothing in this run uses them: audio_shift, text2_loss"]
 
 def test_a_class_is_the_same_however_its_accents_are_stored():
     """macOS writes accents in file names as characters of their own: names looked alike and did not match."""
@@ -1262,6 +1278,9 @@ def test_init_from_takes_the_trunk_of_another_run(data, pair):
     assert all(torch.equal(one[key], two[key]) for key in one if key.startswith("trunk."))
     assert not torch.equal(one["adapters.text.embed.weight"], two["adapters.text.embed.weight"])
     refuses("another width", set_up, data, "--width=64", f"--init_from={pair.uml}")
+    apart = set_up(data, "--share=head", f"--init_from={pair.uml}").model  # every slot's trunk starts there
+    ours, texts = apart.trunk.state_dict(), apart.own_trunk["text"].state_dict()
+    assert all(torch.equal(ours[key], texts[key]) for key in ours)
 
 @slow
 def test_benchmark_says_where_the_time_goes(data, tmp_path):
@@ -1356,9 +1375,10 @@ def test_the_verdict_claims_help_only_above_alone_and_above_the_control(words, a
     arms = dict(uml=dict(minus_alone=entry(*alone)))
     if control:
         arms["control"] = dict(uml_minus=entry(*control))
-    said = B.verdict(dict(arms=arms, chance=0.1, seeds=seeds))
+    out = dict(arms=arms, chance=0.1, seeds=seeds, folds=seeds, measure="accuracy")
+    said = B.verdict(out)
     assert words in said and sum(said.startswith(start) for start in make.VERDICTS) == 1  # a word for each
-    assert f"{alone[0]:+.3f}" in B.verdict(dict(arms=arms, chance=None, seeds=seeds))  # of a loss: no points
+    assert f"{alone[0]:+.3f}" in B.verdict(dict(out, chance=None))  # of a loss: no points
 
 def test_speakers_and_not_their_seeds_are_compared_with_the_control():
     """Six seeds on three speakers are three pairs."""
@@ -1390,6 +1410,8 @@ def test_compare_runs_its_arms_says_a_verdict_and_is_cached(data, tmp_path, monk
                         ("a target and an auxiliary", "--text="),
                         ("need a target of features", "--arms=nearest"),
                         ("every arm would", "--control=True"),
+                        ("who would be reported", "--target=audio --audio=numbers --audio_test_group=each "
+                         "--search=1,2 --score_test=False"),
                         ("a label loss of", "--arms=head --text_loss=next")):
         refuses(words, B.compare, [*argv, *more.split()])
 
@@ -1538,6 +1560,7 @@ def test_a_log_may_repeat_steps_of_a_killed_run_and_end_in_half_a_line(tmp_path)
 def test_probe_reads_runs_side_by_side(pair, monkeypatch, capsys):
     monkeypatch.setattr(B, "few_shot", partial(B.few_shot, shots=(1, 2), draws=2))
     monkeypatch.setattr(sys, "argv", ["probe.py", pair.uml, pair.alone])
+    monkeypatch.setattr(B, "class_words", lambda classes: [["$_$"]] * len(classes))  # is no formula
     B.main()
     said, (uml, alone) = capsys.readouterr().out, json.load(open(f"{pair.uml}/analysis.json"))
     accuracy = next(line for line in said.splitlines() if line.startswith("  accuracy")).split()[1:]
@@ -1581,6 +1604,9 @@ def test_an_exported_model_gives_the_same_bits_and_a_card_with_its_scores(data, 
                   f"accuracy {pair.result['test_accuracy']:.3f}", "95% interval", "data helped (8 seeds"):
         assert words in card
     assert data not in card + about and str(tmp_path) not in card + about  # no folder of this machine
+    cfg = dict(trunk="hf:one/of-the-hub", text_encoder=f"hf:{tmp_path}", image="folder:/my/cats", steps=9)
+    shown = dict(trunk="hf:one/of-the-hub", text_encoder=f"hf:{tmp_path.name}", image="folder:cats", steps=9)
+    assert B.without_paths(dict(cfg, raw_dir="/raw")) == shown
     (one, _), (two, saved) = T.load_model(f"{folder}/best.pt"), T.load_model(out)
     assert torch.equal(*(model.features("image", batch["tokens"]) for model in (one, two)))
     assert saved["classes"][0].startswith("latin ") and not two.training

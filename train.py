@@ -56,7 +56,7 @@ SLOT_KEYS = {f"{slot}_{end}": key for slot, (loss, _) in MODALITIES.items() for 
     loss=(loss, f"objectives of the {slot} slot, joined by '+': next, reconstruct, label"),
     weight=(1.0, f"factor on the {slot} loss", above(0)),
     updates=(1, "steps per target step under schedule='alternate' (target: 1)", at_least(0)),
-    batch=(64, f"{slot} items in a step", at_least(1)),
+    batch=(64, f"{slot} items in an update", at_least(1)),
     examples=(-1, "training items, all classes together: nested, even over classes (-1: all, 0: off)",
               at_least(-1)),
     embed=("linear", "one matrix for all tokens (a table for ids), or one vector an item: a ConvNet, timm",
@@ -100,7 +100,7 @@ KEYS = dict(
     mask_ratio=(0.5, "share of tokens hidden in 'reconstruct'", above(0), below(1)),
     # training
     seed=(0, "of parameters, examples, batches and augmentation", at_least(0)),
-    steps=(1000, "target updates; the log counts the warm start too", at_least(1)),
+    steps=(1000, "target steps; the log counts the warm start too", at_least(1)),
     warm_start_steps=(0, "updates on the auxiliaries alone, before the first target update", at_least(0)),
     schedule=("alternate", "or joint: one step on the weighted sum of losses", one_of("alternate", "joint")),
     learning_rate=(1e-3, "peak of each phase's cosine, after a linear warm-up of 5%", above(0)),
@@ -196,7 +196,8 @@ def resolve(cfg, say=tell):
     idle = [key for key, owner in owners.items() if SLOT_NAME.fullmatch(owner) and owner not in used]
     # These keys are about auxiliaries; where there are none they get their defaults.
     reset = [] if auxiliaries else ["warm_start_steps", "head_from", "share", "stages", "control"]
-    ignored = [key for key in [*idle, *reset] if key not in KEYS or cfg[key] != KEYS[key][0]]
+    default = lambda key: KEYS[re.sub(r"^([a-z]+)\d", r"\1", key)][0]  # text2_loss has that of text_loss
+    ignored = [key for key in [*idle, *reset] if cfg[key] != default(key)]
     if ignored:
         say("ignored, since nothing in this run uses them: " + ", ".join(sorted(ignored)))
     cfg.update({key: KEYS[key][0] for key in reset})
@@ -356,8 +357,8 @@ class Slot:
             shift, gain, mask = cfg["audio_shift"], cfg["audio_gain"], cfg["audio_mask"]
             changes["move"] = rng.integers(-shift, shift + 1, B)  # frames to the right
             changes["gain"] = rng.uniform(-gain, gain, B)  # decibels
-            changes["blank_size"] = rng.integers(0, mask + 1, (B, 2))  # mels and frames
-            changes["blank_start"] = rng.random((B, 2))  # as a share of all mels and frames
+            changes["blank_size"] = rng.integers(0, mask + 1, (B, 2))  # frames and mels
+            changes["blank_start"] = rng.random((B, 2))  # as a share of all frames and mels
         if self.hides:
             changes["hidden"] = rng.random((B, self.length)) < cfg["mask_ratio"]
         return changes
@@ -435,7 +436,8 @@ def to_device(array, device):
 
 
 def warp_pictures(tokens, patch, warp):
-    """Map pictures (B, T, D) by warp (B, 2, 3), in units of half a picture; edges repeat -> float32."""
+    """Draw pictures (B, T, D) anew -> float32. warp (B, 2, 3), in units of half a picture, says where in the
+    old picture each place of the new one is read; beyond its edges they repeat."""
     pictures = unpatchify(tokens, patch).permute(0, 3, 1, 2).float()  # (B, c, S, S)
     grid = F.affine_grid(warp, pictures.shape, align_corners=False)
     moved = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
@@ -543,11 +545,10 @@ def model_slots(slots):
     """What model.py must know of each slot, plain enough to be stored in a checkpoint."""
     plain = {}
     for name, slot in slots.items():
-        shape = slot.meta["arrays"]["tokens"]["shape"]  # of an item: (T, D), or (T,) of ids
         kept = [key for key in ("kind", "vocab", "mean", "std", "patch", "mels") if key in slot.meta]
         plain[name] = dict({key: slot.meta[key] for key in kept}, loss=slot.objectives, length=slot.length)
         if slot.meta["kind"] == "continuous":
-            plain[name]["dim"] = shape[1]
+            plain[name]["dim"] = slot.meta["arrays"]["tokens"]["shape"][1]  # of (T, D)
         if slot.joined:
             plain[name]["embed"] = slot.cfg[f"{name}_embed"].split(":")[0]
             plain[name].update({key: slot.cfg[key] for key in ("standard_weights", "equal_contrast")})
@@ -595,8 +596,8 @@ def build_pretrained_model(cfg, slots, classes):
         model.adapters[name].embed.net.load_state_dict(encoder.state_dict())
     if language_model and cfg["trunk_start"] == "pretrained":
         weights = language_model.state_dict()
-        for trunk in (model.trunk, *model.own_trunk.values()):
-            trunk.net.load_state_dict({key: weights[key] for key in trunk.net.state_dict()})
+        for part in (model.trunk, *model.own_trunk.values()):
+            part.net.load_state_dict({key: weights[key] for key in part.net.state_dict()})
     return model
 
 
@@ -810,8 +811,8 @@ def reporting(cfg):
 
 def read_clock(device):
     """Seconds, once the device has done all that it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
@@ -827,6 +828,8 @@ def start_head_from(run, slot):
     for row in np.unique(rows):
         mean = features[rows == row].mean(0) - features.mean(0)
         head[row] = mean / mean.norm().clamp_min(1e-6)
+    if dist.is_initialized():  # an encoder's BatchNorm has gathered other statistics in every process
+        dist.broadcast(head, 0)
     if run.cfg["fsdp"]:
         run.engine.label_head.weight.copy_(shard_like(run.engine.label_head.weight, head))
 
@@ -880,6 +883,8 @@ def set_up(cfg, say, saved=None):
     if threads:  # going on: as many as before, since another number rounds differently
         torch.set_num_threads(threads)
     device, autocast, device_line = pick_device(cfg)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     slots, classes = open_slots(cfg, say, device)
     if saved:
         model = build_model(cfg, saved["slots"], classes, saved["trunk"])
@@ -890,13 +895,15 @@ def set_up(cfg, say, saved=None):
         if any(checkpoint["config"][key] != cfg[key] for key in ("width", "layers", "heads")):
             raise UserError(f"init_from={folder} has a trunk of another width, depth or number of heads")
         with explained(f"init_from={folder} has a trunk of another kind"):
-            model.trunk.load_state_dict(other.trunk.state_dict())
+            for trunk in (model.trunk, *model.own_trunk.values()):
+                trunk.load_state_dict(other.trunk.state_dict())
     model.to(device)
     if saved:
         load_saved(cfg, model, saved["model"])
     compiled = cfg["compile"]
     if compiled is None:  # compiling took 50 s on an H200 and then saved a seventh of every step
-        compiled = device.type == "cuda" and cfg["steps"] >= 10_000 and not cfg["fsdp"]
+        compiled = device.type == "cuda" and cfg["steps"] >= 10_000
+    compiled = compiled and not cfg["fsdp"]
     engine = torch.compile(model) if compiled else model
     if cfg["fsdp"]:
         engine = sharded_copy(model)
@@ -920,7 +927,8 @@ def set_up(cfg, say, saved=None):
     bar = tqdm(total=cfg["warm_start_steps"] + cfg["steps"], initial=state.get("step", 0), unit="step",
                disable=None if say is tell else True, delay=1)
     run = Run(cfg, device, autocast, slots, classes, model, engine, optimizer, bar, None, **state)
-    # Refuse before anything is written. (At the last step with a best: trained, only its score is missing.)
+    # Refuse before anything is written. (At its last step a run with a best.pt may go on: its score is
+    # missing.)
     if run.step > run.total or (run.step == run.total and run.best is None):
         raise UserError(f"{cfg['out_dir']} is at step {run.step}, not before the {run.total} asked for: "
                         "raise --steps, or change --out_dir")
@@ -958,13 +966,13 @@ def evaluating(model):
         model.train(training)
 
 
-def extract(model, slot, arrays, rows=None, layer=-1):
-    """Frozen features of the given rows of a split (None: all), (n, C) on the CPU; of layer="every" layer
+def extract(model, slot, arrays, rows=None, every=False):
+    """Frozen features of the given rows of a split (None: all), on the CPU: (n, C); every: of all layers,
     (layers + 1, n, C)."""
     parts = []
     with evaluating(model):
         for batch in slot.evaluation_batches(arrays, rows):
-            parts.append(model.features(slot.name, batch["tokens"], batch.get("real"), layer).float().cpu())
+            parts.append(model.features(slot.name, batch["tokens"], batch.get("real"), every).float().cpu())
     return torch.cat(parts, dim=-2)
 
 
@@ -996,13 +1004,12 @@ def linear_probe(features, labels, classes, l2=1.0, standardise=True):
         loss.backward()
         return loss
 
-    with torch.enable_grad():
-        solver.step(objective)
+    solver.step(objective)
     weight = weight.detach() / std
     return weight, bias.detach() - weight @ mean
 
 
-def fit_probe(known, val, classes, measure="accuracy", standardise=True):
+def fit_probe(known, val, classes, measure, standardise=True):
     """The linear probe on `known`, of four penalties, that is best on `val` by a measure: (weight, bias).
 
     known and val: (features (n, C), labels (n,)). standardise as in linear_probe().
@@ -1012,7 +1019,7 @@ def fit_probe(known, val, classes, measure="accuracy", standardise=True):
     return probes[np.argmax(scores)]
 
 
-# what evaluate() says and a result repeats of validation and test, where it applies
+# keys of evaluate() that a result repeats as val_KEY and test_KEY, where there are such
 REPORTED = ("accuracy", "balanced_accuracy", "unseen_accuracy", "unseen_among_unseen", "harmonic_mean",
             "seen_with_offset", "unseen_with_offset", "majority", "right", "items", "fewest")
 
@@ -1229,8 +1236,8 @@ def load_saved(cfg, part, state):
 
 
 def load_checkpoint(path):
-    """What save() put into a file, or `probe.py export` into a folder: a dict; of an export without optimizer
-    and state. Only tensors and plain values are unpickled."""
+    """What save() put into a file, or `probe.py export` into a folder -> a dict; an export has no optimizer
+    and no state. Only tensors and plain values are unpickled."""
     exported = os.path.isdir(path)
     if not exported and not os.path.exists(path):
         raise UserError(f"there is no checkpoint {path}")

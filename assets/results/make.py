@@ -100,7 +100,7 @@ def table_of(columns, rows):
 
 def seeds_of(result):
     """'8', or '18 on 6 speakers'."""
-    folds = result.get("folds", result["seeds"])
+    folds = result["folds"]
     return f"{result['seeds']}" + (f" on {folds} speakers" if folds != result["seeds"] else "")
 
 
