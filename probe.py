@@ -170,7 +170,7 @@ ARMS = {
     "added": ("the target's matrices are W + lambda W', the auxiliary's", dict(share="added")),
     "none": ("nothing is shared, not even the label head: alone, bit for bit",
              dict(share="none", head_from="", schedule="alternate")),
-    "longer": ("alone, with all the FLOPs of uml", target_only_for_longer),
+    "longer": ("alone, with all the FLOPs of uml (of the first seed)", target_only_for_longer),
     "init": ("trunk warm-started on the auxiliary, then the target alone", warm_start_only),
     "unrelated": ("a real auxiliary of another domain", unrelated_source),
     "head": ("label head started at an auxiliary's class means, then the target alone", head_start_only),

@@ -44,7 +44,7 @@ import train as T
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.append(os.path.join(HERE, "assets", "results"))
-import exchange, make, run_all, sharing, speed, theory
+import exchange, make, run_all, sharing, speed, tables, theory
 slow = pytest.mark.skipif(not os.environ.get("UML_SLOW"), reason="UML_SLOW=1 runs it")
 cases, quiet = pytest.mark.parametrize, lambda line: None
 SOME = "AEOaeoÀÉÖàéö"  # 12 letters instead of 564
@@ -1377,15 +1377,15 @@ def test_the_verdict_claims_help_only_above_alone_and_above_the_control(words, a
         arms["control"] = dict(uml_minus=entry(*control))
     out = dict(arms=arms, chance=0.1, seeds=seeds, folds=seeds, measure="accuracy")
     said = B.verdict(out)
-    assert words in said and sum(said.startswith(start) for start in make.VERDICTS) == 1  # a word for each
+    assert words in said and sum(said.startswith(start) for start in tables.VERDICTS) == 1  # a word for each
     assert f"{alone[0]:+.3f}" in B.verdict(dict(out, chance=None))  # of a loss: no points
 
 def test_speakers_and_not_their_seeds_are_compared_with_the_control():
     """Six seeds on three speakers are three pairs."""
     ours, control = [1, 5, 9, 3, 7, 8], [0, 0, 0, 0, 0, 9]
     expected = B.paired(np.array([2, 6, 8.5]), np.array([0, 0, 4.5]))
-    assert make.paired_over_common(ours, control, folds=3) == expected
-    assert make.paired_over_common(ours, control[:4], folds=6)["mean"] == 4.5
+    assert tables.paired_over_common(ours, control, folds=3) == expected
+    assert tables.paired_over_common(ours, control[:4], folds=6)["mean"] == 4.5
 
 def configs_under(folder, command="compare"):
     return [json.load(open(path)) for path in glob(folder / "o" / command, "run-*/config.json")]

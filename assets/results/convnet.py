@@ -9,6 +9,7 @@ each; where a seed has a test speaker of its own it chooses on its own validatio
 people would write: three stages of two 3x3 convolutions, norm, ReLU, and 2x2 max-pooling, then one linear
 layer on all positions. Channels, strides, steps and so the cost of a step are those of the stem in model.py.
 """
+import copy
 import os
 import sys
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 from model import SILENCE
-from prepare import active_slots, exit_on_user_error, unpatchify, write_json
+from prepare import active_slots, exit_on_user_error, print_help, unpatchify, write_json
 from train import KEYS, TRAINING_VERSION, learning_rate, make_optimizer, open_slots, read_run_config, resolve
 
 # norm, learning rate, weight decay
@@ -27,11 +28,11 @@ CANDIDATES = [("group", 3e-3, 0.05), ("group", 3e-3, 0.5), ("batch", 3e-3, 0.05)
               ("batch", 1e-3, 1.5), ("batch", 3e-3, 1.5), ("batch", 3e-3, 4.0)]
 
 
-def convnet(norm, stride, classes, planes, equal_contrast, channels=(16, 32, 64)):
+def convnet(norm, stride, classes, planes, equal_contrast):
     """Pictures (B, planes, S, S) -> scores (B, classes)."""
     # every picture at the same brightness and contrast, where the stem has it so
     layers, before = [nn.GroupNorm(1, planes, affine=False)] if equal_contrast else [], planes
-    for after in channels:
+    for after in (16, 32, 64):
         for inputs in (before, after):
             norm_layer = nn.GroupNorm(8, after) if norm == "group" else nn.BatchNorm2d(after)
             layers += [nn.Conv2d(inputs, after, 3, stride, padding=1, bias=False), norm_layer, nn.ReLU()]
@@ -78,7 +79,7 @@ def train(cfg, seed, norm, rate, decay, score_test=False):
     few = planes_of(slot, torch.from_numpy(slot.split("train")["tokens"][slot.examples[:2]]))
     model = convnet(norm, 1 if "patch" in slot.meta else 2, classes, few.shape[1], cfg["equal_contrast"])
     model(few)  # shapes the lazy layer
-    optimizer, best, score = make_optimizer(model, cfg), 0.0, 0.0
+    optimizer, best, kept = make_optimizer(model, cfg), -1.0, None
     seen = np.setdiff1d(np.arange(classes), slot.unseen)
     place = torch.zeros(classes, dtype=torch.long)
     place[seen] = torch.arange(len(seen))
@@ -95,14 +96,18 @@ def train(cfg, seed, norm, rate, decay, score_test=False):
         if (step + 1) % cfg["eval_interval"] == 0 or step + 1 == cfg["steps"]:
             val = accuracy(model, slot, slot.split("val"))
             if val > best:
-                best = val
-                score = accuracy(model, slot, slot.split("test")) if score_test else val
-    return score
+                best, kept = val, copy.deepcopy(model.state_dict())
+    if not score_test:
+        return best
+    model.load_state_dict(kept)
+    return accuracy(model, slot, slot.split("test"))
 
 
 def main():
-    keys = dict(KEYS, seeds=(8, "runs"), first_seed=(0, "seed of the first"))
-    cfg = read_run_config(sys.argv[1:], keys)
+    own = dict(seeds=(8, "runs"), first_seed=(0, "seed of the first"))
+    if "--help" in sys.argv:
+        return print_help(__doc__, own, "Keys besides those of train.py:")
+    cfg = read_run_config(sys.argv[1:], dict(KEYS, **own))
     torch.set_num_threads(1)
     own_speaker = cfg.get("audio_test_group") == "each"  # each seed is tested on another speaker
     searched, chosen, scores = [], [], []

@@ -7,7 +7,6 @@
 OUT_DIR/emoji/{train,val,test}/CLASS/*.png   64 pixels, one picture a class: Facebook's to train on,
                                              Apple's for validation, Google's for the test
 OUT_DIR/emoji.json    {class: [sentence, ...]}: its name, then that with each of its groups and keywords
-OUT_DIR/tones.json    {class: [tone, ...]} of the classes that have a skin tone (two people may have two)
 
 --set=all: 3,642 emoji, 1,785 of them a skin tone of another. --set=base: 1,596, without skin tones and
 without the flags of countries and regions. Use: --image=folder:OUT_DIR/emoji --text=file:OUT_DIR/emoji.json
@@ -145,12 +144,11 @@ def main():
     for one in emoji:
         character = "".join(chr(int(code, 16)) for code in one["code"].split("-"))
         texts[one["name"]] = sentences(one, keywords.get(character, []))
-    tones = {one["name"]: one["tones"] for one in emoji if one["tones"]}
+    toned = sum(bool(one["tones"]) for one in emoji)
     write_json(os.path.join(out_dir, "emoji.json"), texts)
-    write_json(os.path.join(out_dir, "tones.json"), tones)
     os.replace(unfinished, target)
     count = sum(map(len, texts.values()))
-    tell(f"wrote to {out_dir}: {len(emoji)} emoji, {len(tones)} with a skin tone, and {count} sentences")
+    tell(f"wrote to {out_dir}: {len(emoji)} emoji, {toned} with a skin tone, and {count} sentences")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from prepare import (UserError, exit_on_user_error, load_bpe, load_split, prepar
 from probe import COMPARE_KEYS, auxiliaries_of, figure, own_keys, quiet, run_all, score_of
 from train import KEYS, open_slots, read_run_config, resolve
 
+OWN_KEYS = {key: COMPARE_KEYS[key] for key in ("seeds", "first_seed", "jobs")}
+
 
 def fit_exchange(n_x, n_y, scores):
     """Fit score = b0 + b1 log(n_x + rho n_y^gamma) with b1 > 0 -> dict(rho, gamma, b0, b1, residual).
@@ -61,7 +63,7 @@ def read_grid(argv):
     """The command line -> (config, own keys, the target's key, its values, the auxiliary's key, values)."""
     lists = dict(arg[2:].split("=", 1) for arg in argv if arg.startswith("--") and "=[" in arg)
     others = [arg for arg in argv if "=[" not in arg]
-    cfg = read_run_config(others, dict(KEYS, **COMPARE_KEYS))
+    cfg = read_run_config(others, dict(KEYS, **OWN_KEYS))
     own = own_keys(cfg)
     x_key = f"{cfg['target']}_examples"
     y_keys = {f"{slot}_examples" for slot in auxiliaries_of(cfg)}
@@ -135,8 +137,7 @@ def draw_exchange(path, cells, means, fit, x_key, y_key):
 
 def main():
     if "--help" in sys.argv or len(sys.argv) == 1:
-        own = {key: COMPARE_KEYS[key] for key in ("seeds", "first_seed", "jobs")}
-        print_help(__doc__, own, "Keys besides those of train.py:")
+        print_help(__doc__, OWN_KEYS, "Keys besides those of train.py:")
     else:
         print(json.dumps(exchange(sys.argv[1:])))
 

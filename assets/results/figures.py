@@ -1,4 +1,4 @@
-"""The figures that make.py draws: all regimes, curves of some, and what letters_text.py learns from.
+"""The figures that make.py draws: all regimes, curves of some, what letters_text.py learns from, the theory.
 
     python assets/results/make.py    # draws them all
 
@@ -9,6 +9,7 @@ import textwrap
 
 import numpy as np
 
+from learned_world import LEARNED
 from prepare import PREPARE_KEYS, SOURCES, read_config
 from probe import figure, short_source, show_auxiliaries
 
@@ -113,3 +114,46 @@ def draw_letters(path):
                        va="top")
         above.axis("off")
         below.axis("off")
+
+
+PANELS = {  # of what is learned, each against its own alone: what the panel is called, and its arms
+    "ReLU, as many y as x": ("alone", "longer", "uml", "control"),
+    "ReLU, nine y an x": ("alone", "uml 1:9", "control 1:9"),
+    "no ReLU, as many y as x": ("alone linear", "uml linear", "control linear"),
+}
+COLORS = dict(alone="C0", uml="C1", control="C2", longer="C3")  # by the first word of an arm
+
+
+def draw_theory(path, out):
+    """Above: variance against Y samples, exchange rate against strength, R^2 against units that never bend.
+    Below: the error of the learned arms over training, where there are any."""
+    exact, learned = out["exact"], out["learned"]
+    with figure(path, 12, 6.6 if learned else 3.5, nrows=2 if learned else 1, ncols=3) as (_, axes):
+        left, middle, right = axes.flat[:3]
+        for n, values in exact["variance"].items():
+            left.plot(exact["budget"], values, label=f"{n} X samples")
+        left.set(xlabel="unpaired Y samples", ylabel="bound on the variance (trace)", yscale="log")
+        for noise, values in exact["curves"].items():
+            middle.loglog(exact["strengths"], values, label=f"noise of Y {noise}")
+        middle.axhline(1, color="grey", lw=0.8, ls=":")
+        middle.set(xlabel="strength with which X shows the direction", ylabel="X samples a Y sample is worth")
+        if not learned:
+            right.axis("off")
+        for arm, entry in learned.items():
+            kind = arm.split()[0]
+            if LEARNED[arm].get("relu", True):  # without ReLU no unit is ever off
+                aside = 0.02 * list(COLORS).index(kind) - 0.03  # or arms would hide each other
+                places = np.array([(run["always_on"] + aside, run["r2"]) for run in entry["runs"]])
+                right.plot(*places.T, "o", ms=3, color=COLORS[kind], label=kind if arm == kind else None)
+        right.set(xlabel="share of units on for nearly all x, ReLU", ylabel="R² of the shared latents")
+        for ax, (title, arms) in zip(axes.flat[3:], PANELS.items()):
+            for arm in arms:
+                errors, kind = np.mean([run["errors"] for run in learned[arm]["runs"]], 0), arm.split()[0]
+                ax.plot(500 * np.arange(len(errors)), errors, color=COLORS[kind], label=kind)
+            ax.set(xlabel="steps", ylim=(0, None))
+            ax.set_title(title, fontsize=10)
+        if learned:
+            axes[1, 0].set_ylabel("error on x without attenuation")
+        for ax in axes.flat:
+            if ax.lines:
+                ax.legend(fontsize=8)

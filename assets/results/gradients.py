@@ -16,7 +16,7 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
 import train
-from prepare import UserError, exit_on_user_error, tell, write_json
+from prepare import UserError, exit_on_user_error, print_help, tell, write_json
 from probe import figure, quiet
 from sharing import slots_agreement
 
@@ -69,6 +69,8 @@ def draw(path, out):
 
 def main():
     argv = sys.argv[1:]
+    if "--help" in argv:
+        return print_help(__doc__, {}, "Its keys are those of train.py.")
     cfg = train.read_run_config(argv)
     out = dict(kind="gradients", command="python assets/results/gradients.py " + " ".join(argv), arms={},
                seed=cfg["seed"], warm_start_steps=cfg["warm_start_steps"])

@@ -9,8 +9,8 @@ latents besides: there is no room for all fifteen.
 import torch
 import torch.nn as nn
 
-# The arms have equal budgets of samples; "longer" is alone with the FLOPs of uml. The linear ones show what
-# ReLU does: it cuts most units off for half of the items, so that one direction takes two of them.
+# Every arm but "longer" has 10,000 samples; that has only uml's 5,000 x, with its FLOPs. The linear ones show
+# what ReLU does: it cuts most units off for half of the items, so that one direction takes two of them.
 LEARNED = {
     "alone": dict(n_x=10000, n_y=0),
     "longer": dict(n_x=5000, n_y=0, steps=8000),

@@ -5,8 +5,8 @@
     python assets/results/run_all.py --data=FOLDER run              # measure all that are not: most of a day
 
 Interrupted, the same command goes on. A measured row becomes NAME.json beside this file; then make.py writes
-the tables. FOLDER stands for /path/to in a command and holds: cifar10-jpg/ and cifar_small/ (200 training and
-200 test pictures a class) as {train,test}/CLASS/*.jpg; emoji64/ (58 classes, names.json); emoji_all/ and
+the tables. FOLDER stands for /path/to in a command and holds: cifar10-jpg/ and cifar_small/ (its first 200 of
+a class) as {train,test}/CLASS/*.jpg; emoji64/ (58 categories, names.json; nothing here makes it); emoji_all/ and
 emoji_base/, which emoji.py writes; raw/, for what prepare.py fetches; cifar10_prompts_full.json, of CuPL; and
 encoders/{lite0,minilm}, which encoders.py writes. Minutes are for two cores.
 """
@@ -46,8 +46,7 @@ def each(key, *values):
 DECAYS = search(each("weight_decay", 0.5, 1.5, 4.0))  # alone and uml may each want another
 DOSES = "--arms=alone,apart,norms,attention,feedforward,added,uml --search=1"
 FRAMES = f"{DOSES} --seeds=6 --audio_embed=linear --audio_examples=400"
-# Frozen encoders, then a projection a slot and the label head; the picture encoder fine-tuned; a language
-# model as the trunk.
+# frozen encoders and a projection a slot; a fine-tuned picture encoder; a language model as the trunk
 LITE0, MINILM = "timm:/path/to/encoders/lite0", "hf:/path/to/encoders/minilm"
 ENCODERS = (f"--text_encoder={MINILM} --text_loss=label --text_batch=256 --layers=0 --width=384 "
          "--head_from=text --label_smoothing=0.1 --arms=alone,head,uml,control")
@@ -70,21 +69,27 @@ CIFAR_GRID = search(["learning_rate=2e-3,weight_decay=1.5", "learning_rate=4e-3,
                      "learning_rate=4e-3,weight_decay=3.0", "learning_rate=8e-3,weight_decay=3.0"])
 CONVNET = "assets/results/convnet.py"
 
+SHARED = {
+    "share_letters": (24, f"{LETTERS} {DOSES}"),
+    "share_numbers": (38, f"{NUMBERS} {DOSES} --seeds=18"),
+    "share_numbers_image": (42, f"{NUMBERS_IMAGE} {DOSES} --seeds=18"),
+    # does attention matter once the target is many tokens and not one?
+    "share_frames": (10, f"{NUMBERS} {FRAMES}"),
+}
+
 # {name: (minutes, command)}. The seeds are 0, 1, ...; a setting is chosen with seed 1000, or, where each seed
 # has a test speaker of its own (numbers), on that seed's validation speaker: never on a voice that tests it.
-# With --search=1 nothing is chosen; the config's own settings were, once, on voices that test other seeds.
+# With --search=1 nothing is chosen; the numbers configs' own settings were, once, on the validation voices of
+# seeds 1000 and 1001, which are the test voices of seeds 5 and 0.
 ROWS = {
     "letters_1": (16, f"{LETTERS} --arms=alone,uml,control,apart {DECAYS}"),
     "letters_1_wide": (22, f"{LETTERS} " + search(each("learning_rate", "3e-3", "6e-3"),
                                                   each("weight_decay", 4.0, 8.0),
                                                   each("image_affine", 0.06, 0.1, 0.15))),
     "letters_2": (14, f"{LETTERS} --image_examples=1016 --arms=alone,uml,control {DECAYS}"),
-    "letters_4": (25, f"{LETTERS} --image_examples=2032 --steps=1600 --eval_interval=800 {DECAYS}"),
-    "letters_8": (25, f"{LETTERS} --image_examples=4064 --steps=1600 --eval_interval=800 {DECAYS}"),
-    "letters_16": (25, f"{LETTERS} --image_examples=8128 --steps=1600 --eval_interval=800 {DECAYS}"),
+    **{f"letters_{k}": (25, f"{LETTERS} --image_examples={508 * k} --steps=1600 --eval_interval=800 {DECAYS}")
+       for k in (4, 8, 16)},
     "letters_1_longer": (18, f"{LETTERS} --arms=longer,init,head,stages {DECAYS}"),
-    "share_letters": (24, f"{LETTERS} {DOSES}"),
-    "share_letters_control": (24, f"{LETTERS} {DOSES} --control=True"),
     "letters_next": (15, f"{LETTERS} --unseen_classes=0 --image_loss=next --text_loss=next --seeds=3 "
                      "--image_embed=linear --patch_size=4 --image_examples=4512 "
                      + search(each("learning_rate", "1e-3", "3e-3"), each("weight_decay", 0.05, 1.5))),
@@ -95,14 +100,9 @@ ROWS = {
     "numbers_2_image": (58, f"{NUMBERS_IMAGE} --seeds=18 {DECAYS}"),
     "numbers_2_both": (62, f"probe.py compare sample_configs/numbers_trimodal.py --seeds=18 {DECAYS}"),
     "numbers_4_unseen": (25, f"{NUMBERS} --audio_examples=320 --unseen_classes=20 --search=1 --seeds=18"),
-    "share_numbers": (38, f"{NUMBERS} {DOSES} --seeds=18"),
-    "share_numbers_control": (38, f"{NUMBERS} {DOSES} --seeds=18 --control=True"),
+    **SHARED,
+    **{f"{name}_control": (minutes, f"{row} --control=True") for name, (minutes, row) in SHARED.items()},
     "share_numbers_none": (8, f"{NUMBERS} --layers=0 --arms=alone,uml --search=1 --seeds=6"),
-    "share_numbers_image": (42, f"{NUMBERS_IMAGE} {DOSES} --seeds=18"),
-    "share_numbers_image_control": (42, f"{NUMBERS_IMAGE} {DOSES} --seeds=18 --control=True"),
-    # does attention matter once the target is many tokens and not one?
-    "share_frames": (10, f"{NUMBERS} {FRAMES}"),
-    "share_frames_control": (10, f"{NUMBERS} {FRAMES} --control=True"),
     "printed_1": (10, f"{PRINTED} --search=1 --seeds=8"),
     "printed_1_text": (8, f"{PRINTED} --audio= --text=numbers --search=1 --seeds=8"),
     "cifar_20": (10, f"{CIFAR} --image_examples=200 --steps=400 --eval_interval=100 {CIFAR_GRID} --seeds=3"),
@@ -186,8 +186,7 @@ def main():
     if not words:
         for name, (minutes, command) in ROWS.items():
             print(f"{name:28}{state_of(name):18}{minutes:4} min  python {command}")
-        files = sorted(file for file in os.listdir(HERE) if file.endswith(".json"))
-        others = [file[:-5] for file in files if file[:-5] not in ROWS]
+        others = sorted({file[:-5] for file in os.listdir(HERE) if file.endswith(".json")} - ROWS.keys())
         print("Of earlier editions or other scripts: " + ", ".join(others))
     else:
         data = os.path.abspath(options.get("data", "data"))

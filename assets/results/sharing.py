@@ -78,7 +78,8 @@ def head_geometry(weight, classes):
 
     Returns the mean cosine of two rows, less the mean row, over pairs of classes with only the "first" word
     in common, only the "last", and "neither"; and p, how often shuffled classes tell pairs that share a word
-    from the others as well (the test of Mantel 1967). None where no pair shares just one word.
+    from the others as well (the test of Mantel 1967). None where no pair shares just one word, or none
+    shares neither.
     """
     ends = [(words[0], words[-1]) if words else ("", "") for words in class_words(classes)]
     numbers = [np.unique(words, return_inverse=True)[1] for words in zip(*ends)]
@@ -108,6 +109,8 @@ def report_of(run):
 
 
 def main():
+    if "--help" in sys.argv:
+        return print(__doc__)
     folders = sys.argv[1:]
     if not folders:
         raise UserError("name finished runs: python assets/results/sharing.py out/letters_text")

@@ -26,7 +26,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(os.path.dirname(HERE))]
 from prepare import at_least, exit_on_user_error, peak_memory, print_help, read_config, tell, write_json
 from train import KEYS, count_flops, make_optimizer, read_clock, read_run_config, resolve, set_up
-from trunks import make_trunks, some_tokens
+from trunks import B, D, T, make_trunks
 
 STEPS, WARM_UP = 60, 5  # timed steps a trunk, and untimed ones before them
 TRUNK_KEYS = dict(width=(128, "channels of the trunk", at_least(4)),
@@ -44,7 +44,7 @@ def compare_trunks(argv):
     models = make_trunks(cfg["width"])
     defaults = {key: default for key, (default, *_) in KEYS.items()}
     optimizers = {name: make_optimizer(model, defaults) for name, model in models.items()}
-    tokens, times = some_tokens(), {name: [] for name in models}
+    tokens, times = torch.randn(B, T, D), {name: [] for name in models}
     for _ in range(WARM_UP + STEPS):
         for name, model in models.items():
             start = time.perf_counter()
@@ -107,7 +107,7 @@ def benchmark(argv, say=tell):
         steps = [time_step(run, slot, update) for update in range(WARM_UP + repeats)]
         steps = np.array(steps[WARM_UP:])  # (repeats, 4); the first ones compile and warm up
         ms = 1e3 * np.median(steps.sum(1))
-        # every batch of a slot costs what its first one costs
+        # counted on the first batch; others differ a little, as a CPU cuts texts to the longest of a batch
         gflops = count_flops(run.model, name, slot.batch(0)) / ms / 1e6
         share = dict(zip(PARTS, (steps.sum(0) / steps.sum()).round(4).tolist()))
         slots[name] = dict(ms_per_step=ms, gflops=gflops, fraction_of_peak=gflops / peak, share=share)

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 from model import ConvStem
-from prepare import PREPARE_KEYS, at_least, exit_on_user_error, patchify, prepare, read_config, write_json
+from prepare import (PREPARE_KEYS, at_least, exit_on_user_error, patchify, prepare, print_help, read_config,
+                     write_json)
 from probe import quiet
 
 NETS, STEPS, PICTURES, SIZES = ("squeezenet1_1", "shufflenet_v2_x0_5", "resnet18"), 30, 3000, (32, 224)
@@ -95,7 +96,10 @@ def time_reading(rounds=3):
 
 
 def main():
-    cfg = read_config(sys.argv[1:], dict(threads=(0, "torch CPU threads (0: torch's choice)", at_least(0))))
+    keys = dict(threads=(0, "torch CPU threads (0: torch's choice)", at_least(0)))
+    if "--help" in sys.argv:
+        return print_help(__doc__, keys)
+    cfg = read_config(sys.argv[1:], keys)
     if cfg["threads"]:
         torch.set_num_threads(cfg["threads"])
     os.makedirs("out", exist_ok=True)

@@ -16,11 +16,6 @@ from model import UML
 B, T, D, LAYERS, HEADS = 64, 64, 16, 4, 4
 
 
-def some_tokens():
-    """A batch for all of them: (B, T, D)."""
-    return torch.randn(B, T, D)
-
-
 class GPTBlock(nn.Module):
     def __init__(self, width):
         super().__init__()
