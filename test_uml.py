@@ -410,14 +410,13 @@ def test_pictures_of_every_odd_kind_are_read_or_refused(tmp_path, monkeypatch):
 
 # -- sound --------------------------------------------------------------------------------------------------
 @cases("how", ["a.wav PCM_U8", "a.wav PCM_16", "a.wav PCM_24", "a.wav PCM_32", "a.wav FLOAT", "a.flac PCM_16",
-               "a.flac PCM_24", "a.ogg VORBIS"])
-@cases("channels, rate", [(1, 8000), (2, 8000), (1, 22050)])
-def test_sound_is_the_same_in_every_format_width_channel_count_and_rate(tmp_path, how, channels, rate):
-    name, subtype = how.split()
+               "a.flac PCM_24", "a.ogg VORBIS", "a.mp3 MPEG_LAYER_III"])
+def test_sound_is_the_same_in_every_format_and_width_in_stereo_and_at_another_rate(tmp_path, how):
+    (name, subtype), channels, rate = how.split(), 2, 22050
     samples = np.repeat(tone(rate=rate)[:, None], channels, 1)
     read = P.read_recording(AUDIO, write_sound(tmp_path / name, samples, rate, subtype=subtype))
     assert len(read) == pytest.approx(2400, abs=2) and read.dtype == np.float32
-    assert np.abs(read[100:2300] - tone()[100:2300]).max() < 0.03
+    assert np.abs(read[100:2300] - tone()[100:2300]).max() < 0.05
 
 @cases("rate", [11127, 22254, 44056, 7333])
 def test_odd_rates_keep_the_pitch(tmp_path, rate):
@@ -445,6 +444,10 @@ def test_folders_of_recordings_are_split_by_speaker(tmp_path):
     argv = [f"--audio=folder:{root}", r"--audio_groups=_([a-z]+)_", "--audio_test_group=cy"]
     folder = prepared(d, *argv, "--audio_val_group=ann")
     assert counts(folder) == [12, 6, 6] and P.read_meta(folder)["classes"] == ["one", "two"]
+    for part, who in ("test", "cy"), ("val", "ann"):
+        own = [P.read_recording(AUDIO, file) for file in glob(root, f"*/*_{who}_*.wav")]
+        wanted = P.encode_recordings(AUDIO, own, None)["tokens"].astype(int)
+        assert np.abs(tokens_of(folder, part) - wanted).max() <= 1
     for words, more in (("'eve' is not there", "--audio_test_group=eve"),
                         ("cy and cy", "--audio_val_group=cy"),
                         ("finds no speaker in", "--audio_groups=x(y)?|_[a-z]+_"),
@@ -494,6 +497,7 @@ def numbers(digits, tmp_path, monkeypatch):
     whole = b"".join(path.name.encode() + path.read_bytes() for path in paths)
     register(monkeypatch, tmp_path, "fsdd/v1.0.10.tar.gz", f"contents:{P.hashlib.sha256(whole).hexdigest()}")
     monkeypatch.setattr(P, "TAKES", 1)
+    monkeypatch.setattr(P, "SCANS", dict(train=1, val=1, test=1))
     return [f"--raw_dir={digits}", "--audio_frames=64"]
 
 def test_a_spoken_number_is_two_digits_of_one_speaker_who_is_in_one_split(numbers, tmp_path, monkeypatch):
@@ -520,6 +524,10 @@ def test_numbers_are_heard_seen_and_read_under_the_same_names(numbers, tmp_path)
     write_sound(tmp_path / "new/one.wav", tone())
     B.embed(f"{tmp_path}/audio", f"{tmp_path}/new")  # the stem wants no padding mask: it ended in a traceback
     assert np.load(tmp_path / "audio/embed.npy").shape == (1, 32)
+    (tmp_path / "new.txt").write_text("thirty-seven\nseven after three\n" + "seven " * 99)  # of it one window
+    B.embed(f"{tmp_path}/text", f"{tmp_path}/new.txt")
+    assert np.load(tmp_path / "text/embed.npy").shape == (3, 32)
+    assert (tmp_path / "text/embed.csv").read_text().splitlines()[2].startswith("seven after three,")
     assert "thirty-seven" in P.number_documents(3, 7) and "fourteen" in P.number_documents(1, 4)
 
 # -- features -----------------------------------------------------------------------------------------------
@@ -528,6 +536,8 @@ def test_npz_features_come_in_with_labels_names_and_splits(tmp_path):
     folder = prepared(d, f"--image={write_npz(path)}")
     assert classes_of(folder)[:2] == ["a", "b"] and counts(folder) == [30, 15, 15]
     assert np.allclose(tokens_of(folder)[:2, 0], np.load(path)["features"][:2], atol=1e-5)
+    meta, known = P.read_meta(folder), tokens_of(folder)[:, 0]  # of training items alone
+    assert np.allclose([meta["mean"], meta["std"]], [known.mean(0), known.std(0)], atol=1e-5)
     for change, words in ((dict(features=np.full((60, 5), np.nan)), "NaN"), (dict(labels=np.ones(9)), "60 "),
                           (dict(labels=np.arange(60)), "expected 0"), (dict(features=np.ones(60)), "array"),
                           (dict(split=np.array(["dev"] * 60)), "train, test and perhaps val")):
@@ -555,6 +565,28 @@ def test_features_of_a_frozen_encoder_train_and_embed(tmp_path):
     rows = (tmp_path / "o/embed.csv").read_text().splitlines()[1:]
     assert result["test_accuracy"] > 0.8 and [row.split(",")[1][-1] for row in rows] == list("012345")
     refuses(r"\(n, 1, 20\), found \(6, 1, 5\)", B.embed, f"{tmp_path}/o", f"{tmp_path}/odd.npy")
+
+def test_the_label_head_starts_at_the_class_means_of_another_slot(tmp_path):
+    argv = [*frozen_features(tmp_path)[0], *RUN, "--layers=0", "--steps=1", "--head_from=text"]
+    argv += ["--warm_start_steps=0", "--learning_rate=1e-9"]  # so slow that the head stays where it starts
+    run(*argv)
+    model, cfg = T.load_model(f"{tmp_path}/o/last.pt")[0], T.resolve(T.read_run_config(argv), quiet)
+    text = T.open_slots(cfg, quiet)[0]["text"]
+    features = T.extract(model, text, text.split("train"), text.examples)
+    labels = text.split("train")["labels"][text.examples]
+    means = torch.stack([features[labels == k].mean(0) for k in range(6)]) - features.mean(0)
+    assert torch.allclose(model.label_head.weight, torch.nn.functional.normalize(means), atol=1e-4)
+
+def test_cupl_joins_what_its_files_say_of_a_class(tmp_path, monkeypatch):
+    files = {"a.json": dict(cat=["it purrs"] * 9), "b.json": dict(Cat=["it naps"] * 9, dog=["woof"] * 9)}
+    os.makedirs(tmp_path / "raw/cupl"), monkeypatch.setattr(P, "REGISTRY", tmp_path / "registry")
+    lines = []
+    for name, found in files.items():
+        (tmp_path / "raw/cupl" / name).write_text(json.dumps(found))
+        lines.append(f"cupl/{name} {P.file_sha256(tmp_path / 'raw/cupl' / name)} http://127.0.0.1:9")
+    (tmp_path / "registry").write_text("\n".join(lines))
+    folder = prepared(tmp_path / "d", "--text=cupl", f"--raw_dir={tmp_path}/raw")
+    assert P.read_meta(folder)["classes"] == ["cat", "dog"] and sum(counts(folder)) == 27
 
 # -- Parquet and encoders -----------------------------------------------------------------------------------
 def picture_cells(count=6, first=0):
@@ -767,7 +799,7 @@ def test_encoders_that_cannot_be_used_are_refused_in_a_sentence(hub, tmp_path, m
     (tmp_path / "t.txt").write_text("some line\n" * 40)
     sources = dict(image="letters", text=f"file:{tmp_path}/t.txt", image2=write_npz(tmp_path / "f.npz"),
                    audio=f"folder:{speaker_folder(tmp_path / 'r')}")
-    d, began = tmp_path / "d", time.time()
+    d, began = tmp_path / "d", time.process_time()
     without_a_hub(monkeypatch, tmp_path)
     for words, slot, encoder in (
             ("image_encoder must be empty or timm:NAME_OR_PATH, found 'hf:", "image", f"hf:{hub}/bert"),
@@ -782,15 +814,17 @@ def test_encoders_that_cannot_be_used_are_refused_in_a_sentence(hub, tmp_path, m
             ("holds features already", "image2", f"timm:{hub}/test_vit"), *broken):
         refuses(words, prepared, d, f"--{slot}={sources[slot]}", f"--{slot}_encoder={encoder}")
         assert not glob(d, "*.tmp") and not glob(d, "*/meta.json")
-    assert time.time() - began < 20
+    assert time.process_time() - began < 20
 
-@cases("package, argv", [("timm", ["--image=letters", "--image_encoder=timm:resnet18"]),
-                         ("transformers", ["--text=letters", f"--text_encoder=hf:{HERE}"]),
-                         ("pyarrow", [f"--image=parquet:{HERE}"])])
+@cases("package, argv", [("timm", ["--image=letters", "--image_encoder=timm:{}"]),
+                         ("transformers", ["--text=letters", "--text_encoder=hf:{}"]),
+                         ("pyarrow", ["--image=parquet:{}"])])
 def test_packages_that_only_some_configs_need_are_named_where_they_lack(package, argv, monkeypatch, tmp_path):
     for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(P, "encoder_folder", lambda spec: P.imported(package, spec))
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18", "model_type": "bert"}')
+    (tmp_path / "model.safetensors").write_bytes(b"never read")
+    argv = [arg.format(tmp_path) for arg in argv]
     refuses(f"needs {package}: pip install {package}$", prepared, tmp_path / "d", *argv)
 
 @slow
@@ -805,7 +839,7 @@ def test_minilm_reads_sentences_as_sentence_transformers_does(tmp_path):
 
 # -- bad input ----------------------------------------------------------------------------------------------
 def test_bad_input_is_refused_in_one_sentence(tmp_path):
-    """Each of these is said before anything is written."""
+    """Each of these is said before the run's folder is begun, and no half-made shards stay."""
     folder = lambda name, *how, **more: f"--image=folder:{picture_folder(tmp_path / name, *how, **more)}"
     bad, differ = folder("bad"), folder("differ", parts=("train",))
     folder("differ", ("cat", "cow"), parts=("test",))
@@ -857,7 +891,7 @@ def test_scripts_refuse_in_a_sentence(module, argv, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", [module.__file__, *argv])
     refuses(words, module.main)
 
-def test_what_ended_in_a_traceback_is_refused_in_a_sentence(tmp_path):
+def test_a_damaged_result_and_an_encoder_of_a_modality_that_has_none_are_refused(tmp_path):
     (tmp_path / "result.json").write_text("{")
     refuses("result.json is damaged", B.finished_result, tmp_path)
     refuses("encoders of image, text, audio only", P.open_encoder, {}, "sensor")
@@ -890,7 +924,7 @@ def test_padding_changes_nothing(loss):
     short = [model.features("text", batch["tokens"][i:i + 1, :k]) for i, k in enumerate(lengths)]
     assert torch.allclose(torch.cat(short), model.features("text", tokens, wide_real), atol=1e-5)
 
-def test_next_never_sees_the_future_and_reconstruct_never_what_it_rebuilds():
+def test_causal_states_never_see_the_future_and_hidden_tokens_are_not_seen():
     model, tokens = tiny("next"), text_batch()["tokens"]
     other = torch.where(torch.arange(9) < 5, tokens, 3)
     one, two = (model.states("text", t, causal=True)[-1] for t in (tokens, other))
@@ -899,6 +933,16 @@ def test_next_never_sees_the_future_and_reconstruct_never_what_it_rebuilds():
     other = torch.where(hidden[..., None], 9.0, tokens)
     one, two = (model.states("image", t, hidden=hidden)[-1] for t in (tokens, other))
     assert torch.equal(one, two) and not torch.equal(model.states("image", tokens)[-1], one)
+
+def test_next_predicts_the_token_after_reconstruct_the_hidden_ones_and_losses_add_up():
+    model, batch = tiny("next+label+reconstruct"), text_batch()
+    tokens, hidden, table = batch["tokens"], batch["hidden"], model.adapters["text"].embed.weight
+    guess = lambda h, wanted: torch.nn.functional.cross_entropy(h @ table.T, wanted)
+    h = model.states("text", tokens[:, :-1], causal=True)[-1]
+    after = guess(h.flatten(0, 1), tokens[:, 1:].flatten())
+    rebuilt = guess(model.states("text", tokens, hidden=hidden)[-1][hidden], tokens[hidden])
+    label = M.label_loss(model, "text", M.Batch(tokens, None, hidden, batch["labels"], hidden))
+    assert model("text", **batch).item() == pytest.approx((after + rebuilt + label).item(), abs=1e-5)
 
 def test_the_conv_stem_joins_a_picture_into_one_token_blind_to_brightness_and_contrast():
     model, tokens = tiny(embed="conv"), torch.rand(3, 16, 12) * 200
@@ -941,6 +985,20 @@ def test_a_label_loss_is_over_a_slots_own_classes_and_so_is_its_smoothing():
     scores = model.label_scores("text", model.features("text", batch["tokens"]))[:, [1, 2, 3]].log_softmax(1)
     wanted = -(0.7 * scores[torch.arange(5), batch["labels"] - 1] + 0.1 * scores.sum(1)).mean()
     assert model("text", **batch).item() == pytest.approx(wanted.item(), abs=1e-6)
+
+def test_a_temperature_multiplies_the_scores_of_its_slot():
+    warm, cold, pooled = tiny(temperature=True), tiny(), torch.randn(2, 16)
+    warm.adapters["text"].log_temperature.data.fill_(np.log(3))
+    for slot, factor in ("text", 3), ("image", 1):
+        wanted = factor * cold.label_scores(slot, pooled)
+        assert torch.allclose(warm.label_scores(slot, pooled), wanted, atol=1e-5)
+
+def test_each_colour_is_scaled_by_its_own_mean(tmp_path):
+    folder = prepared(tmp_path / "d", f"--image=folder:{picture_folder(tmp_path / 'p')}", "--image_size=16")
+    meta, tokens = P.read_meta(folder), torch.from_numpy(tokens_of(folder))
+    image = dict(kind="continuous", dim=192, length=4, patch=8, mean=meta["mean"], std=meta["std"])
+    scaled = M.UML(dict(image=dict(image, loss=("next",))), 2, 16, 1, 2).normalise("image", tokens)
+    assert P.unpatchify(scaled, 8).mean((0, 1, 2)).abs().max() < 0.01
 
 @cases("share, own", [("attention", {"up", "down", "norm1", "norm2", "norm"}),
                       ("feedforward", {"qkv", "proj", "norm1", "norm2", "norm"}),
@@ -1027,6 +1085,15 @@ def test_classes_that_only_one_slot_knows_are_told_in_one_line(names, words):
     said = []
     T.match_classes(slots, "image", said.append)
     assert len(said) == 1 and words in said[0]
+
+def test_a_text_teaches_the_class_of_its_name_in_whatever_order_either_source_has_them(tmp_path):
+    root = picture_folder(tmp_path / "p")  # cat, dog
+    (tmp_path / "t.json").write_text(json.dumps({"DOG": ["woof"] * 9, "c-a_t": ["meow"] * 9}))
+    argv = [f"--image=folder:{root}", f"--text=file:{tmp_path}/t.json", "--text_loss=label", *into(tmp_path)]
+    slots, classes = T.open_slots(T.resolve(T.read_run_config(argv), quiet), quiet)
+    batch, bpe = slots["text"].batch(0), P.load_bpe(slots["text"].folder)
+    said = [bpe.decode(ids[real].tolist()) for ids, real in zip(batch["tokens"], batch["real"])]
+    assert classes == ["cat", "dog"] and {*zip(said, batch["labels"].tolist())} == {("woof", 1), ("meow", 0)}
 
 def test_only_keys_that_someone_set_are_told_as_ignored(data):
     """--text2= listed all eleven keys of text2, nine of them nobody's."""
@@ -1166,6 +1233,14 @@ def test_more_steps_go_on_from_a_finished_run_and_fewer_are_refused(data, tmp_pa
     never_validated("--stop_after=4")
     refuses("is at step 4, not before the 4 asked for", never_validated, "--steps=1", "--resume")
 
+def test_the_best_on_validation_is_kept_through_a_stop_and_is_what_is_scored(data, tmp_path, monkeypatch):
+    train(data, f"{tmp_path}/o", "--stop_after=7")  # validated at step 6
+    saved, scored = torch.load(f"{tmp_path}/o/last.pt", weights_only=True), {}
+    torch.save(dict(saved, best=dict(step=6, score=2.0)), f"{tmp_path}/o/last.pt")  # no later one is better
+    monkeypatch.setattr(T, "score_run", lambda run: scored.update(run.model.state_dict()) or dict(run.best))
+    assert train(data, f"{tmp_path}/o", "--resume")["step"] == 6
+    assert same(scored, weights(f"{tmp_path}/o", "best.pt")) and not same(scored, weights(f"{tmp_path}/o"))
+
 def test_a_run_whose_data_changed_is_another_run(tmp_path):
     root = picture_folder(tmp_path / "p", count=8)
     argv = [f"--image=folder:{root}", *RUN, *into(tmp_path)]
@@ -1179,13 +1254,32 @@ def test_score_test_false_never_opens_the_test_split(tmp_path):
         os.remove(file)
     assert train(tmp_path, f"{tmp_path}/o", "--score_test=False")["test_accuracy"] is None
 
-def test_a_run_that_never_opened_test_is_scored_later_without_training(data, tmp_path, monkeypatch):
-    now = train(data, f"{tmp_path}/now")
+def test_processes_share_every_batch_evenly(data, monkeypatch):
+    slot = set_up(data, "--image_affine=0.1", "--text=").slots["image"]
+    whole = slot.batch(1)
+    for rank in (0, 1):
+        monkeypatch.setattr(T, "ranks", lambda: (rank, 2))
+        mine = slot.batch(1)
+        assert torch.equal(mine["labels"], whole["labels"][rank::2])
+        assert torch.allclose(mine["tokens"], whole["tokens"][rank::2], atol=0.01)
+    refuses("image_batch=15 cannot be shared evenly by 2", set_up, data, "--image_batch=15")
+
+def test_a_second_slot_of_a_modality_has_keys_and_updates_of_its_own(data, tmp_path):
+    flat = f"{picture_folder(tmp_path / 'p', count=12, parts=('',))}/cat"  # without labels
+    more = [f"--image2=folder:{flat}", "--image2_loss=next", "--image2_batch=4", "--image2_updates=2"]
+    result = train(data, f"{tmp_path}/o", *more)
+    assert result["losses"] == dict(image="label", text="label", image2="next")
+    assert result["examples"]["image2"] == 10
+    updates = T.load_checkpoint(f"{tmp_path}/o/last.pt")["updates"]
+    assert updates["image"] == 6 and updates["image2"] >= 12
+
+def test_a_run_that_never_opened_test_is_scored_later_without_training(data, pair, tmp_path, monkeypatch):
     later = partial(train, data, f"{tmp_path}/later")
     later("--score_test=False")
     monkeypatch.setattr(T, "train", lambda run, say: None)
     assert B.open_run(f"{tmp_path}/later").split == "val"
-    assert lasting(later("--resume")) == lasting(now) == lasting(later("--score_test=False", "--resume"))
+    now = lasting(pair.result)
+    assert lasting(later("--resume")) == now == lasting(later("--score_test=False", "--resume"))
     assert B.open_run(f"{tmp_path}/later").split == "test"  # though best.pt was saved before
 
 @cases("loss, classes", [("next", 3), ("reconstruct", 3), ("reconstruct", 1), ("reconstruct", 0)])
@@ -1198,6 +1292,10 @@ def test_without_label_loss_a_linear_probe_is_the_judge_and_without_classes_the_
     assert result["losses"] == dict(image=loss)
     if classes > 1:
         assert result["test_accuracy"] > 0.8
+        np.save(tmp_path / "new.npy", found["features"][:3])
+        B.embed(f"{tmp_path}/o", f"{tmp_path}/new.npy")  # by that probe
+        rows = (tmp_path / "o/embed.csv").read_text().splitlines()[1:]
+        assert [row.split(",")[1] for row in rows] == list("abc")
     else:
         assert result["test_accuracy"] is None and 0.3 < result["test_loss"] < 5
         refuses("no classes to probe for", B.open_run, f"{tmp_path}/o")
@@ -1271,6 +1369,22 @@ def test_joint_is_one_step_on_the_weighted_sum(data, tmp_path):
     parts.optimizer.step()
     taken = weights(f"{tmp_path}/o")
     assert all(torch.allclose(p, taken[key], atol=1e-5) for key, p in parts.model.named_parameters())
+
+def test_each_phase_rises_for_a_twentieth_of_its_steps_and_falls_by_a_cosine_to_zero(pair):
+    rate = partial(T.learning_rate, dict(warm_start_steps=40, steps=200, learning_rate=2.0))
+    assert [rate(step) for step in (0, 20, 40, 44, 140)] == pytest.approx([1, 1, 0.2, 1, 1])
+    assert 0 < rate(39) < 0.01 > rate(239) > 0
+    saved = T.load_checkpoint(f"{pair.uml}/last.pt")
+    last = T.learning_rate(saved["config"], saved["step"] - 1)
+    assert all(group["lr"] == last for group in saved["optimizer"]["param_groups"])
+
+def test_weight_decay_is_for_matrices_and_not_for_norms_biases_and_positions(data):
+    this = set_up(data, "--text_loss=reconstruct+label", "--temperature=True", "--image_embed=conv")
+    decaying = [p for group in this.optimizer.param_groups if group["weight_decay"] for p in group["params"]]
+    parameters, ids = dict(this.model.named_parameters()), set(map(id, decaying))
+    names = {key for key, p in parameters.items() if id(p) in ids}
+    assert names == {key for key, p in parameters.items() if p.dim() > 1 and "position" not in key}
+    assert {"label_head.weight", "trunk.blocks.0.qkv.weight", "adapters.text.embed.weight"} < names
 
 def test_init_from_takes_the_trunk_of_another_run(data, pair):
     parts = set_up(data, "--seed=5", f"--init_from={pair.uml}")
@@ -1398,6 +1512,11 @@ def test_compare_runs_its_arms_says_a_verdict_and_is_cached(data, tmp_path, monk
         assert len(entry["scores"]) == len(entry["harmonic_mean"]) == 2
         assert all(os.path.exists(tmp_path / "o/compare" / name / "best.pt") for name in entry["runs"])
         assert ("uml_minus" in entry) == (arm in ("control", "apart"))
+        folders = [f"{tmp_path}/o/compare/{name}" for name in entry["runs"]]
+        share = "head" if arm == "apart" else "trunk"
+        found = [(c["seed"], c["control"], c["share"], bool(c["text"])) for c in map(B.config_of, folders)]
+        assert found == [(seed, arm == "control", share, arm != "alone") for seed in (0, 1)]
+        assert entry["scores"] == [B.finished_result(folder)["test_accuracy"] for folder in folders]
     made = configs_under(tmp_path)
     assert len(made) == 8 and sum(c["share"] == "head" for c in made) == sum(c["control"] for c in made) == 2
     monkeypatch.setattr(T, "set_up", None)  # whatever still trained would end in a TypeError
@@ -1409,11 +1528,21 @@ def test_compare_runs_its_arms_says_a_verdict_and_is_cached(data, tmp_path, monk
                         ("seed is set run by", "--search=seed=1;seed=2"),
                         ("a target and an auxiliary", "--text="),
                         ("need a target of features", "--arms=nearest"),
+                        ("seed 1000 chooses settings", "--first_seed=999 --search=1,2"),
                         ("every arm would", "--control=True"),
                         ("who would be reported", "--target=audio --audio=numbers --audio_test_group=each "
                          "--search=1,2 --score_test=False"),
                         ("a label loss of", "--arms=head --text_loss=next")):
         refuses(words, B.compare, [*argv, *more.split()])
+
+@cases("per_seed, wanted", [(False, [2, 2]), (True, [2, 4])])
+def test_every_arm_trains_with_the_setting_that_validation_prefers(per_seed, wanted, monkeypatch):
+    loss = lambda cfg: abs(cfg["learning_rate"] - (4 if cfg["seed"] == 1 else 2))
+    monkeypatch.setattr(B, "run_all", lambda configs, *_: [
+        dict(cfg, measure="accuracy", flops=1, val_accuracy=-loss(cfg)) for cfg in configs])
+    cfg, rates = dict(out_dir="o", target="image", text="t"), [dict(learning_rate=rate) for rate in (1, 2, 4)]
+    results, _, _ = B.run_arms(cfg, dict(seeds=range(2), jobs=1), ["alone", "uml"], rates, per_seed)
+    assert all([run["learning_rate"] for run in results[arm]] == wanted for arm in results)
 
 def test_frozen_features_get_nearest_and_linear_and_head_and_stages_train_as_they_say(tmp_path):
     """Of 6 target and 3 warm-start steps, each with one text update: how often is each slot updated?"""
@@ -1436,15 +1565,17 @@ def test_frozen_features_get_nearest_and_linear_and_head_and_stages_train_as_the
     assert out["arms"]["nearest"]["scores"][0] == pytest.approx(right) and right > 0.7
     assert out["arms"]["linear"]["mean"] > 0.7 and "p" in out["arms"]["linear"]["uml_minus"]
 
-def test_preflight_makes_small_runs_never_opens_test_and_ends_in_a_forecast(data, tmp_path, capsys):
+def test_preflight_makes_small_runs_never_opens_test_and_ends_in_a_forecast(
+        data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(B, "SHOTS", (1, 4))  # two will do
     argv = [*TINY[:-1], "--seeds=3", "--image_examples=24", "--steps=8", "--jobs=1", *into(tmp_path),
             f"--data_dir={data}"]
     out, made = B.preflight(argv), configs_under(tmp_path, "preflight")
     said = capsys.readouterr().out
     assert out == json.load(open(tmp_path / "o/preflight.json")) and out["forecast"] in said
-    assert list(out["scores"]) == ["alone", "head", "uml", "control"] and out["shots"] == [1, 2, 4]
-    assert np.shape(out["scores"]["uml"]) == (3, 3) and out["examples_a_class"] == 2
-    assert {c["image_examples"] for c in made} == {12, 24, 48} and {c["steps"] for c in made} == {2}
+    assert list(out["scores"]) == ["alone", "head", "uml", "control"] and out["shots"] == [1, 4]
+    assert np.shape(out["scores"]["uml"]) == (2, 3) and out["examples_a_class"] == 2
+    assert {c["image_examples"] for c in made} == {12, 48} and {c["steps"] for c in made} == {2}
     assert "nearest neighbour" in said and not any(c["score_test"] for c in made)
     assert 0 < B.raw_nearest(set_up(data, "--target=text").slots["text"]) <= 1
     (tmp_path / "t.txt").write_text("some line\n" * 40)
@@ -1464,7 +1595,10 @@ def test_a_forecast_is_likely_only_above_alone_and_above_the_control(uml, contro
     assert "too few steps" in B.forecast(dict(out, nearest=[[0.9] * 3]))
     assert B.forecast(dict(out, features=True, nearest=[[0.9] * 3])).startswith("unlikely")
 
-def test_preflight_asks_of_features_that_training_beats_their_nearest_neighbour(tmp_path):
+def test_preflight_asks_of_features_that_training_beats_their_nearest_neighbour(tmp_path, monkeypatch):
+    os.makedirs(tmp_path / "o")  # else run_all makes it; what these runs would score is given
+    small = dict(measure="accuracy", val_accuracy=0.3, val_items=36, val_fewest=6)
+    monkeypatch.setattr(B, "run_all", lambda configs, *_: [small] * len(configs))
     argv = [*frozen_features(tmp_path)[0], "--layers=0", "--width=20", "--steps=4", "--seeds=3", "--jobs=1"]
     out = B.preflight(argv)
     assert out["features"] and out["forecast"].startswith("unlikely") and "nearest" in out["forecast"]
@@ -1702,7 +1836,6 @@ def test_the_config_for_own_data_reads_a_folder_of_strange_pictures_and_a_table(
     rows = [f'"{name}, number {k}",{name}' for name in ("cat", "light bulb", "dog") for k in range(12)]
     (tmp_path / "s.csv").write_text("\n".join(["text,label", *rows]))
     argv = [f"{HERE}/sample_configs/mine.py", f"--text=file:{tmp_path}/s.csv", *RUN, *into(tmp_path)]
-    refuses("did you mean folder:.*/all", run, *argv, f"--image=folder:{tmp_path}")
     result = run(*argv, f"--image=folder:{tmp_path}/all")
     assert result["steps"] == 6 and result["test_accuracy"] is not None
     checkpoint = torch.load(f"{tmp_path}/o/best.pt", weights_only=True)
@@ -1768,6 +1901,9 @@ def test_a_timm_model_is_fine_tuned_saved_and_read_back_without_its_folder(data,
     assert train(data, f"{tmp_path}/parts", *more, "--stop_after=5") is None
     train(data, f"{tmp_path}/parts", *more, "--resume")
     shutil.rmtree(folder)
+    groups = T.load_checkpoint(f"{tmp_path}/o/last.pt")["optimizer"]["param_groups"]
+    rates = [group["lr"] for group in groups]  # encoder_learning_rate is a tenth
+    assert max(rates) == pytest.approx(10 * min(rates))
     changed = differs(before, net_of(T.load_model(f"{tmp_path}/o/last.pt")[0]))
     assert changed and not {key for key in changed if "running" in key}
     assert same(weights(f"{tmp_path}/o"), weights(f"{tmp_path}/parts"))
@@ -1785,7 +1921,7 @@ def test_a_language_model_is_the_trunk(data, hub, tmp_path, name, start, learn):
     assert all(torch.equal(loaded[key], net[key]) for key in loaded) == (start == "pretrained")
     train(data, f"{tmp_path}/o", *more)
     changed = differs(loaded, T.load_model(f"{tmp_path}/o/last.pt")[0].trunk.net.state_dict())
-    assert (len(changed) > 4) == (learn != "none")
+    assert len(changed) > 4 if learn != "none" else not changed
     assert learn == "all" or all("norm" in key.lower() for key in changed)
 
 def test_a_language_model_that_cannot_be_the_trunk_is_refused(data, hub):
@@ -1907,8 +2043,9 @@ def test_what_a_killed_prepare_left_is_swept_away(data, tmp_path):
     assert all_bytes(folder) == all_bytes(prepared(data, "--image=letters"))
 
 def test_a_full_disk_or_a_folder_without_permission_costs_nothing_that_was_saved(data, tmp_path, monkeypatch):
-    assert train(data, f"{tmp_path}/o", "--stop_after=4") is None
-    before, limits = weights(f"{tmp_path}/o"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert train(data, f"{tmp_path}/o", "--stop_after=7") is None  # last.pt and best.pt are there
+    before = {file: weights(f"{tmp_path}/o", file) for file in ("last.pt", "best.pt")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # no file may grow beyond: a full disk
     try:
         words = r"cannot write .*o/(last|best)\.pt .*too large.*: make room there"
@@ -1916,7 +2053,8 @@ def test_a_full_disk_or_a_folder_without_permission_costs_nothing_that_was_saved
         refuses("cannot write .*train_000.bin .*too large", prepared, tmp_path / "d", "--image=letters")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert same(before, weights(f"{tmp_path}/o")) and train(data, f"{tmp_path}/o", "--resume")
+    assert all(same(before[file], weights(f"{tmp_path}/o", file)) for file in before)
+    assert not glob(tmp_path, "o/*.tmp") and train(data, f"{tmp_path}/o", "--resume")
     assert not files_under(tmp_path / "d")
     (tmp_path / "file").write_text("in the way")
     for attempt, *args in (train, data, f"{tmp_path}/file/o"), (prepared, tmp_path / "file/d", LETTERS[0]):
@@ -1958,6 +2096,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(data, 
     monkeypatch.setattr(M.UML, "forward", lambda m, slot, *a, **b: real(m, slot, *a, **b) / (slot != "text"))
     refuses("loss is no longer finite by step 6: lower", train, data, f"{tmp_path}/o", "--resume")
     assert same(before, weights(f"{tmp_path}/o"))
+    this = set_up(data, f"--out_dir={tmp_path}/o")
+    this.model.label_head.bias.data[0] = torch.inf
+    refuses("label_head.bias is no longer finite", T.save, this, "last.pt", {})
 
 # -- strangers: what they send is read or refused, and never executed ---------------------------------------
 def test_downloads_that_go_wrong_leave_nothing_and_a_right_one_stays(tmp_path, monkeypatch):

@@ -6,9 +6,9 @@
 
 Interrupted, the same command goes on. A measured row becomes NAME.json beside this file; then make.py writes
 the tables. FOLDER stands for /path/to in a command and holds: cifar10-jpg/ and cifar_small/ (its first 200 of
-a class) as {train,test}/CLASS/*.jpg; emoji64/ (58 categories, names.json; nothing here makes it); emoji_all/ and
-emoji_base/, which emoji.py writes; raw/, for what prepare.py fetches; cifar10_prompts_full.json, of CuPL; and
-encoders/{lite0,minilm}, which encoders.py writes. Minutes are for two cores.
+a class) as {train,test}/CLASS/*.jpg; emoji64/ (58 categories, names.json; nothing here makes it); emoji_all/
+and emoji_base/, which emoji.py writes; raw/, for what prepare.py fetches; cifar10_prompts_full.json, of CuPL;
+and encoders/{lite0,minilm}, which encoders.py writes. Minutes are for two cores.
 """
 import itertools
 import json
