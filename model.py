@@ -68,6 +68,7 @@ class ConvStem(nn.Module):
                 raise ValueError("embed 'conv' needs audio_mels and audio_frames of at least 16")
         # channels before the first stage and after each: for a width of 128 and 3 stages 1, 16, 32, 64
         sizes = [channels] + [max(8, width // 2 ** (stages - i)) for i in range(stages)]
+        positions = [math.ceil(side / stride) // 2**stages for side in (rows, columns)]
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         conv = StandardConv if slot.get("standard_weights") else nn.Conv2d
         for before, after in zip(sizes, sizes[1:]):
@@ -77,8 +78,6 @@ class ConvStem(nn.Module):
                 # statistics to save.
                 self.norms.append(nn.GroupNorm(math.gcd(8, after), after))
                 stride = 1  # only the first convolution may have another
-        first_stride = self.convs[0].stride[0]
-        positions = [math.ceil(side / first_stride) // 2**stages for side in (rows, columns)]
         self.join = nn.Linear(math.prod(positions) * sizes[-1], width)
 
     def forward(self, tokens):
@@ -236,14 +235,6 @@ SHARES = dict(trunk=None, attention=("qkv", "proj"), feedforward=("up", "down"),
               norms=("norm1", "norm2", "norm"), head=(), none=(), added=())
 
 
-def share_parts(own, trunk, parts):
-    """Put the trunk's modules of these names, such as "qkv", in the places of an auxiliary's own."""
-    for mine, theirs in zip([own, *own.blocks], [trunk, *trunk.blocks]):
-        for part in parts:
-            if hasattr(theirs, part):
-                setattr(mine, part, getattr(theirs, part))
-
-
 class AddedLinear(nn.Linear):
     """The target's W + lambda W', where W' is an auxiliary's and lambda starts at 0 and is learned.
 
@@ -259,14 +250,6 @@ class AddedLinear(nn.Linear):
     def forward(self, h):
         weight = self.weight + sum(scale * other.weight for scale, other in zip(self.scales, self.others))
         return F.linear(h, weight)
-
-
-def add_parts(trunk, others):
-    """Every matrix of the trunk's blocks becomes an AddedLinear with those of the other trunks."""
-    for number, block in enumerate(trunk.blocks):
-        for name in ("qkv", "proj", "up", "down"):
-            theirs = [getattr(other.blocks[number], name) for other in others]
-            setattr(block, name, AddedLinear(getattr(block, name), theirs))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -385,11 +368,9 @@ class Adapter(nn.Module):
             self.hidden = nn.Parameter(torch.empty(width))
         self.log_temperature = None
         if "label" in self.objectives:
-            rows = torch.tensor(slot["rows"], dtype=torch.long)
-            place = torch.zeros(classes, dtype=torch.long)
-            place[rows] = torch.arange(len(rows))
-            self.register_buffer("rows", rows)
-            self.register_buffer("place", place)
+            self.register_buffer("rows", torch.tensor(slot["rows"], dtype=torch.long))
+            self.register_buffer("place", torch.zeros(classes, dtype=torch.long))
+            self.place[self.rows] = torch.arange(len(self.rows))
             if temperature:
                 self.log_temperature = nn.Parameter(torch.empty(1))
 
@@ -444,13 +425,17 @@ class UML(nn.Module):
                 if trunk:
                     self.trunk.check(name, self.adapters[name], slot["length"])
                 if share != "trunk" and number > 0:
-                    self.own_trunk[name] = make_trunk()
-                    if SHARES[share]:
-                        share_parts(self.own_trunk[name], self.trunk, SHARES[share])
+                    own = self.own_trunk[name] = make_trunk()
+                    for part, module in self.trunk.named_modules():  # such as "blocks.0.qkv"
+                        if part.split(".")[-1] in SHARES[share]:
+                            own.set_submodule(part, module)
                 if share == "none" and number > 0 and classes:
                     self.own_head[name] = nn.Linear(width, classes)
             if share == "added" and self.own_trunk:
-                add_parts(self.trunk, list(self.own_trunk.values()))
+                for part, module in list(self.trunk.named_modules()):
+                    if isinstance(module, nn.Linear):
+                        theirs = [own.get_submodule(part) for own in self.own_trunk.values()]
+                        self.trunk.set_submodule(part, AddedLinear(module, theirs))
         self.label_head = nn.Linear(width, classes) if classes else None
         self.init_parameters(seed)
 
@@ -498,10 +483,7 @@ class UML(nn.Module):
 
     def features(self, name, tokens, real=None, every=False):
         """What a probe reads of a batch as stored: trunk states, mean over the real tokens (B, C).
-
-        Attention is causal if "next" is the slot's only loss. every: the states of all layers, from the embed
-        on, (layers + 1, B, C).
-        """
+        every: those of all layers, from the embed on, (layers + 1, B, C)."""
         states = self.states(name, self.normalise(name, tokens), real, self.adapters[name].causal)
         if every:
             return torch.stack([mean_over_real(h, real) for h in states])

@@ -54,6 +54,7 @@ from tqdm import tqdm
 FORMAT = 5  # of the shards, and part of every folder's name: raise it when you change how tokens are made
 REGISTRY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample_configs", "registry.txt")
 PARTS = ("train", "val", "test")  # the splits, in the order in which they are written
+file_sha256 = pooch.file_hash  # checksum of a file, as hexadecimal digits
 
 # ------------------------------------------------------------------------------------------------------------
 # errors: whatever a user can get wrong ends in one clear sentence and exit code 2
@@ -259,8 +260,7 @@ def read_config(argv, keys, strict=True):
 
 def print_help(doc, keys, title="Every key, for a config file or as --key=value:"):
     """What --help prints: the file's own docstring, then every key with default, one line and range."""
-    print(doc)
-    print(title)
+    print(doc, title, sep="\n")
     for key, (default, text, *checks) in keys.items():
         ranges = " and ".join(words for words, _ in checks)
         print(f"  {key + ' = ' + repr(default):34} {text}" + (f" ({ranges})" if ranges else ""))
@@ -390,9 +390,7 @@ def described_documents(described):
 
 def plain_name(name):
     """The form in which class names are compared: 'Light_Video ' and 'light-video' are one class.
-
-    An accent may be a character of its own (macOS writes file names so) or part of its letter.
-    """
+    An accent may be a character of its own (macOS writes file names so) or part of its letter."""
     return re.sub(r"[\s_-]", "", unicodedata.normalize("NFC", name).casefold())
 
 
@@ -523,13 +521,10 @@ def class_files(path):
     misspelt = sorted(means.keys() - set(parts))  # such as Train or validation
     if misspelt and (parts or {"train", "test"} <= set(means.values())):
         raise UserError(f"{os.path.join(path, misspelt[0])} is not read: rename it {means[misspelt[0]]}")
-    classes = {part: set() for part in (*parts, "train", "test")}  # {part: its classes}
     found, deep = [], []
     for part in parts or [""]:
         for file in files_in(path, part, "*", "*"):
-            name = os.path.basename(os.path.dirname(file))
-            found.append((part or "train", name, file))
-            classes[part or "train"].add(name)
+            found.append((part or "train", os.path.basename(os.path.dirname(file)), file))
         for folder in glob.glob(os.path.join(glob.escape(path), part, "*", "")):
             own, below = files_in(folder, "*"), files_in(folder, "*", "**", "*")
             if own and below:
@@ -539,8 +534,7 @@ def class_files(path):
             elif not own:
                 tell(f"warning: the folder {folder} is empty")
     if deep and (found or len(deep) > len(files_in(path, "*"))):
-        folders = {os.path.dirname(file) for file in deep}
-        top = os.path.commonpath(folders) if len(folders) > 1 else os.path.dirname(*folders)
+        top = os.path.commonpath([os.path.dirname(os.path.dirname(file)) for file in deep])
         alone = not found and not parts and os.path.relpath(top, path) != "."
         advice = f"did you mean folder:{top}?" if alone else "move such files up"
         raise UserError(f"{min(deep)} lies too deep, a class is a folder in {os.path.join(path, *parts[:1])} "
@@ -548,7 +542,8 @@ def class_files(path):
     if parts and not found:
         raise UserError(f"{os.path.join(path, parts[0])} holds no classes: expected PATH/{parts[0]}/CLASS/*; "
                         "and no class may be called train, val or test")
-    odd = set.union(*classes.values()) - set.intersection(*classes.values())
+    classes = [{name for its, name, _ in found if its == part} for part in (*parts, "train", "test")]
+    odd = set.union(*classes) - set.intersection(*classes)
     if parts and odd:
         raise UserError(f"{path} must have train/ and test/ (and perhaps val/), all with the same "
                         f"classes, or none of them: they differ in {', '.join(sorted(odd)[:5])}")
@@ -818,8 +813,7 @@ def read_picture(cfg, file, channels=3, name=None):
         if picture.mode == "F":
             raise ValueError("it holds floats: save it as 8 or 16 bits")
         if picture.mode.startswith("I"):  # 16-bit greys: 65535 becomes 255
-            grey = (np.asarray(picture).astype(np.float64) / 257).clip(0, 255)
-            picture = Image.fromarray(grey.astype(np.uint8))
+            picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
         if "A" in picture.getbands() or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -854,22 +848,19 @@ WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 
 def train_bpe(documents, vocab_size, folder):
     """Train at most vocab_size tokens; save them as lines of `base64 rank`, the .tiktoken format."""
-    tokenizer = rustbpe.Tokenizer()
-    tokenizer.train_from_iterator(documents, vocab_size=vocab_size, pattern=WORDS)
-    lines = []
-    for token, rank in tokenizer.get_mergeable_ranks():
-        lines.append(base64.b64encode(bytes(token)) + f" {rank}\n".encode())
+    bpe = rustbpe.Tokenizer()
+    bpe.train_from_iterator(documents, vocab_size=vocab_size, pattern=WORDS)
+    lines = [base64.b64encode(bytes(token)) + b" %d\n" % rank for token, rank in bpe.get_mergeable_ranks()]
     write_file(os.path.join(folder, "bpe.tiktoken"), b"".join(lines))
     return load_bpe(folder)
 
 
 def load_bpe(folder):
     """The tiktoken.Encoding of a text folder. (tiktoken's own loader would keep old tables in a cache.)"""
-    path, ranks = os.path.join(folder, "bpe.tiktoken"), {}
+    path = os.path.join(folder, "bpe.tiktoken")
     with reading(folder):
-        for line in read_text(path).splitlines():
-            token, rank = line.split()
-            ranks[base64.b64decode(token)] = int(rank)
+        lines = map(str.split, read_text(path).splitlines())
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         all_bytes = all(bytes([byte]) in ranks for byte in range(256))
         if not all_bytes or sorted(ranks.values()) != list(range(len(ranks))):
             raise ValueError(f"tokens are missing: {path}")
@@ -894,20 +885,18 @@ def encode_text(cfg, documents, bpe):
 # ------------------------------------------------------------------------------------------------------------
 # audio: recordings -> log-mel frames -> tokens (n, T, group*mels) uint8, with the true length in tokens
 
-LOG_MEL_RANGE = (-14.0, 8.0)  # natural log of power; 255 steps of 0.09, as good for a probe as 16-bit floats
-LEVELS_PER_DB = math.log(10) / 10 * 255 / (LOG_MEL_RANGE[1] - LOG_MEL_RANGE[0])  # uint8 levels in a decibel
+LOWEST, HIGHEST = -14.0, 8.0  # natural log of power; 255 steps of 0.09, as good for a probe as 16-bit floats
+LEVELS_PER_DB = math.log(10) / 10 * 255 / (HIGHEST - LOWEST)  # uint8 levels in a decibel
 
 
 def levels_of(log_mel):
-    """Log-mel numbers -> uint8 levels: LOG_MEL_RANGE becomes 0 to 255."""
-    low, high = LOG_MEL_RANGE
-    return ((log_mel - low) / (high - low) * 255).round().clip(0, 255).astype(np.uint8)
+    """Log-mel numbers -> uint8 levels: LOWEST to HIGHEST becomes 0 to 255."""
+    return ((log_mel - LOWEST) / (HIGHEST - LOWEST) * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def log_mel_of(levels):
     """The inverse of levels_of, up to rounding."""
-    low, high = LOG_MEL_RANGE
-    return levels / 255 * (high - low) + low
+    return levels / 255 * (HIGHEST - LOWEST) + LOWEST
 
 
 def read_recording(cfg, file, name=None):
@@ -974,6 +963,7 @@ def encode_features(cfg, numbers, _):
 # safetensors, never unpickled, and no code that comes with them is run.
 
 ENCODER_FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
+sha256_since = functools.lru_cache(lambda file, changed: file_sha256(file))  # once, until the file changes
 
 
 def encoder_folder(spec):
@@ -1005,9 +995,6 @@ def encoder_sha256(spec):
     files = [file for pattern in ENCODER_FILES for file in files_in(encoder_folder(spec), pattern)]
     sums = [(os.path.basename(file), sha256_since(file, os.path.getmtime(file))) for file in files]
     return hashlib.sha256(repr(sums).encode()).hexdigest()
-
-
-sha256_since = functools.lru_cache(lambda file, changed: file_sha256(file))  # once, until the file changes
 
 
 def open_timm(spec):
@@ -1128,9 +1115,6 @@ def audio_encoder(cfg, spec, keep, device):
     return (lambda recording: recording), encode
 
 
-PRETRAINED = dict(image=picture_encoder, text=text_encoder, audio=audio_encoder)
-
-
 def open_encoder(cfg, slot):
     """make(item) and encode(cfg, items, _) of a slot's pretrained encoder, on a GPU if there is one."""
     import torch
@@ -1160,6 +1144,7 @@ def open_encoder(cfg, slot):
 # prepare: one slot's source -> its shard folder
 
 ENCODERS = dict(image=encode_pictures, text=encode_text, audio=encode_recordings, features=encode_features)
+PRETRAINED = dict(image=picture_encoder, text=text_encoder, audio=audio_encoder)
 CHUNK = 64  # items that a thread makes and encodes at a time
 SPEAKER_KEYS = ("audio_groups", "audio_test_group", "audio_val_group")
 # The keys that decide the bytes of a modality's shards, besides those that every modality has.
@@ -1192,10 +1177,8 @@ def shard_folder(cfg, slot):
     keys = (*MADE_BY.get(modality, ()), "val_fraction", "skip_bad", "shard_mb")
     made_from = dict(format=FORMAT, modality=modality, source=cfg[slot], **{key: cfg[key] for key in keys})
     if path:  # the user's own files: names, sizes and times, so that a changed folder is prepared anew
-        files = [path]
-        if os.path.isdir(path):
-            files = sorted(os.path.join(inside, file) for inside, _, names in os.walk(path, followlinks=True)
-                           for file in names if not is_clutter(file))
+        files = sorted(os.path.join(inside, file) for inside, _, names in os.walk(path, followlinks=True)
+                       for file in names if not is_clutter(file)) or [path]
         listing = [(f, os.path.getsize(f), os.path.getmtime(f)) for f in files if os.path.exists(f)]
         made_from["files"] = hashlib.sha256(repr(listing).encode()).hexdigest()
     if modality == "image" and cfg.get("image_fit", "crop") != "crop":  # so that older ones keep their names
@@ -1336,8 +1319,7 @@ def write_splits(cfg, folder, source, split, say):
     if encode == "text":
         texts = (source["make"](source["items"][row]) for row in np.flatnonzero(split == "train"))
         bpe = train_bpe(filter(None, texts), cfg["vocab_size"], folder)
-        checksum = file_sha256(os.path.join(folder, "bpe.tiktoken"))
-        info.update(kind="discrete", vocab=bpe.n_vocab, bpe_sha256=checksum)
+        info.update(kind="discrete", vocab=bpe.n_vocab, bpe_sha256=file_sha256(bpe.name))
     elif encode == "image":
         info["patch"] = cfg["patch_size"]
     elif encode == "audio":
@@ -1351,9 +1333,9 @@ def write_splits(cfg, folder, source, split, say):
                 continue
             for arrays in encoded_chunks(cfg, source, rows, bpe, bar):
                 cut += arrays.pop("cut", 0)
-                sums_of_chunk = arrays.pop("sums", 0)
-                if part == "train":  # nothing of val or test may reach the model, not even its mean
-                    sums = sums + sums_of_chunk
+                if part == "train" and bpe is None:  # nothing of val or test may reach the model
+                    period = info.get("mels") or arrays["tokens"].shape[-1] // info.get("patch", 1)**2
+                    sums = sums + token_sums(arrays["tokens"], arrays.get("lengths"), period)
                 info["arrays"] = {name: dict(dtype=array.dtype.name, shape=list(array.shape[1:]))
                                   for name, array in arrays.items()}
                 append(folder, part, arrays, files, cfg["shard_mb"] * 2**20)
@@ -1416,19 +1398,12 @@ def encode_chunk(cfg, source, rows, items, bpe):
 
 
 def encode_made(cfg, source, made, bpe):
-    """[(row, item)] -> {name: (k, ...)}: the tokens, labels, and what mean and std are computed from."""
-    encode, (kept, items) = source["encode"], zip(*made)
-    arrays = source.get("encoder", ENCODERS[encode])(cfg, items, bpe)
+    """[(row, item)] -> {name: (k, ...)}: the tokens, and labels where the source has them."""
+    kept, items = zip(*made)
+    arrays = source.get("encoder", ENCODERS[source["encode"]])(cfg, items, bpe)
     of_item = np.array(kept)[arrays.pop("item", slice(None))]  # a text may have become several rows
     if source["labels"] is not None:
         arrays["labels"] = source["labels"][of_item].astype(np.int32)
-    if encode != "text":  # mean and std are of each number of a token; of a picture, of each colour
-        period = arrays["tokens"].shape[-1]
-        if encode == "image":
-            period //= cfg["patch_size"]**2
-        elif encode == "audio":  # of each mel band
-            period = cfg["audio_mels"]
-        arrays["sums"] = token_sums(arrays["tokens"], arrays.get("lengths"), period)
     return arrays
 
 
@@ -1579,10 +1554,8 @@ def write_file(path, data):
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(path + ".tmp", path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.remove(path + ".tmp")
-            raise
+        finally:
+            pathlib.Path(path + ".tmp").unlink(missing_ok=True)  # left where something went wrong
 
 
 def write_json(path, value):
@@ -1626,11 +1599,6 @@ def locked(path, busy, wait=False):
             held = lock.acquire()
     with held:
         yield
-
-
-def file_sha256(path):
-    """Checksum of a file, as hexadecimal digits."""
-    return pooch.file_hash(path, alg="sha256")
 
 
 def peak_memory():

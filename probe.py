@@ -25,7 +25,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import signal
 import subprocess
@@ -65,12 +64,9 @@ def quiet(line):
 
 def t_interval(values):
     """Mean of the values (n,) and half the width of its 95% t-interval; half is None for a single value."""
-    n, mean = len(values), float(np.mean(values))
-    if n < 2:
-        return mean, None
     from scipy import stats  # takes a second to load, and --help need not wait for it
-    standard_error = np.std(values, ddof=1) / math.sqrt(n)
-    return mean, float(stats.t.ppf(0.975, n - 1) * standard_error)
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else None
+    return float(np.mean(values)), half
 
 
 def paired(a, b):
@@ -184,9 +180,7 @@ FROZEN = {"nearest", "linear"}  # a target of features gets these two without be
 def arm_config(cfg, arm, options):
     """cfg changed into one arm. UserError if cfg or the options lack what the arm needs."""
     _, changes = ARMS[arm]
-    if callable(changes):
-        changes = changes(cfg, options)
-    return dict(cfg, **changes)
+    return cfg | (changes(cfg, options) if callable(changes) else changes)
 
 
 SET_BY_COMPARE = {"seed", "score_test", "out_dir", "control", "stages", "stop_after", "resume"}
@@ -225,8 +219,7 @@ def compare(argv):
     folds = test_folds(cfg, options["seeds"]) if per_seed else np.arange(len(options["seeds"]))
     out = summary(cfg, arms, results, chosen, searched, folds)
     out.update(version=TRAINING_VERSION, first_seed=options["first_seed"], candidates=settings,
-               command=shlex.join(["python", "probe.py", "compare", *argv]),
-               hardware=hardware(cfg),
+               command=shlex.join(["python", "probe.py", "compare", *argv]), hardware=hardware(cfg),
                config={key: value for key, value in cfg.items() if key not in KEYS or value != KEYS[key][0]})
     out["verdict"] = verdict(out)
     write_json(os.path.join(cfg["out_dir"], "compare.json"), out)
@@ -272,16 +265,13 @@ def own_keys(cfg):
 
 
 def candidates(text, cfg):
-    """The settings that a search tries, a list of dicts such as {"learning_rate": 0.001}.
-
-    text: factors on the config's learning rate such as '0.5,1,2', or settings 'KEY=VALUE,...;KEY=VALUE,...'.
-    """
-    settings = []
+    """The settings that a search tries, a list of dicts such as {"learning_rate": 0.001}. text: factors on
+    the config's learning rate such as '0.5,1,2', or settings 'KEY=VALUE,...;KEY=VALUE,...'."""
     if "=" not in text:
         with explained(f"search='{text}' must be numbers joined by commas, or settings by ';'"):
-            factors = [float(factor) for factor in text.split(",")]
-        rates = [f"--learning_rate={cfg['learning_rate'] * factor}" for factor in factors]
-        return [dict(learning_rate=read_config([rate], KEYS)["learning_rate"]) for rate in rates]
+            rates = [cfg["learning_rate"] * float(factor) for factor in text.split(",")]
+        text = ";".join(f"learning_rate={rate}" for rate in rates)
+    settings = []
     for part in text.split(";"):
         pairs = [pair.strip() for pair in part.split(",")]
         values = read_config([f"--{pair}" for pair in pairs], KEYS)  # the other keys at their defaults
@@ -310,9 +300,8 @@ def run_arms(cfg, options, arms, settings, per_seed):
     for wave in ([arm for arm in trained if arm != "longer"], [arm for arm in trained if arm == "longer"]):
         if results:
             options["flops_ratio"] = results["uml"][0]["flops"] / results["alone"][0]["flops"]
-        trials = []
-        for arm, seed, setting in itertools.product(wave, search_seeds, settings):
-            trials.append(arm_config(cfg | setting | dict(seed=seed, score_test=False), arm, options))
+        trials = [arm_config(cfg | setting | dict(seed=seed, score_test=False), arm, options)
+                  for arm, seed, setting in itertools.product(wave, search_seeds, settings)]
         scores = [score_of(result, "val") for result in run_all(trials, folder, jobs, bar)]
         scores = np.reshape(scores, (len(wave), len(search_seeds), len(settings)))
         runs = []
@@ -341,20 +330,18 @@ def target_is_features(cfg):
 
 def score_features(cfg, arm, scored):
     """'nearest' or 'linear' on the examples that a run of this config would have -> a result like a run's.
-
-    scored: {what decides the result: result} of earlier calls.
-    """
-    slot, split = open_slots(resolve(cfg, quiet), quiet)[0][cfg["target"]], split_of(cfg)
+    scored: {what decides the result: result} of earlier calls."""
+    slot = open_slots(resolve(cfg, quiet), quiet)[0][cfg["target"]]
+    split = "test" if cfg["score_test"] else "val"
     decides = (slot.folder, np.sort(slot.examples).tobytes(), tuple(slot.unseen))
     if decides in scored:
         return scored[decides]
-    data = {part: raw_vectors(slot, part) for part in ("train", "val", split)}
-    (known, labels), (new, truth) = data["train"], data[split]
+    known, val, (new, truth) = (raw_vectors(slot, part) for part in ("train", "val", split))
     if arm == "linear":
-        weight, bias = fit_probe(data["train"], data["val"], len(slot.meta["classes"]), slot.measure(), False)
+        weight, bias = fit_probe(known, val, len(slot.meta["classes"]), slot.measure(), False)
         answers = (new @ weight.T + bias).argmax(1)
     else:
-        answers = nearest_labels(known, labels, new)
+        answers = nearest_labels(*known, new)
     counted = {f"{split}_{key}": value for key, value in count_right(answers, truth).items()}
     scored[decides] = dict(counted, measure=slot.measure(), flops=0, seconds=0)
     return scored[decides]
@@ -370,16 +357,13 @@ def nearest_labels(known, labels, new):
 
 def seen_rows(slot, part):
     """Rows (n,) of a split, without items of classes that have no labelled examples."""
-    arrays = slot.split(part)
-    return np.flatnonzero(~np.isin(arrays.get("labels", np.zeros(len(arrays["tokens"]))), slot.unseen))
+    return np.flatnonzero(~np.isin(slot.split(part)["labels"], slot.unseen))
 
 
 def test_folds(cfg, seeds):
     """The test speaker of each seed, as a number (seeds,) from 0."""
-    checksums = []
-    for seed in seeds:
-        folder = prepare(resolve(dict(cfg, seed=seed), quiet), cfg["target"], quiet)
-        checksums.append(str(read_meta(folder)["splits"]["test"]["files"]["tokens"]))
+    folders = [prepare(resolve(dict(cfg, seed=seed), quiet), cfg["target"], quiet) for seed in seeds]
+    checksums = [str(read_meta(folder)["splits"]["test"]["files"]["tokens"]) for folder in folders]
     return np.unique(checksums, return_inverse=True)[1]
 
 
@@ -389,12 +373,12 @@ def summary(cfg, arms, results, chosen, searched, folds):
     Seeds that are tested on the same speaker are averaged first: the statistics are over speakers. These
     share most of their training data, so they are not independent, and p is if anything too small.
     """
-    split, target, first = split_of(cfg), cfg["target"], results["alone"][0]
+    target, first = cfg["target"], results["alone"][0]
+    split = "test" if cfg["score_test"] else "val"  # the config may say never to open test
     measures = {result["measure"] for arm in arms for result in results[arm]}  # a fold may be uneven
     measure = "balanced_accuracy" if len(measures) > 1 else first["measure"]
     out = dict(
-        kind="compare", name=os.path.basename(cfg["out_dir"]), split=split,
-        measure=measure,
+        kind="compare", name=os.path.basename(cfg["out_dir"]), split=split, measure=measure,
         target=f"{target}={cfg[target]}", target_loss=cfg[f"{target}_loss"],
         auxiliaries={slot: f"{cfg[slot]} ({cfg[f'{slot}_loss']})" for slot in auxiliaries_of(cfg)},
         examples=first["examples"][target], seeds=len(folds), folds=int(folds.max()) + 1,
@@ -421,11 +405,6 @@ def summary(cfg, arms, results, chosen, searched, folds):
             entry["uml_minus"] = paired(fold_means["uml"], fold_means[arm])
         out["arms"][arm] = entry
     return out
-
-
-def split_of(cfg):
-    """The split that is reported: "test", or "val" if the config says never to open test."""
-    return "test" if cfg["score_test"] else "val"
 
 
 def score_of(result, split):
@@ -486,11 +465,10 @@ def show_compare(out):
         if out["measure"] == "balanced_accuracy":
             also = ["accuracy", *also]
     speakers = f" on {out['folds']} speakers" if out["folds"] != out["seeds"] else ""
-    over = "speakers" if speakers else "seeds"
     measure = worded(out["measure"]) if out["chance"] else "MINUS the loss (higher is better)"
     print(f"{out['target']}, {out['examples']} examples, {out['target_loss']}; auxiliary "
           f"{show_auxiliaries(out)}; {out['seeds']} seeds{speakers}, {measure} on the {out['split']} split"
-          f"{yardsticks}; intervals are over {over}")
+          f"{yardsticks}; intervals are over {'speakers' if speakers else 'seeds'}")
     print(f"{'arm':10}{'mean +- 95%':>19}{'minus alone':>20}{'t-test p':>10}{'sign-flip p (floor)':>21}"
           f"{'GFLOP':>9}{'s':>7}  setting")
 
@@ -509,10 +487,8 @@ def show_compare(out):
             if key in entry:
                 line += f"; {worded(key)} {np.mean(entry[key]):.4f}"
         print(line)
-    if out["items"]:
-        for line in too_few(out["split"], out["items"], out["fewest"], out["measure"]):
-            print(line)
-    print("verdict: " + out["verdict"])
+    warnings = too_few(out["split"], out["items"], out["fewest"], out["measure"]) if out["items"] else []
+    print(*warnings, "verdict: " + out["verdict"], sep="\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -527,8 +503,7 @@ def preflight(argv):
     """Guess what compare would find: small runs, each a quarter of the config's steps, at 1, 2 and 4 examples
     a class, judged on validation. Writes preflight.json, prints it and a sentence -> what the file holds.
 
-    Nothing is searched: all arms have the config's rate and decay. The test split is never opened. UserError
-    for a config that does not fit.
+    Nothing is searched: all arms have the config's rate and decay. The test split is never opened.
     """
     cfg, options = read_comparison(argv, PREFLIGHT_KEYS, "preflight")
     target, *others = open_slots(resolve(cfg, quiet), quiet)[0].values()
@@ -572,10 +547,8 @@ def preflight(argv):
 def forecast(out):
     """One sentence on what preflight.json holds, beginning with likely, unlikely or cannot tell.
 
-    The small runs, as means over the numbers of examples, say likely where uml beats alone and the control,
-    each with p < 0.05 over seeds, and unlikely where it is less than half a point above one of these. Where
-    the target is features, uml must beat their nearest neighbour as well. On raw data the small runs were
-    wrong too often by themselves: there the rule of thumb must agree, and uml be above the neighbour.
+    Of features uml must beat the nearest neighbour as well. On raw data the small runs were wrong too often
+    by themselves: there the rule of thumb must agree, and uml be above the neighbour.
     """
     uml, alone, control = (np.mean(out["scores"][arm], axis=0) for arm in ("uml", "alone", "control"))
     gains = {"alone": paired(uml, alone), "the control": paired(uml, control)}  # over seeds
@@ -615,13 +588,12 @@ def show_preflight(out):
     for i, k in enumerate(out["shots"]):
         means = [f"{np.mean(rows[i]):8.3f}" for rows in out["scores"].values()]
         print(f"{k:<16}", *means, f"{np.mean(out['nearest'][i]):19.3f}")
-    for line in too_few("validation", out["items"], out["fewest"], out["measure"]):
-        print(line)
+    lines = too_few("validation", out["items"], out["fewest"], out["measure"])
     if out["examples_a_class"] > 1.5 * out["shots"][-1]:
-        print("the config has more examples a class than these runs; with more, unpaired data adds less")
+        lines += ["the config has more examples a class than these runs; with more, unpaired data adds less"]
     if np.mean(out["scores"]["alone"]) < np.mean(out["nearest"]):
-        print("alone is still below the nearest neighbour: part of what uml gains may be its extra steps")
-    print(out["forecast"])
+        lines += ["alone is still below the nearest neighbour: part of what uml gains may be its extra steps"]
+    print(*lines, out["forecast"], sep="\n")
 
 
 def raw_nearest(slot):
@@ -647,8 +619,7 @@ def raw_vectors(slot, part):
         counts = torch.zeros(len(tokens), slot.meta["vocab"])
         return counts.scatter_add_(1, tokens.long(), real.float()), labels
     mean, std = (torch.tensor(slot.meta[key]) for key in ("mean", "std"))  # repeated up to D
-    repeat = tokens.shape[2] // len(mean)
-    tokens = (tokens - mean.repeat(repeat)) / std.repeat(repeat)
+    tokens = ((tokens.unflatten(2, (-1, len(mean))) - mean) / std).flatten(2)
     return tokens.flatten(1) if "patch" in slot.meta else mean_over_real(tokens, real), labels
 
 
@@ -658,11 +629,7 @@ def raw_vectors(slot, part):
 
 def run_all(configs, folder, jobs, bar):
     """Run every config to its end, in sub-folders of folder -> their results, in the order of the configs.
-
-    jobs: runs at a time. bar: a tqdm of runs; those that were finished before are taken off its total.
-    Runs that an earlier, interrupted call finished are read back; those it began go on from their last
-    checkpoint. If two arms give the same config, it is trained once.
-    """
+    If two give the same run, it is trained once. Finished ones are taken off the total of bar, a tqdm."""
     os.makedirs(folder, exist_ok=True)
     configs = [resolve(cfg, say=quiet) for cfg in configs]
     waiting = {}  # {folder: config} of the runs that are not finished
@@ -687,12 +654,8 @@ def run_all(configs, folder, jobs, bar):
 
 
 def run_folder(cfg, parent):
-    """PARENT/run-HASH of a resolved config. The hash is of all that decides what the run learns.
-
-    That is: the config without paths, logging and score_test (a run of a search that is chosen is scored, not
-    trained again), the shards (meta.json holds their checksums), the weights that init_from names, and
-    TRAINING_VERSION for the code. So an edited comment changes nothing.
-    """
+    """PARENT/run-HASH of a resolved config. The hash is of all that decides what the run learns: not of paths
+    and logging, nor of score_test (a run of a search that is chosen is scored, not trained again)."""
     decisive = {key: value for key, value in cfg.items() if key not in FREE_KEYS | {"score_test"}}
     files = [os.path.join(prepare(cfg, slot, say=quiet), "meta.json") for slot in active_slots(cfg)]
     if cfg["init_from"]:
@@ -705,10 +668,8 @@ def run_folder(cfg, parent):
 
 
 def run_in_processes(configs, jobs, bar):
-    """Run `python train.py` for every config, `jobs` at a time; each prints into FOLDER.log.
-
-    However this ends, runs at work get SIGTERM: they finish their step and save. UserError if one fails.
-    """
+    """Run `python train.py` for every config, `jobs` at a time; each prints into FOLDER.log. However this
+    ends, runs at work get SIGTERM: they finish their step and save. UserError if one fails."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
     waiting = list(configs)
     working = {}  # {path of the log: process}
@@ -767,9 +728,8 @@ def few_shot(features_at, labels, new, truth, pool, shots=(1, 2, 4, 8, 16), draw
 def margins(features, labels, weight, bias):
     """Distances (n,) of items to the boundary with the best wrong class; positive where classified right.
 
-    That is (score of the truth - score of the rival) / |difference of their weights|, for a linear classifier
-    weight (classes, C), bias (classes,). Features are standardised first, so that runs of different feature
-    scale compare. Gupta et al. 2025 (section 5): unpaired data widens margins.
+    weight (classes, C), bias (classes,): a linear classifier. Features are standardised first, so that runs
+    of different feature scale compare. Gupta et al. 2025 (section 5): unpaired data widens margins.
     """
     mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
     features = (features - mean) / std
@@ -782,9 +742,7 @@ def margins(features, labels, weight, bias):
 
 def cka(a, b):
     """Linear centred kernel alignment of two (k, C) matrices, row by row; 1 for rotations of each other.
-
-    Kornblith et al. 2019 (arXiv 1905.00414, section 3).
-    """
+    Kornblith et al. 2019 (arXiv 1905.00414, section 3)."""
     a, b = a - a.mean(0), b - b.mean(0)
     return ((a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm()).clamp_min(1e-12)).item()
 
@@ -793,8 +751,7 @@ def neighbours(a, k):
     """(n, n) bool: whether column j is among the k nearest (by cosine) of row i of a (n, C)."""
     rows = torch.nn.functional.normalize(a - a.mean(0), dim=1)
     cosines = (rows @ rows.T).fill_diagonal_(-2)  # no row is its own neighbour
-    nearest = cosines.topk(k, dim=1).indices
-    return torch.zeros(len(a), len(a), dtype=torch.bool).scatter(1, nearest, True)
+    return torch.zeros_like(cosines, dtype=torch.bool).scatter(1, cosines.topk(k, dim=1).indices, True)
 
 
 def unit_agreement(a, b):
@@ -894,9 +851,8 @@ def open_run(folder):
     target, split = slots[cfg["target"]], result["split"]
     if len(target.meta["classes"]) < 2:
         raise UserError(f"{folder}: the target {target.name}={cfg[target.name]} has no classes to probe for")
-    name = os.path.basename(os.path.normpath(folder))
-    return FinishedRun(folder, name, cfg, checkpoint, slots, model, target, split,
-                       target.split(split), seen_rows(target, split))
+    return FinishedRun(folder, os.path.basename(os.path.normpath(folder)), cfg, checkpoint, slots, model,
+                       target, split, target.split(split), seen_rows(target, split))
 
 
 def finished_result(folder):
@@ -927,37 +883,27 @@ def check_shards(folder, cfg):
                             "changed since: train it again")
 
 
-def features_of(run, slot, arrays, rows=None):
-    """Features (n, C) and labels (n,) of some rows of a split (None: of all)."""
-    labels = arrays["labels"] if rows is None else arrays["labels"][rows]
-    return extract(run.model, slot, arrays, rows), torch.from_numpy(labels).long()
-
-
 def analyse(run, pool, bar):
-    """All analyses of one FinishedRun -> the same, its report, margins and answers filled in.
-
-    pool: its threads work on the probes side by side. bar: is told of every analysis that is done.
-    """
+    """All analyses of one FinishedRun -> the same, its report, margins and answers filled in. The threads of
+    pool work on the probes side by side; bar is told of every analysis that is done."""
     model, target, train = run.model, run.target, run.target.split("train")
     labels, classes = torch.from_numpy(run.held["labels"]).long(), len(run.target.meta["classes"])
     parts = [(train, target.examples), (target.split("val"), seen_rows(target, "val")), (run.held, None)]
-    features = [pool.submit(extract, model, target, *part, every=True) for part in parts]
-    known, val, held = (job.result() for job in features)  # (layers + 1, n, C) each
+    known, val, held = pool.map(lambda part: extract(model, target, *part, every=True), parts)
     known_labels, val_labels = (torch.from_numpy(arrays["labels"][rows]) for arrays, rows in parts[:2])
-    seen = run.seen
     bar.update()
 
     def probe_of(layer):
         judged = (val[layer], val_labels)
         weight, bias = fit_probe((known[layer], known_labels), judged, classes, target.measure())
-        right = (held[layer, seen] @ weight.T + bias).argmax(1) == labels[seen]
+        right = (held[layer, run.seen] @ weight.T + bias).argmax(1) == labels[run.seen]
         return right.float().mean().item(), weight, bias
 
     layers = list(pool.map(probe_of, range(len(held))))
     bar.update()
     # from here on: the last layer
     _, weight, bias = layers[-1]
-    margin = margins(held[-1, seen], labels[seen], weight, bias)
+    margin = margins(held[-1, run.seen], labels[run.seen], weight, bias)
     low, median, high = margin.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
     chosen = dict(probe=(weight, bias), unseen_offset=0.0)
     scored = evaluate(model, target, run.held, chosen)
@@ -968,7 +914,7 @@ def analyse(run, pool, bar):
     bar.update()
     others = [slot for slot in run.slots.values() if slot is not target and "labels" in slot.split("train")]
     own_means = class_means(target, held[-1], labels)
-    run.report = dict(name=run.name, split=run.split, items=len(seen), accuracy=scored["accuracy"],
+    run.report = dict(name=run.name, split=run.split, items=len(run.seen), accuracy=scored["accuracy"],
                       balanced_accuracy=scored["balanced_accuracy"], majority=scored["majority"],
                       unseen_accuracy=scored.get("unseen_accuracy"), layers=[layer[0] for layer in layers],
                       few_shot=shots, margin={"10%": low, "median": median, "90%": high}, robustness=changed,
@@ -998,17 +944,14 @@ def robustness(run, chosen, clean, pool):
 
 
 def alignment(run, target_means, other):
-    """Do classes lie alike in the target and in another slot, although no items were ever paired?
-
-    target_means: class_means() of the target. Returns measures on them, each with its p; None if under 4
-    classes are common.
-    """
-    other_means = class_means(other, *features_of(run, other, other.split(run.split)))
+    """Do classes lie alike in the target and in another slot, although no items were ever paired? Measures on
+    class_means() of both, each with its p; None if under 4 classes are common."""
+    arrays = other.split(run.split)
+    other_means = class_means(other, extract(run.model, other, arrays), torch.from_numpy(arrays["labels"]))
     names = sorted(target_means.keys() & other_means.keys())
     if len(names) < 4:
         return None
-    a = torch.stack([target_means[name] for name in names])  # (classes, C)
-    b = torch.stack([other_means[name] for name in names])
+    a, b = (torch.stack([means[name] for name in names]) for means in (target_means, other_means))
     k = max(1, len(names) // 8)
     near_a, near_b = neighbours(a, k), neighbours(b, k)
     measures = dict(
@@ -1030,48 +973,41 @@ def class_means(slot, features, labels):
 
 def show_reports(reports):
     """Print reports of runs side by side, in groups, each with a sentence on what it says."""
-    def row(title, cell, head=None):
-        cells = [cell(report) for report in reports]
-        if any(cell is not None for cell in cells):
-            if head:
-                print(head)
-            print(f"  {title:22}" + "".join(f"{cell or '-':>{width}}" for cell in cells))
-
-    def number(value):
-        return None if value is None else f"{value:.3f}"
-
-    def of(part, key, report):
-        return report[part].get(key)
-
     first, width = reports[0], max(18, *(len(report["name"]) + 2 for report in reports))
-    row("", lambda report: report["name"])
+
+    def row(title, values, show="{:.3f}".format):
+        if any(value is not None for value in values):
+            cells = ["-" if value is None else show(value) for value in values]
+            print(f"  {title:22}" + "".join(f"{cell:>{width}}" for cell in cells))
+
+    def rows_of(part):  # [(key, what every report has of it, or None)]
+        keys = dict.fromkeys(itertools.chain(*(report[part] for report in reports)))
+        return [(key, [report[part].get(key) for report in reports]) for key in keys]
+
+    row("", [report["name"] for report in reports], str)
     print(f"the run's own answers on the {first['split']} split ({first['items']:,} items)")
-    row("accuracy", lambda report: number(report["accuracy"]))
-    row("balanced accuracy", lambda report: number(report["balanced_accuracy"]))
-    row("always largest class", lambda report: number(report["majority"]))
-    row("unseen classes", lambda report: number(report["unseen_accuracy"]))
+    for title, key in (("accuracy", "accuracy"), ("balanced accuracy", "balanced_accuracy"),
+                       ("always largest class", "majority"), ("unseen classes", "unseen_accuracy")):
+        row(title, [report[key] for report in reports])
     print("a linear probe on each layer: from where on the classes can be read")
-    for layer in range(max(len(report["layers"]) for report in reports)):
-        row(f"block {layer}" if layer else "embed",
-            lambda report: number(dict(enumerate(report["layers"])).get(layer)))
+    for layer, values in enumerate(itertools.zip_longest(*(report["layers"] for report in reports))):
+        row(f"block {layer}" if layer else "embed", values)
     print("a linear probe on few labelled examples a class, mean +- standard deviation of three draws")
-    for k in sorted(set(itertools.chain(*(report["few_shot"] for report in reports)))):
-        row(f"{k} a class", lambda report: "{mean:.3f} +- {std:.3f}".format(**shots)
-            if (shots := of("few_shot", k, report)) else None)
+    for k, values in rows_of("few_shot"):
+        row(f"{k} a class", values, "{mean:.3f} +- {std:.3f}".format_map)
     print("margins: how far items lie from the boundary, in standardised features (below 0: wrong)")
-    for key in first["margin"]:
-        row(key, lambda report: number(of("margin", key, report)))
+    for key, values in rows_of("margin"):
+        row(key, values)
     if any(report["robustness"] for report in reports):
         print("accuracy on changed items, weakly, more and strongly")
-    for kind in dict.fromkeys(itertools.chain(*(report["robustness"] for report in reports))):
-        row(kind, lambda report: " ".join(f"{value:.3f}" for value in of("robustness", kind, report)[1:])
-            if of("robustness", kind, report) else None)
-    for slot in dict.fromkeys(itertools.chain(*(report["alignment"] for report in reports))):
-        head = f"do classes lie as in {slot}, though nothing was paired? 1: yes (p: if classes are shuffled)"
+    for kind, values in rows_of("robustness"):
+        row(kind, values, lambda found: " ".join(f"{value:.3f}" for value in found[1:]))
+    for slot, values in rows_of("alignment"):
+        if any(values):
+            print(f"do classes lie as in {slot}, though nothing was paired? 1: yes "
+                  "(p: if classes are shuffled)")
         for key in ("cka", "mutual_knn", "unit_agreement"):
-            row(worded(key), lambda report: f"{found[key]:.3f} (p {found[f'{key}_p']:.3f})"
-                if (found := of("alignment", slot, report)) else None, head)
-            head = None
+            row(worded(key), values, lambda found: f"{found[key]:.3f} (p {found[f'{key}_p']:.3f})")
 
 
 def analyse_all(folders):
@@ -1086,14 +1022,13 @@ def analyse_all(folders):
     show_reports(reports)
     if len({(run.target.folder, run.split) for run in runs}) > 1:
         print("warning: these runs were tested on different items, so their scores do not compare")
-    written = ["analysis.json", "side_by_side.png", "curves.png"]
     write_json(os.path.join(into, "analysis.json"), reports)
-    draw_side_by_side(os.path.join(into, "side_by_side.png"), runs)
-    draw_curves(os.path.join(into, "curves.png"), runs)
+    drawings = {"side_by_side.png": draw_side_by_side, "curves.png": draw_curves}
     if "patch" in runs[0].target.meta or "mels" in runs[0].target.meta:
-        draw_predictions(os.path.join(into, "predictions.png"), runs)
-        written.append("predictions.png")
-    print(f"wrote {', '.join(written)} in {into}")
+        drawings["predictions.png"] = draw_predictions
+    for name, draw in drawings.items():
+        draw(os.path.join(into, name), runs)
+    print(f"wrote {', '.join(['analysis.json', *drawings])} in {into}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1114,11 +1049,10 @@ def embed(folder, path):
     elif "patch" in slot or "mels" in slot or (cfg[f"{name}_encoder"] and os.path.isdir(path)):
         if cfg[f"{name}_encoder"]:
             check_shards(folder, cfg)  # the encoder must be the one that the run was trained on
-        arrays, items = read_new_files(path, dict(cfg), slot)
+        arrays, items = read_new_files(path, dict(cfg, skip_bad=True), slot)
     else:
         arrays, items = read_new_numbers(path, slot)
-    tokens = torch.from_numpy(arrays["tokens"])
-    inputs = [tokens.split(500)]
+    inputs = [torch.from_numpy(arrays["tokens"]).split(500)]
     if "lengths" in arrays and slot.get("embed", "linear") == "linear":  # a ConvNet reads padding as silence
         inputs.append(torch.from_numpy(real_places(arrays["lengths"], slot["length"])).split(500))
     scores = None
@@ -1131,18 +1065,15 @@ def embed(folder, path):
         weight, bias = evaluate(run.model, run.target, run.target.split("val"))["probe"]
         scores = features @ weight.T + bias
 
-    written = [os.path.join(folder, "embed.npy")]
-    array = io.BytesIO()
+    written, array = [os.path.join(folder, "embed.npy")], io.BytesIO()
     np.save(array, features.numpy())
     write_file(written[0], array.getvalue())
     if scores is not None:
         written.append(os.path.join(folder, "embed.csv"))
         table = io.StringIO(newline="")
-        writer = csv.writer(table)
-        writer.writerow(["file", "class", "probability"])
-        for item, probabilities in zip(items, scores.softmax(1)):
-            best = int(probabilities.argmax())
-            writer.writerow([item, classes[best], f"{probabilities[best].item():.4f}"])
+        probabilities, best = scores.softmax(1).max(1)
+        rows = zip(items, (classes[i] for i in best), (f"{share:.4f}" for share in probabilities.tolist()))
+        csv.writer(table).writerows([("file", "class", "probability"), *rows])
         write_file(written[1], table.getvalue().encode(errors="surrogateescape"))
     print(f"{len(items):,} items: wrote {' and '.join(written)}"
           + (" (file, class, probability)" if scores is not None else ""))
@@ -1163,9 +1094,7 @@ def read_new_texts(folder, path, cfg):
 
 def read_new_files(path, cfg, slot):
     """A folder of pictures or recordings -> {"tokens" (n, T, D), perhaps "lengths" (n,)}, the files read.
-
-    Where the run has a frozen encoder, that encodes them as it did when the run's shards were made.
-    """
+    Where the run has a frozen encoder, that encodes them as it did when the run's shards were made."""
     name, modality, files, skipped = cfg["target"], modality_of(cfg["target"]), [], {}
     if modality not in ("image", "audio"):
         raise UserError(f"the {name} slot reads no folder: give the encoder's outputs as an .npy array")
@@ -1173,7 +1102,6 @@ def read_new_files(path, cfg, slot):
     if cfg[f"{name}_encoder"]:
         change, source["encoder"] = open_encoder(cfg, name)
         source["encode"] = "features"
-    cfg["skip_bad"] = True
 
     def make(file):
         with skipping(cfg, skipped, file, "file"):
@@ -1249,7 +1177,6 @@ def card(folder, full_cfg, result):
     examples = result["examples"][target]
     facts = dict(target=f"{target}={full_cfg[target]}", steps=cfg["steps"], examples=examples)
     others = {slot: f"{full_cfg[slot]} ({cfg[f'{slot}_loss']})" for slot in auxiliaries_of(full_cfg)}
-    sources = " and ".join(cfg[slot] for slot in slots)
     here = hardware(dict(cfg, device="auto"))  # it may have trained on a GPU that is not here
     verdict = "no comparison with the target alone was found"
     for parent in ("", "..", "../.."):  # compare keeps its runs two folders below compare.json
@@ -1267,7 +1194,7 @@ tags: [multimodal, unpaired, {", ".join(map(modality_of, slots))}]
 ---
 # {result["name"]}
 
-A unified multimodal learner (arXiv 2510.08492) of {sources}, never paired.
+A unified multimodal learner (arXiv 2510.08492) of {" and ".join(cfg[slot] for slot in slots)}, never paired.
 In a checkout of nanoUML: `model, saved = train.load_model("this folder")`.
 
 - command: `{shlex.join(["python", "train.py", *changed])}`
@@ -1341,14 +1268,12 @@ def draw_side_by_side(path, runs):
 def draw_predictions(path, runs, rows=4, columns=6):
     """A sheet of held-out items of seen classes, drawn at random. Below each, every run that was tested on
     the same items has a tick if it is right, or a cross and the class it gives instead; above all, totals."""
-    first = runs[0]
-    meta, held = first.target.meta, first.held
+    first, meta, held = runs[0], runs[0].target.meta, runs[0].held
     same_items = [run for run in runs
                   if (run.target.folder, run.split) == (first.target.folder, first.split)]
-    short = []  # the words that tell each class from the others, in lines that fit below a picture
-    for name, words in zip(meta["classes"], class_words(meta["classes"])):
-        shown = textwrap.fill(" ".join(words) or name, 24)
-        short.append(shown.replace("$", r"\$"))  # matplotlib would read $...$ as a formula
+    # the words that tell each class from the others, in lines that fit below a picture; $...$ is no formula
+    names = zip(meta["classes"], class_words(meta["classes"]))
+    short = [textwrap.fill(" ".join(words) or name, 24).replace("$", r"\$") for name, words in names]
     chosen = np.random.default_rng(0).permutation(first.seen)[:rows * columns]
     totals = []
     for run in same_items:
@@ -1369,20 +1294,17 @@ def draw_predictions(path, runs, rows=4, columns=6):
             ax.set_title(short[truth], fontsize=7)
             ax.set(xticks=[], yticks=[])
             for line, run in enumerate(same_items):
-                answer = run.answers[item]
                 text, style = f"✓ {run.name}", dict(color="#1a6e2e")
-                if answer != truth:
-                    text = f"✗ {run.name}: {short[answer]}"
+                if run.answers[item] != truth:
+                    text = f"✗ {run.name}: {short[run.answers[item]]}"
                     style = dict(color="#a02020", weight="bold")
                 ax.text(0.5, -0.06 - 0.27 * line, textwrap.fill(text, 32), transform=ax.transAxes, fontsize=6,
                         ha="center", va="top", **style)
 
 
 def draw_curves(path, runs):
-    """Loss of every slot and validation accuracy over target steps, from each run's log.jsonl.
-
-    A colour is a run, a dash is a slot. Step 0 is the target's first: a warm start lies before it, shaded.
-    """
+    """Loss of every slot and validation accuracy over target steps, from each run's log.jsonl. A colour is a
+    run, a dash is a slot."""
     slots = dict.fromkeys(slot for run in runs for slot in run.slots)
     dashes = dict(zip(slots, itertools.cycle(("-", "--", ":", "-."))))
     # where the target begins; in stages it trains from the first step on
@@ -1404,20 +1326,16 @@ def draw_curves(path, runs):
 
 
 def read_log(path):
-    """log.jsonl -> {slot: {step: loss}}, {step: validation score}.
-
-    A killed and resumed run logs some steps twice: the last line counts. A line cut short is skipped.
-    """
+    """log.jsonl -> {slot: {step: loss}}, {step: validation score}. A killed and resumed run logs some steps
+    twice: the last line counts. A line cut short is skipped."""
     losses, scores = {}, {}
     for line in read_text(path).splitlines():
-        try:
+        with contextlib.suppress(ValueError):  # cut short
             entry = json.loads(line)
-        except ValueError:
-            continue
-        for slot, loss in entry.get("loss", {}).items():
-            losses.setdefault(slot, {})[entry["step"]] = loss
-        if "val_score" in entry:
-            scores[entry["step"]] = entry["val_score"]
+            for slot, loss in entry.get("loss", {}).items():
+                losses.setdefault(slot, {})[entry["step"]] = loss
+            if "val_score" in entry:
+                scores[entry["step"]] = entry["val_score"]
     return losses, scores
 
 

@@ -158,9 +158,7 @@ def read_run_config(argv, keys=KEYS):
 def resolve(cfg, say=tell):
     """Check keys against each other, drop those without effect -> the config by which runs are told apart."""
     cfg = dict(cfg)
-    for slot in active_slots(cfg):
-        if cfg[f"{slot}_examples"] == 0:
-            cfg[slot] = ""
+    cfg.update({slot: "" for slot in active_slots(cfg) if cfg[f"{slot}_examples"] == 0})
     slots, target, head_from = active_slots(cfg), cfg["target"], cfg["head_from"]
     auxiliaries = [slot for slot in slots if slot != target]
     if target not in slots:
@@ -365,12 +363,11 @@ class Slot:
 
     def load(self, arrays, rows, changes):
         """Read items from the shards, change them as drawn -> the keyword arguments of UML.forward."""
-        batch, tokens = {}, arrays["tokens"][rows]  # (B, T, D) or (B, T) ids: one read of the memory map
+        batch = {key: changes[key] for key in ("hidden", "warp", "colour") if key in changes}
+        tokens = arrays["tokens"][rows]  # (B, T, D) or (B, T) ids: one read of the memory map
         lengths = arrays["lengths"][rows] if "lengths" in arrays else None  # (B,) real tokens; None: all are
         if "move" in changes:
             tokens, lengths = change_recordings(tokens, lengths, self.meta["mels"], changes)
-        if "hidden" in changes:
-            batch["hidden"] = changes["hidden"]
         if self.labelled:
             batch["labels"] = self.head_rows[arrays["labels"][rows]]  # (B,) rows of the label head
         if self.meta["kind"] == "discrete":
@@ -386,12 +383,10 @@ class Slot:
                 for key in batch.keys() & {"tokens", "real", "hidden"}:
                     batch[key] = batch[key][:, :longest]
         batch = {key: to_device(value, self.device) for key, value in batch.items()}
-        if "warp" in changes:  # on the device, where it is fast
-            warp = to_device(changes["warp"], self.device)
-            batch["tokens"] = warp_pictures(batch["tokens"], self.meta["patch"], warp)
-        if "colour" in changes:
-            factors = to_device(changes["colour"], self.device)
-            batch["tokens"] = change_colours(batch["tokens"], self.meta["patch"], factors)
+        if "warp" in batch:  # on the device, where it is fast
+            batch["tokens"] = warp_pictures(batch["tokens"], self.meta["patch"], batch.pop("warp"))
+        if "colour" in batch:
+            batch["tokens"] = change_colours(batch["tokens"], self.meta["patch"], batch.pop("colour"))
         return batch
 
     def destroy_structure(self):
@@ -399,7 +394,6 @@ class Slot:
         real places of all examples). Each label and token stays as frequent as it was."""
         rng, arrays, rows = stream(self.cfg["seed"], self.name, CONTROL), self.split("train"), self.examples
         if self.labelled:
-            arrays["labels"] = arrays["labels"].copy()
             arrays["labels"][rows] = rng.permutation(arrays["labels"][rows])
         predicts = any(OBJECTIVES[objective].head for objective in self.objectives)
         if not self.labelled and not predicts:
@@ -559,10 +553,7 @@ def model_slots(slots):
 
 
 def build_model(cfg, slots, classes, trunk=None):
-    """A fresh UML from a config, model_slots() and perhaps the configuration of a language model as trunk.
-
-    UserError for a combination that cannot work.
-    """
+    """A fresh UML from a config, model_slots() and perhaps the configuration of a language model as trunk."""
     keys = ("width", "layers", "heads", "temperature", "label_smoothing", "share", "seed")
     try:
         model = UML(slots, len(classes), trunk=trunk, **{key: cfg[key] for key in keys})
@@ -585,10 +576,17 @@ def build_pretrained_model(cfg, slots, classes):
     encoders, language_model, trunk = {}, None, None
     for name, slot in slots.items():
         if slot.get("embed") == "timm":
-            encoders[name], slot["encoder"] = open_timm(cfg[f"{name}_embed"])
-            fit_encoder(encoders[name], slot["encoder"], cfg[f"{name}_embed"], cfg["image_size"])
+            spec, size = cfg[f"{name}_embed"], cfg["image_size"]
+            encoder, about = open_timm(spec)
+            cure = f": its own size is {about['size']}"  # some resample their positions, others take any
+            with torch.no_grad(), explained(f"{spec} refuses pictures of image_size={size}", cure):
+                if about["fixed_size"] and hasattr(encoder, "set_input_size"):
+                    encoder.set_input_size(img_size=size)
+                    about["arguments"]["img_size"] = size
+                encoder(torch.zeros(1, 3, size, size))
+            encoders[name] = encoder
             # the encoder scales numbers from 0 to 1 itself
-            slot.update(mean=[0.0], std=[255.0], batchnorm=cfg["encoder_batchnorm"])
+            slot.update(encoder=about, mean=[0.0], std=[255.0], batchnorm=cfg["encoder_batchnorm"])
     if cfg["trunk"]:
         language_model, _, trunk = open_hf(cfg["trunk"])
     model = build_model(cfg, slots, classes, trunk)
@@ -599,19 +597,6 @@ def build_pretrained_model(cfg, slots, classes):
         for part in (model.trunk, *model.own_trunk.values()):
             part.net.load_state_dict({key: weights[key] for key in part.net.state_dict()})
     return model
-
-
-@torch.no_grad()
-def fit_encoder(encoder, about, spec, size):
-    """Make a timm model read pictures of `size` pixels: some resample their positions, others take any size.
-
-    UserError for one that does neither.
-    """
-    with explained(f"{spec} refuses pictures of image_size={size}", f": its own size is {about['size']}"):
-        if about["fixed_size"] and hasattr(encoder, "set_input_size"):
-            encoder.set_input_size(img_size=size)
-            about["arguments"]["img_size"] = size
-        encoder(torch.zeros(1, 3, size, size))
 
 
 def make_optimizer(model, cfg):
@@ -678,6 +663,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     bar: tqdm                 # on a terminal
     report: object            # function of (step, {name: number}), or None: report_to
+    total: int                # steps of the whole run
     # What a checkpoint keeps besides weights. Batches follow from `updates`: no sampler has a state.
     step: int = 0             # steps done, the warm start's included
     updates: dict = None      # {slot: its own updates}
@@ -685,17 +671,9 @@ class Run:
     seconds: float = 0.0      # of training; evaluation and saving do not count
     items: int = 0            # examples trained on
 
-    @property
-    def total(self):
-        """Steps of the whole run."""
-        return self.cfg["warm_start_steps"] + self.cfg["steps"]
-
 
 def train(run, say):
-    """Train to the end, or to stop_after, or until a signal asks for an end after the step.
-
-    Only process 0 of several logs, validates and saves.
-    """
+    """Train to the end, or to stop_after, or until a signal asks for an end after the step."""
     cfg, slots, optimizer, first = run.cfg, run.slots, run.optimizer, ranks()[0] == 0
     warm, end = cfg["warm_start_steps"], min(run.total, cfg["stop_after"] or run.total)
     recent = {}  # {slot: its losses since the last log line}
@@ -723,7 +701,8 @@ def train(run, say):
         run.step = step + 1
         run.bar.update()
 
-        ending = run.step == end or any_process_has_a_signal()
+        # All processes agree on a signal, so that they leave the loop after the same step.
+        ending = run.step == end or mean_over_processes(torch.tensor(float(len(SIGNALS)))).item() > 0
         # counted from the first target step, so that arms with and without a warm start are read alike
         on_interval = (run.step - warm) % cfg["eval_interval"] == 0
         if ending or on_interval or run.step % cfg["log_interval"] == 0:
@@ -859,20 +838,17 @@ def train_config(cfg, say=tell):
         say(f"{warm if cfg['warm_start_steps'] else ''}{cfg['steps']} of {order}")
         with signals_caught(), run.bar, reporting(cfg) as run.report:
             train(run, say)
+        result = None
         if run.step < run.total:
-            say(f"stopped after step {run.step} of {run.total}, saved: the same command with --resume goes "
-                "on")
-            if SIGNALS:
-                sys.exit(128 + SIGNALS[0])
-            return None
-        if not first:
-            return None
-        # The best checkpoint by validation, and the target's test split for the first and only time.
-        run.model.load_state_dict(load_checkpoint(os.path.join(cfg["out_dir"], "best.pt"))["model"])
-        result = score_run(run)
-        write_json(os.path.join(cfg["out_dir"], "result.json"), result)
-        if SIGNALS:  # it came during the last step or after
-            say(f"interrupted, but {cfg['out_dir']} is finished: the same command shows its result")
+            say(f"stopped at step {run.step} of {run.total}, saved: the same command with --resume goes on")
+        elif first:
+            # The best checkpoint by validation, and the target's test split for the first and only time.
+            run.model.load_state_dict(load_checkpoint(os.path.join(cfg["out_dir"], "best.pt"))["model"])
+            result = score_run(run)
+            write_json(os.path.join(cfg["out_dir"], "result.json"), result)
+            if SIGNALS:  # it came during the last step or after
+                say(f"interrupted, but {cfg['out_dir']} is finished: the same command shows its result")
+        if SIGNALS:
             sys.exit(128 + SIGNALS[0])
         return result
 
@@ -898,12 +874,13 @@ def set_up(cfg, say, saved=None):
             for trunk in (model.trunk, *model.own_trunk.values()):
                 trunk.load_state_dict(other.trunk.state_dict())
     model.to(device)
+    misfit = f"{cfg['out_dir']} holds a checkpoint that does not fit its config"
     if saved:
-        load_saved(cfg, model, saved["model"])
-    compiled = cfg["compile"]
-    if compiled is None:  # compiling took 50 s on an H200 and then saved a seventh of every step
-        compiled = device.type == "cuda" and cfg["steps"] >= 10_000
-    compiled = compiled and not cfg["fsdp"]
+        with explained(misfit, ": delete it"):
+            model.load_state_dict(saved["model"])
+    # compiling took 50 s on an H200 and then saved a seventh of every step
+    pays = device.type == "cuda" and cfg["steps"] >= 10_000
+    compiled = (pays if cfg["compile"] is None else cfg["compile"]) and not cfg["fsdp"]
     engine = torch.compile(model) if compiled else model
     if cfg["fsdp"]:
         engine = sharded_copy(model)
@@ -911,7 +888,8 @@ def set_up(cfg, say, saved=None):
         engine = DistributedDataParallel(engine, find_unused_parameters=True, broadcast_buffers=False)
     optimizer = make_optimizer(engine, cfg)
     if saved:
-        load_saved(cfg, optimizer, saved["optimizer"])
+        with explained(misfit, ": delete it"):
+            optimizer.load_state_dict(saved["optimizer"])
         for parameter, moments in optimizer.state.items():
             if isinstance(parameter, DTensor):  # of the whole moments each process keeps its part
                 for key in ("exp_avg", "exp_avg_sq"):
@@ -923,12 +901,11 @@ def set_up(cfg, say, saved=None):
     say(f"{every:,} parameters, {shared:,} of them in the trunk; {device_line}, "
         f"{torch.get_num_threads()} threads, {'compiled' if compiled else 'eager'}")
     state = {key: saved[key] for key in STATE} if saved else dict(updates=dict.fromkeys(slots, 0))
-    # disable=None: only on a terminal
-    bar = tqdm(total=cfg["warm_start_steps"] + cfg["steps"], initial=state.get("step", 0), unit="step",
-               disable=None if say is tell else True, delay=1)
-    run = Run(cfg, device, autocast, slots, classes, model, engine, optimizer, bar, None, **state)
-    # Refuse before anything is written. (At its last step a run with a best.pt may go on: its score is
-    # missing.)
+    total = cfg["warm_start_steps"] + cfg["steps"]
+    bar = tqdm(total=total, initial=state.get("step", 0), unit="step", delay=1,
+               disable=None if say is tell else True)  # None: only on a terminal
+    run = Run(cfg, device, autocast, slots, classes, model, engine, optimizer, bar, None, total, **state)
+    # Refused before anything is written. At its last step a run with a best.pt may go on to its score.
     if run.step > run.total or (run.step == run.total and run.best is None):
         raise UserError(f"{cfg['out_dir']} is at step {run.step}, not before the {run.total} asked for: "
                         "raise --steps, or change --out_dir")
@@ -956,23 +933,22 @@ def pick_device(cfg):
 
 @contextlib.contextmanager
 def evaluating(model):
-    """Meanwhile no gradients, and the BatchNorm of an encoder uses the statistics that it has gathered."""
+    """Meanwhile the BatchNorm of an encoder uses the statistics that it has gathered."""
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         model.train(training)
 
 
+@torch.no_grad()
 def extract(model, slot, arrays, rows=None, every=False):
     """Frozen features of the given rows of a split (None: all), on the CPU: (n, C); every: of all layers,
     (layers + 1, n, C)."""
-    parts = []
     with evaluating(model):
-        for batch in slot.evaluation_batches(arrays, rows):
-            parts.append(model.features(slot.name, batch["tokens"], batch.get("real"), every).float().cpu())
+        parts = [model.features(slot.name, batch["tokens"], batch.get("real"), every).float().cpu()
+                 for batch in slot.evaluation_batches(arrays, rows)]
     return torch.cat(parts, dim=-2)
 
 
@@ -1073,8 +1049,7 @@ def evaluate(model, slot, arrays, chosen=None):
         probe = chosen["probe"]
     scores = features @ probe[0].T + probe[1]  # (n, classes)
     found = count_right(scores.argmax(1)[~unseen], truth[~unseen])
-    seen = [c for c in range(classes) if c not in slot.unseen]
-    fewest = torch.bincount(truth, minlength=classes)[seen].min().item()  # 0: a class is not tested at all
+    fewest = np.delete(np.bincount(labels, minlength=classes), slot.unseen).min().item()  # 0: one is untested
     found.update(score=found[measure], fewest=fewest, probe=probe)
     if unseen.any() and (chosen is None or "unseen_offset" in chosen):  # validation may have had none
         found.update(unseen_report(scores, truth, slot.unseen, chosen["unseen_offset"] if chosen else None))
@@ -1088,8 +1063,7 @@ def unseen_report(scores, truth, banned, offset=None):
     `offset` is subtracted from their scores; None: choose here the one with the best harmonic mean, which
     reads labels of unseen classes too.
     """
-    is_banned = torch.zeros(scores.shape[1], dtype=torch.bool)
-    is_banned[banned] = True
+    is_banned = torch.isin(torch.arange(scores.shape[1]), torch.tensor(banned))
     unseen = is_banned[truth]
     best_seen, seen_class = scores.masked_fill(is_banned, -torch.inf).max(1)
     best_unseen, unseen_class = scores.masked_fill(~is_banned, -torch.inf).max(1)
@@ -1181,10 +1155,8 @@ def closing_lines(result, folder, argv):
     set_by_compare = ("seed", "control", "stages")
     dropped = {f"--{key}" for key in ("out_dir", "resume", *set_by_compare)}
     kept = [arg for arg in argv if arg.split("=")[0] not in dropped]
-    of_file = read_config(kept, KEYS)
-    for key in set_by_compare:  # where the config file sets one, it is set back
-        if of_file[key] != KEYS[key][0]:
-            kept.append(f"--{key}={KEYS[key][0]}")
+    of_file = read_config(kept, KEYS)  # where the config file sets one, it is set back
+    kept += [f"--{key}={KEYS[key][0]}" for key in set_by_compare if of_file[key] != KEYS[key][0]]
     compare = shlex.join(["python", "probe.py", "compare", *kept])
     if len(result["losses"]) > 1:
         lines += [f"next: does the other data help? {compare}"]
@@ -1195,11 +1167,9 @@ def closing_lines(result, folder, argv):
 
 def count_flops(model, name, batch):
     """FLOPs of forward and backward on a batch, counted by torch, operation by operation."""
-    training = model.training
-    model.eval()
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # attention as its matmuls
+    # MATH: attention as its matmuls
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(name, **batch).backward()
-    model.train(training)
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
@@ -1222,17 +1192,10 @@ def save(run, name, optimizer_state):
     target = run.slots[run.cfg["target"]]
     data = io.BytesIO()
     torch.save(dict(format=CHECKPOINT_FORMAT, model=weights, slots=run.model.slots, config=run.cfg,
-                    trunk=run.model.trunk_config,
-                    optimizer=optimizer_state, classes=run.classes,
+                    trunk=run.model.trunk_config, optimizer=optimizer_state, classes=run.classes,
                     target_classes=len(target.meta["classes"]), threads=torch.get_num_threads(),
                     **{key: getattr(run, key) for key in STATE}), data)
     write_file(path, data.getvalue())
-
-
-def load_saved(cfg, part, state):
-    """Load a model's or an optimizer's part of a checkpoint; UserError where it does not fit."""
-    with explained(f"{cfg['out_dir']} holds a checkpoint that does not fit its config", ": delete it"):
-        part.load_state_dict(state)
 
 
 def load_checkpoint(path):
@@ -1330,7 +1293,6 @@ def begin_folder(cfg):
 # Several processes, under torchrun: each takes an equal share of every batch, and DistributedDataParallel
 # averages their gradients. So label losses equal those of one process, to rounding; token losses are the mean
 # of the processes' means, which differ a little where the shares hold different numbers of real tokens.
-# And signals: the first asks for an end after this step, the second ends it now.
 
 SIGNALS = []  # those caught so far
 
@@ -1348,11 +1310,7 @@ def gradients_shared(engine, now):
 
 
 def sharded_copy(model):
-    """A copy of the model whose weights are spread over the processes (FSDP2).
-
-    Each keeps its part of every block, and gathers a block when its turn comes. The model itself stays whole,
-    to be evaluated and saved.
-    """
+    """A copy of the model whose weights are spread over the processes (FSDP2), block by block."""
     if not dist.is_initialized():
         raise UserError("fsdp=True shards weights over processes: start them with "
                         "`torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node=2 train.py ...`")
@@ -1395,11 +1353,6 @@ def mean_over_processes(value):
     if dist.is_initialized():
         dist.all_reduce(value)
     return value / ranks()[1]
-
-
-def any_process_has_a_signal():
-    """All processes agree on this, so that they leave the loop after the same step."""
-    return mean_over_processes(torch.tensor(float(len(SIGNALS)))).item() > 0
 
 
 @contextlib.contextmanager

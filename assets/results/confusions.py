@@ -21,7 +21,8 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 from prepare import UserError, exit_on_user_error, explained, read_json, write_json
-from probe import features_of, open_run
+from probe import open_run
+from train import extract
 
 
 def parts_of(name):
@@ -54,7 +55,7 @@ def answers(run, arrays, rows, among=None):
 
     among: the classes that may be an answer (None: all of the target's).
     """
-    features, truth = features_of(run, run.target, arrays, rows)  # (n, C), (n,)
+    features, truth = extract(run.model, run.target, arrays, rows), arrays["labels"][rows]  # (n, C), (n,)
     head = run.model.label_head
     among = np.arange(len(run.target.meta["classes"])) if among is None else np.asarray(among)
     scores = features @ head.weight[among].T + head.bias[among]
