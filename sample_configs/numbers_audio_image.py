@@ -1,7 +1,7 @@
 """As numbers_audio_text.py, with the same numbers in print beside the clips instead of in words.
 
 The pictures are '00' to '99' in eight typefaces, like careless scans, all labelled; none belongs to a clip.
-Test accuracy over six speakers x 3 seeds: 0.33 to 0.65, mean 0.53; without pictures 0.25.
+Test accuracy over six speakers: 0.32 to 0.60, mean 0.52; without pictures 0.14 to 0.33, mean 0.25.
     python train.py sample_configs/numbers_audio_image.py
     python probe.py compare sample_configs/numbers_audio_image.py --seeds=18
 """

@@ -3,7 +3,7 @@
 A clip is two real recordings of one speaker (Free Spoken Digit Dataset), joined by us: "three", "seven" is
 'three seven'. Text says "37", "thirty-seven", "seven after three"; nothing pairs the two. FSDD (10 MB) is
 fetched once. The seed chooses the speakers of test and validation. Two CPU cores: a minute or two.
-Test accuracy over six speakers x 3 seeds: 0.29 to 0.63, mean 0.50; without text 0.14 to 0.33, mean 0.25.
+Test accuracy over six speakers x 3 seeds: 0.22 to 0.59, mean 0.49; without text 0.14 to 0.35, mean 0.25.
     python train.py sample_configs/numbers_audio_text.py
     python train.py sample_configs/numbers_audio_text.py --text= --out_dir=out/numbers_alone
     python probe.py compare sample_configs/numbers_audio_text.py --seeds=18
