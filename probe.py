@@ -293,7 +293,7 @@ def run_arms(cfg, options, arms, settings, per_seed):
     if len(settings) == 1:
         search_seeds = []  # nothing to choose
     total = len(trained) * (len(search_seeds) * len(settings) + len(seeds))
-    bar = tqdm(total=total, unit="run", delay=1)  # none where all runs are finished
+    bar = tqdm(total=total, unit="run", delay=0.001)  # none where all runs are finished
     folder, jobs = os.path.join(cfg["out_dir"], "compare"), options["jobs"]
     results, chosen, searched = {}, {}, {}
     # longer comes last, because it needs the FLOPs of alone and uml; all others may train side by side
@@ -526,7 +526,7 @@ def preflight(argv):
             seeded = few | dict(seed=seed)
             nearest.append(raw_nearest(open_slots(resolve(seeded, quiet), quiet)[0][target.name]))
             configs += [arm_config(seeded, arm, options) for arm in arms]
-    with tqdm(total=len(configs), unit="run", delay=1) as bar:
+    with tqdm(total=len(configs), unit="run", delay=0.001) as bar:
         results = run_all(configs, os.path.join(cfg["out_dir"], "preflight"), options["jobs"], bar)
     scores = np.reshape([score_of(result, "val") for result in results],
                         (len(shots), len(options["seeds"]), len(arms)))
