@@ -1115,6 +1115,9 @@ def audio_encoder(cfg, spec, keep, device):
     return (lambda recording: recording), encode
 
 
+PRETRAINED = dict(image=picture_encoder, text=text_encoder, audio=audio_encoder)
+
+
 def open_encoder(cfg, slot):
     """make(item) and encode(cfg, items, _) of a slot's pretrained encoder, on a GPU if there is one."""
     import torch
@@ -1144,7 +1147,6 @@ def open_encoder(cfg, slot):
 # prepare: one slot's source -> its shard folder
 
 ENCODERS = dict(image=encode_pictures, text=encode_text, audio=encode_recordings, features=encode_features)
-PRETRAINED = dict(image=picture_encoder, text=text_encoder, audio=audio_encoder)
 CHUNK = 64  # items that a thread makes and encodes at a time
 SPEAKER_KEYS = ("audio_groups", "audio_test_group", "audio_val_group")
 # The keys that decide the bytes of a modality's shards, besides those that every modality has.
@@ -1209,7 +1211,8 @@ def parse_source(cfg, slot):
     near = [fitting[known] for known in difflib.get_close_matches(name, fitting, n=1)]
     if os.path.exists(source):
         end = os.path.splitext(source)[1][1:].lower()
-        near = [f"{end if end in fitting else 'file' if modality == 'text' else 'folder'}:{source}"]
+        kind = end if end in fitting else "file" if modality == "text" else "folder"
+        near = [f"{kind}:{source}"]
     advice = f", did you mean '{near[0]}'?" if near else ""
     known = ", ".join(fitting.values())
     raise UserError(f"{slot}='{source}' is no source of {modality}{advice} (there are {known})")
@@ -1334,6 +1337,7 @@ def write_splits(cfg, folder, source, split, say):
             for arrays in encoded_chunks(cfg, source, rows, bpe, bar):
                 cut += arrays.pop("cut", 0)
                 if part == "train" and bpe is None:  # nothing of val or test may reach the model
+                    # a mean for each mel band, each colour, or each number of a token
                     period = info.get("mels") or arrays["tokens"].shape[-1] // info.get("patch", 1)**2
                     sums = sums + token_sums(arrays["tokens"], arrays.get("lengths"), period)
                 info["arrays"] = {name: dict(dtype=array.dtype.name, shape=list(array.shape[1:]))

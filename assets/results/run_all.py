@@ -152,7 +152,7 @@ def state_of(name):
         return "missing"
     found, seeds = read_json(file_of(name)), re.search(r"--seeds=(\d+)", ROWS[name][1])
     wanted = int(seeds[1]) if seeds else 8
-    if found.get("version") != TRAINING_VERSION:
+    if found.get("version") != TRAINING_VERSION or "convnet" in name and "searched" not in found:
         return "by earlier code"
     if found["seeds"] < wanted:
         return f"{found['seeds']} of {wanted} seeds"
