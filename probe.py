@@ -445,6 +445,21 @@ def verdict(out):
     return f"the unpaired data helped: {said}"
 
 
+def at_the_edge(out):
+    """[(arm, 'KEY=VALUE')]: where the smallest or largest of three or more values tried is an arm's best in
+    most searches. What lies beyond may be better, and an arm that is searched too little loses unfairly."""
+    found = []
+    for key in dict.fromkeys(key for candidate in out["candidates"] for key in candidate):
+        tried = {candidate[key] for candidate in out["candidates"] if key in candidate}
+        if len(tried) < 3 or not all(type(value) in (int, float) for value in tried):
+            continue
+        for arm, entry in out["arms"].items():
+            best = [setting.get(key) for setting in entry["settings"]]
+            found += [(arm, f"{key}={edge}") for edge in (min(tried), max(tried))
+                      if best.count(edge) > len(best) / 2]
+    return found
+
+
 def show_auxiliaries(out):
     """'text=letters (label)' from what compare.json holds."""
     return ", ".join(f"{slot}={short_source(source)}" for slot, source in out["auxiliaries"].items())
@@ -488,6 +503,9 @@ def show_compare(out):
                 line += f"; {worded(key)} {np.mean(entry[key]):.4f}"
         print(line)
     warnings = too_few(out["split"], out["items"], out["fewest"], out["measure"]) if out["items"] else []
+    if edges := at_the_edge(out):
+        warnings += ["warning: best at the edge of what was tried: " + ", ".join(map(" ".join, edges))
+                     + ": search further (what has run is not run again)"]
     print(*warnings, "verdict: " + out["verdict"], sep="\n")
 
 

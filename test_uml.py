@@ -1494,6 +1494,14 @@ def test_the_verdict_claims_help_only_above_alone_and_above_the_control(words, a
     assert words in said and sum(said.startswith(start) for start in tables.VERDICTS) == 1  # a word for each
     assert f"{alone[0]:+.3f}" in B.verdict(dict(out, chance=None))  # of a loss: no points
 
+def test_compare_says_whose_search_ended_at_the_edge_of_what_it_tried():
+    """alone's best decay is the largest of three in most searches, uml's is inside; two values have no inside."""
+    tried = [dict(weight_decay=decay, text_weight=weight) for decay in (1, 2, 4) for weight in (0.5, 1)]
+    arms = dict(alone=dict(settings=[tried[5], tried[4], tried[0]]), uml=dict(settings=[tried[3]]))
+    assert B.at_the_edge(dict(candidates=tried, arms=arms)) == [("alone", "weight_decay=4")]
+    switches = [dict(encoder_batchnorm=value) for value in (True, False)]
+    assert B.at_the_edge(dict(candidates=switches, arms=dict(alone=dict(settings=switches[:1])))) == []
+
 def test_speakers_and_not_their_seeds_are_compared_with_the_control():
     """Six seeds on three speakers are three pairs."""
     ours, control = [1, 5, 9, 3, 7, 8], [0, 0, 0, 0, 0, 9]

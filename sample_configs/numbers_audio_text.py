@@ -3,10 +3,10 @@
 A clip is two real recordings of one speaker (Free Spoken Digit Dataset), joined by us: "three", "seven" is
 'three seven'. Text says "37", "thirty-seven", "seven after three"; nothing pairs the two. FSDD (10 MB) is
 fetched once. The seed chooses the speakers of test and validation. Two CPU cores: a minute or two.
-Test accuracy over six speakers x 3 seeds: 0.22 to 0.59, mean 0.49; without text 0.14 to 0.35, mean 0.25.
+Test accuracy over six speakers, decay 16 or 32: 0.41 to 0.71, mean 0.60; without text 0.21 to 0.46, 0.37.
     python train.py sample_configs/numbers_audio_text.py
     python train.py sample_configs/numbers_audio_text.py --text= --out_dir=out/numbers_alone
-    python probe.py compare sample_configs/numbers_audio_text.py --seeds=18
+    python probe.py compare sample_configs/numbers_audio_text.py --seeds=6
 """
 target = "audio"
 audio = "numbers"
@@ -22,7 +22,7 @@ label_smoothing = 0.1
 width = 128
 layers = 1
 learning_rate = 3e-3
-weight_decay = 4.0
+weight_decay = 16.0       # with one clip a number 1.5
 warm_start_steps = 300    # text alone
 steps = 700
 eval_interval = 350

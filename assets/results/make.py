@@ -11,6 +11,7 @@ A page holds blocks `<!-- KIND WORDS -->` ... `<!-- /KIND -->`; what stands betw
     doses FILE.png NAME='title' ...      accuracy by what the modalities share
     forecasts PREFLIGHT:NAME,NAME,... ...  what preflight said of some comparisons, and what they found
     curve FILE.png NAME ...    accuracy against labelled examples a class, and what an example is worth
+    edges                      which of the rows above have a search whose best is at its edge
     holm                       which of the rows above survive Holm's correction (Holm 1979)
 """
 import os
@@ -25,6 +26,7 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path[:0] = [HERE, ROOT]
 from figures import draw_curve, draw_doses, draw_letters, draw_summary, draw_theory, per_class
 from prepare import UserError, exit_on_user_error, read_text, write_file
+from probe import at_the_edge
 from tables import (arms_table, commands_of, control_of, doses_table, forecasts_table, result_of,
                     results_table, summary, unseen_table)
 
@@ -71,6 +73,20 @@ def holm(tabled):
             f"correction these differences to alone stay below 0.05: {', '.join(kept)}.")
 
 
+def edges(tabled):
+    """The rows whose search ended at its edge, and of which arms: there a wider one may find better."""
+    said = []
+    for name, (_, result) in tabled.items():
+        arms = {}  # {setting: arms}
+        for arm, setting in at_the_edge(result) if "candidates" in result else []:
+            arms.setdefault(setting, []).append(arm)
+        if arms:
+            settings = [f"{', '.join(names)} {setting}" for setting, names in arms.items()]
+            said.append(f"`{name}` ({'; '.join(settings)})")
+    return ("In most searches of these the best of three or more values is the smallest or the largest: "
+            + ", ".join(said) + ".")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # pages
 
@@ -106,6 +122,8 @@ def rewrite(page, check):
             lines = forecasts_table(words)
         elif kind == "holm":
             lines = [holm(tabled)]
+        elif kind == "edges":
+            lines = [edges(tabled)]
         else:
             rows = rows_of(words)
             make = dict(results=results_table, arms=arms_table, unseen=unseen_table)[kind]

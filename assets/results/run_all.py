@@ -44,8 +44,11 @@ def each(key, *values):
 
 
 DECAYS = search(each("weight_decay", 0.5, 1.5, 4.0))  # alone and uml may each want another
+# spoken numbers want more, and most of all with two clips a number
+TO_16 = search(each("weight_decay", 0.5, 1.5, 4.0, 16.0))
+TO_32 = search(each("weight_decay", 0.5, 1.5, 4.0, 16.0, 32.0))
 DOSES = "--arms=alone,apart,norms,attention,feedforward,added,uml --search=1"
-FRAMES = f"{DOSES} --seeds=6 --audio_embed=linear --audio_examples=400"
+FRAMES = f"{DOSES} --seeds=6 --audio_embed=linear --audio_examples=400 --weight_decay=4.0"
 # frozen encoders and a projection a slot; a fine-tuned picture encoder; a language model as the trunk
 LITE0, MINILM = "timm:/path/to/encoders/lite0", "hf:/path/to/encoders/minilm"
 ENCODERS = (f"--text_encoder={MINILM} --text_loss=label --text_batch=256 --layers=0 --width=384 "
@@ -71,8 +74,8 @@ CONVNET = "assets/results/convnet.py"
 
 SHARED = {
     "share_letters": (24, f"{LETTERS} {DOSES}"),
-    "share_numbers": (38, f"{NUMBERS} {DOSES} --seeds=18"),
-    "share_numbers_image": (42, f"{NUMBERS_IMAGE} {DOSES} --seeds=18"),
+    "share_numbers": (13, f"{NUMBERS} {DOSES} --seeds=6 --weight_decay=16.0"),
+    "share_numbers_image": (14, f"{NUMBERS_IMAGE} {DOSES} --seeds=6 --weight_decay=4.0"),
     # does attention matter once the target is many tokens and not one?
     "share_frames": (10, f"{NUMBERS} {FRAMES}"),
 }
@@ -94,15 +97,17 @@ ROWS = {
                      "--image_embed=linear --patch_size=4 --image_examples=4512 "
                      + search(each("learning_rate", "1e-3", "3e-3"), each("weight_decay", 0.05, 1.5))),
     "numbers_1": (50, f"{NUMBERS} --audio_examples=100 --seeds=18 {DECAYS}"),
-    "numbers_2": (115, f"{NUMBERS} --arms=alone,uml,control,apart,head,init,longer --seeds=18 {DECAYS}"),
-    "numbers_4": (50, f"{NUMBERS} --audio_examples=400 --seeds=18 {DECAYS}"),
-    "numbers_8": (50, f"{NUMBERS} --audio_examples=800 --seeds=18 {DECAYS}"),
-    "numbers_2_image": (58, f"{NUMBERS_IMAGE} --seeds=18 {DECAYS}"),
-    "numbers_2_both": (62, f"probe.py compare sample_configs/numbers_trimodal.py --seeds=18 {DECAYS}"),
-    "numbers_4_unseen": (25, f"{NUMBERS} --audio_examples=320 --unseen_classes=20 --search=1 --seeds=18"),
+    "numbers_2": (70, f"{NUMBERS} --arms=alone,uml,control,apart,head,init,longer --seeds=6 {TO_32}"),
+    "numbers_4": (24, f"{NUMBERS} --audio_examples=400 --seeds=6 {TO_16}"),
+    "numbers_8": (24, f"{NUMBERS} --audio_examples=800 --seeds=6 {TO_16}"),
+    "numbers_2_image": (35, f"{NUMBERS_IMAGE} --seeds=6 {TO_32}"),
+    "numbers_2_both": (38, f"probe.py compare sample_configs/numbers_trimodal.py --seeds=6 {TO_32}"),
+    "numbers_4_unseen": (25, f"{NUMBERS} --audio_examples=320 --unseen_classes=20 --search=1 --seeds=6 "
+                         "--weight_decay=4.0"),
     **SHARED,
     **{f"{name}_control": (minutes, f"{row} --control=True") for name, (minutes, row) in SHARED.items()},
-    "share_numbers_none": (8, f"{NUMBERS} --layers=0 --arms=alone,uml --search=1 --seeds=6"),
+    "share_numbers_none": (8, f"{NUMBERS} --layers=0 --arms=alone,uml --search=1 --seeds=6 "
+                           "--weight_decay=4.0"),
     "printed_1": (10, f"{PRINTED} --search=1 --seeds=8"),
     "printed_1_text": (8, f"{PRINTED} --audio= --text=numbers --search=1 --seeds=8"),
     "cifar_20": (10, f"{CIFAR} --image_examples=200 --steps=400 --eval_interval=100 {CIFAR_GRID} --seeds=3"),
