@@ -6,9 +6,10 @@
 
 As `probe.py compare` does: the best candidate on validation with seed 1000, then the seeds, test scored once
 each; where a seed has a test speaker of its own it chooses on its own validation speaker. Where the largest
-decay of a rate is best, twice that is tried, and so on. The network is what people would write: three stages
-of two 3x3 convolutions, norm, ReLU, and 2x2 max-pooling, then one linear layer on all positions. Channels,
-strides, steps and so the cost of a step are those of the stem in model.py.
+decay of a rate is best, twice that is tried, and so on (this can stop on a plateau: then try larger ones).
+The network is what people would write: three stages of two 3x3 convolutions, norm, ReLU, and 2x2 max-pooling,
+then one linear layer on all positions. Channels, strides, steps and so the cost of a step are those of the
+stem in model.py.
 """
 import copy
 import os
