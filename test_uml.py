@@ -1495,7 +1495,7 @@ def test_the_verdict_claims_help_only_above_alone_and_above_the_control(words, a
     assert f"{alone[0]:+.3f}" in B.verdict(dict(out, chance=None))  # of a loss: no points
 
 def test_compare_says_whose_search_ended_at_the_edge_of_what_it_tried():
-    """The largest of three decays is best in most searches of alone, not of uml; two values have no inside"""
+    """Most of alone's searches end at the largest of three decays, uml's does not; of two nothing is said."""
     tried = [dict(weight_decay=decay, text_weight=weight) for decay in (1, 2, 4) for weight in (0.5, 1)]
     arms = dict(alone=dict(settings=[tried[5], tried[4], tried[0]]), uml=dict(settings=[tried[3]]))
     assert B.at_the_edge(dict(candidates=tried, arms=arms)) == [("alone", "weight_decay=4")]

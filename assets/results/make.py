@@ -77,8 +77,10 @@ def edges(tabled):
     """The rows whose search ended at its edge, and of which arms: there a wider one may find better."""
     said = []
     for name, (_, result) in tabled.items():
+        if "candidates" not in result:  # the oldest rows do not say what was tried
+            continue
         arms = {}  # {setting: arms}
-        for arm, setting in at_the_edge(result) if "candidates" in result else []:
+        for arm, setting in at_the_edge(result):
             arms.setdefault(setting, []).append(arm)
         if arms:
             settings = [f"{', '.join(names)} {setting}" for setting, names in arms.items()]

@@ -83,7 +83,8 @@ SHARED = {
 # {name: (minutes, command)}. The seeds are 0, 1, ...; a setting is chosen with seed 1000, or, where each seed
 # has a test speaker of its own (numbers), on that seed's validation speaker: never on a voice that tests it.
 # With --search=1 nothing is chosen; the numbers configs' own settings were, once, on the validation voices of
-# seeds 1000 and 1001, which are the test voices of seeds 5 and 0.
+# seeds 1000 and 1001, which are the test voices of seeds 5 and 0; a decay of 16 on those of seeds 0 to 5,
+# each of which tests another seed.
 ROWS = {
     "letters_1": (16, f"{LETTERS} --arms=alone,uml,control,apart {DECAYS}"),
     "letters_1_wide": (22, f"{LETTERS} " + search(each("learning_rate", "3e-3", "6e-3"),
